@@ -1,0 +1,368 @@
+"""Reading and writing models: Hugging Face directories, and legacy single-file state dicts.
+
+    model = load_model("out/full_sft")            # or a Llama, Mistral, Qwen2, Qwen3 directory, or "full_sft_512.pth"
+    save_model(model, "out/mine", tokenizer)      # AutoModelForCausalLM.from_pretrained("out/mine") opens it
+
+Reading is strict: every tensor must be there, have the shape that the config says, and belong somewhere. Reading never runs
+code from a file: safetensors hold numbers only, and torch.load is called with weights_only=True.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from model.transformer import CausalLM, ModelConfig, ModelError
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+# --- config.json <-> ModelConfig -----------------------------------------------------------------------------------
+
+
+def config_from_dict(raw: dict, where: Path) -> ModelConfig:
+    """The ModelConfig of a config.json. Raises ModelError for what our model can't compute, rather than ignoring it."""
+    architecture = (raw.get("architectures") or ["none named"])[0]
+    if architecture not in ARCHITECTURES:
+        raise ModelError(f"{where}: architecture {architecture} can't be read; those read are {', '.join(ARCHITECTURES)}")
+    family = architecture.removesuffix("ForCausalLM")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if name not in raw:
+            raise ModelError(f"{where}: {name} is missing")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported, only silu")
+    if raw.get("mlp_bias") or (family in ("Llama", "Qwen3") and raw.get("attention_bias")):
+        raise ModelError(f"{where}: biases on the output projections are not supported")
+    if raw.get("quantization_config"):
+        raise ModelError(f"{where}: the weights are quantized; use the unquantized model")
+
+    # transformers 5 keeps everything rotary in rope_parameters; before, there were rope_theta and rope_scaling.
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ModelError(f"{where}: rotary settings that differ between layers are not supported")
+    if (rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ModelError(f"{where}: partial_rotary_factor is not supported")
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
+
+    heads = raw["num_attention_heads"]
+    # Where a key is missing, the default is that of the class: Qwen3's head_dim, Mistral's window.
+    try:
+        return ModelConfig(
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            intermediate_size=raw["intermediate_size"],
+            head_dim=raw.get("head_dim", 128 if family == "Qwen3" else None),
+            qk_norm=family == "Qwen3",
+            attention_bias=family == "Qwen2",
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            rope_theta=float(theta),
+            rope_scaling=None if rope["rope_type"] == "default" else rope,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            max_position_embeddings=raw.get("max_position_embeddings", 32768),
+            initializer_range=raw.get("initializer_range", 0.02),
+            sliding_window=_sliding_window(raw, family, where),
+        )
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from None
+
+
+def _sliding_window(raw: dict, family: str, where: Path) -> int | None:
+    """The window of all layers. Qwen has a switch, and may use it in its upper layers only, which we can't."""
+    if family == "Llama":
+        return None
+    if family == "Mistral":
+        return raw.get("sliding_window", 4096)
+    if not raw.get("use_sliding_window"):
+        return None
+    layers = raw["num_hidden_layers"]
+    first = min(raw.get("max_window_layers", 28), layers)
+    kinds = set(raw.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first))
+    if len(kinds) > 1:
+        raise ModelError(f"{where}: a sliding window in some layers only is not supported")
+    return raw.get("sliding_window", 4096) if kinds == {"sliding_attention"} else None
+
+
+def config_to_dict(config: ModelConfig) -> dict:
+    """config.json in the terms of the standard class that computes the same; rotary settings in both spellings."""
+    raw = asdict(config)
+    raw.pop("qk_norm")
+    raw.pop("attention_bias")
+    window = raw["sliding_window"]
+    if config.qk_norm or config.attention_bias:
+        family = "Qwen3" if config.qk_norm else "Qwen2"
+        raw |= {"use_sliding_window": window is not None, "max_window_layers": 0 if window else config.num_hidden_layers}
+    elif window is not None:
+        family = "Mistral"
+    else:
+        family = "Llama"
+        raw.pop("sliding_window")
+    scaling = dict(config.rope_scaling or {"rope_type": "default"})
+    scaling["rope_type"] = scaling.pop("rope_type", None) or scaling.pop("type", "default")
+    if scaling["rope_type"] in ("llama3", "yarn"):
+        scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    return {
+        "architectures": [family + "ForCausalLM"],
+        "model_type": family.lower(),
+        **raw,
+        "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
+        "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_cache": True,
+    }
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM:
+    """Reads a Hugging Face directory or a legacy .pth file into a CausalLM, in eval mode.
+
+    dtype None is float32 whatever the file holds: what training needs, as small updates to bfloat16 weights are lost.
+    Raises ModelError, one line, for anything missing, surplus, misshapen, truncated or of another architecture.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config = config_from_dict(_read_json(path / "config.json"), path / "config.json")
+        tensors = _read_safetensors(path)
+    elif path.is_file():
+        tensors = _read_legacy(path)
+        config = _infer_config(tensors, path)
+    else:
+        raise ModelError(f"no model at {path}: neither a folder with config.json nor a .pth file")
+
+    with torch.device("meta"):  # shapes without memory, so that a wrong file costs nothing
+        model = CausalLM(config).to(dtype or torch.float32)
+    tensors = _check(tensors, model, path)
+    model.to_empty(device=device)
+    model.tie_weights()  # to_empty gave each its own memory
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _check(tensors: dict, model: CausalLM, path: Path) -> dict:
+    """The tensors that the model wants, complete and in shape. Raises ModelError."""
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # Rotary tables that old files carry: we compute them from the config.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+        embedding = tensors["model.embed_tokens.weight"]
+        if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
+            raise ModelError(f"{path}: tied, yet lm_head.weight is not the embedding; set tie_word_embeddings to false")
+    for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has the unknown", tensors.keys() - wanted.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ModelError(f"{path} {problem} {min(names)}{more}; it holds another architecture than its config says")
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise ModelError(f"{path}: {name} has shape {list(tensors[name].shape)}, the config asks for {list(shape)}")
+        if not tensors[name].is_floating_point():
+            raise ModelError(f"{path}: {name} holds {tensors[name].dtype}, not floating point numbers; is it quantized?")
+    return tensors
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"no {path.name} in {path.parent}: not a model folder") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must hold one JSON object")
+    return value
+
+
+def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    if (folder / WEIGHTS).is_file():
+        files = [WEIGHTS]
+    elif (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ModelError(f"{folder / INDEX} has no weight_map")
+        files = sorted(set(weight_map.values()))
+    else:
+        raise ModelError(f"no {WEIGHTS} in {folder} (only safetensors are read; pickled .bin weights may run code)")
+    tensors = {}
+    for file in files:
+        if re.search(r"[/\\:]", file) or file in ("", ".", ".."):  # an index from a stranger must not read other folders
+            raise ModelError(f"{folder / INDEX} names {file!r}, outside of the folder")
+        try:
+            tensors |= safetensors.torch.load_file(folder / file)
+        except FileNotFoundError:
+            raise ModelError(f"{folder / file} is missing, though {INDEX} names it") from None
+        except (safetensors.SafetensorError, ValueError, OSError) as error:
+            raise ModelError(f"{folder / file} is damaged or cut off: {_one_line(error)}") from None
+    return tensors
+
+
+def _read_legacy(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from torch.save, its keys cleaned of the wrappers that were around the model when it was saved."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ModelError(f"{path}: refused, since it holds more than tensors or is no torch file; loading it could "
+                         "run code") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} is damaged or no torch file: {_one_line(error)}") from None
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]  # a training state with the weights among other things
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ModelError(f"{path} does not hold a state dict (a flat dict of tensors)")
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in state.items() if not name.endswith(("freqs_cos", "freqs_sin", "freqs_cis"))}
+
+
+def _infer_config(tensors: dict, path: Path) -> ModelConfig:
+    """The shape behind a legacy state dict. Everything but the heads can be read off the tensors.
+
+    With q_norm (as long as a head) the heads follow too, and the rest is as in MiniMind's newer models: eps 1e-6.
+    Without it, MiniMind's 8 query heads are assumed, and eps 1e-5; key/value heads follow from the rows of k_proj:
+        26m: q_proj 512 rows / 8 heads = head_dim 64; k_proj 128 rows / 64 = 2 key/value heads
+    """
+    first = "model.layers.0."
+    try:
+        vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
+        q_rows, k_rows = (tensors[f"{first}self_attn.{name}.weight"].shape[0] for name in ("q_proj", "k_proj"))
+        intermediate_size = tensors[f"{first}mlp.gate_proj.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"{path} is not a dense MiniMind state dict: {error} is missing or misshapen") from None
+    q_norm = tensors.get(f"{first}self_attn.q_norm.weight")
+    head_dim = q_rows // 8 if q_norm is None else q_norm.shape[0]
+    if not head_dim or q_rows % head_dim or k_rows % head_dim or (q_norm is None and q_rows % 8):
+        raise ModelError(f"{path}: can't tell the heads from {q_rows} query and {k_rows} key rows; convert it to a Hugging "
+                         "Face directory, whose config.json says")
+    head = tensors.get("lm_head.weight")
+    layers = [int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))]
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=max(layers) + 1,
+        num_attention_heads=q_rows // head_dim,
+        num_key_value_heads=k_rows // head_dim,
+        intermediate_size=intermediate_size,
+        head_dim=head_dim,
+        qk_norm=q_norm is not None,
+        attention_bias=f"{first}self_attn.q_proj.bias" in tensors,
+        tie_word_embeddings=head is None or torch.equal(head, tensors["model.embed_tokens.weight"]),
+        rope_theta=1e6,
+        rms_norm_eps=1e-5 if q_norm is None else 1e-6,
+    )
+
+
+def load_tokenizer(path):
+    """transformers' tokenizer of a model or tokenizer folder. Raises ModelError where there is none."""
+    path = Path(path)
+    if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
+        raise ModelError(f"no tokenizer in {path}: tokenizer.json is missing")
+    from transformers import AutoTokenizer  # takes a second to import: only for those who need it
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise bare Exceptions for damaged files
+        raise ModelError(f"the tokenizer in {path} can't be read: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = None) -> None:
+    """Writes a Hugging Face directory: weights, config.json, generation_config.json, tokenizer, training.json.
+
+    Never half-written: everything goes to a temporary folder beside `path` first. A new folder then appears in one rename;
+    in a folder that exists each file is replaced in one rename, the small ones that describe the rest last, and what else
+    lies there (metrics.jsonl, checkpoints/) stays. Raises ModelError where adapters or quantized weights are in the way.
+    """
+    path = Path(path).resolve()
+    if path.is_file():
+        raise ModelError(f"{path} is a file; a model is saved as a folder")
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        plain = CausalLM(model.config).state_dict()
+    if tensors.keys() != plain.keys():
+        surplus = min(tensors.keys() ^ plain.keys())
+        raise ModelError(f"can't save as a plain model because of {surplus}: merge adapters first, or save them alone")
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]  # the same memory as the embedding, which the config says
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+
+    tokens = _special_tokens(tokenizer)
+    config = config_to_dict(model.config) | tokens | {"dtype": dtype, "torch_dtype": dtype}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        safetensors.torch.save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
+        _write_json(temporary / "generation_config.json", tokens)
+        _write_json(temporary / "config.json", config)
+        if training is not None:
+            _write_json(temporary / "training.json", training)
+        _publish(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _special_tokens(tokenizer) -> dict:
+    """bos, eos and pad ids. Both the end of a turn and the end of a text end an answer."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    known = tokenizer.get_vocab()
+    ends = [tokenizer.eos_token_id] + [known.get(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    eos = ends[0] if len(ends) == 1 else ends or None
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
+
+
+def _write_json(path: Path, value: dict) -> None:
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, default=str)
+        file.write("\n")
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Moves the files of `temporary` into `path`, all on disk before any is visible."""
+    last = ("config.json", "training.json")
+    files = [file.relative_to(temporary) for file in temporary.rglob("*") if file.is_file()]
+    files.sort(key=lambda file: (last.index(file.name) if file.name in last else -1, file.as_posix()))
+    for file in files:
+        with open(temporary / file, "rb+") as handle:
+            os.fsync(handle.fileno())
+    if not path.exists():
+        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes folders that nobody else may read
+        os.rename(temporary, path)
+    else:
+        for file in files:
+            (path / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / file, path / file)
+        for stale in [path / INDEX, *path.glob("model-*-of-*.safetensors")]:  # shards of the model that was here before
+            stale.unlink(missing_ok=True)
+    if os.name == "posix":  # renames are durable once the folders are; Windows has no such call
+        for folder in (path, path.parent):
+            handle = os.open(folder, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
