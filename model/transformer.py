@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+SHORT = 512  # rows of up to this many tokens take `short_attention` when a CPU trains on them
 LOSS_CHUNK = 4096  # rows projected to the vocabulary at once: bounds the (rows, V) float32 logits
 
 
@@ -176,6 +177,29 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
+def short_attention(q, k, v, bias):
+    """Attention as two batched matrix products: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
+
+    For training on short rows on a CPU, where the backward pass of F.scaled_dot_product_attention takes three to
+    eight times as long. bias (B * K, H / K * T, T) is 0 where a query may look and -inf where not. The query heads
+    that share a key/value head lie below each other, as if they were more queries of one head.
+    """
+    rows = k.size(0) * k.size(1)  # B * K
+    q, k, v_rows = q.reshape(rows, -1, q.size(-1)), k.reshape(rows, *k.shape[2:]), v.reshape(rows, *v.shape[2:])
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5)  # (B * K, H / K * T, T)
+    return (scores.softmax(dim=-1) @ v_rows).view(v.size(0), -1, *v.shape[2:])
+
+
+def short_bias(config: ModelConfig, mask, batch_size: int, length: int, dtype, device):
+    """The mask of `positions_and_mask` as the bias of `short_attention`, made once for all blocks."""
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+    bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -math.inf)  # (B or 1, 1, T, T)
+    kv_heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    bias = bias[:, :, None].expand(batch_size, kv_heads, group, length, length)
+    return bias.reshape(batch_size * kv_heads, group * length, length)
+
+
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(D)) V, with fewer key/value heads than query heads (GQA: Ainslie et al. 2023, arXiv:2305.13245).
 
@@ -203,8 +227,11 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
-        causal = mask is None and x.size(1) > 1  # a single new token may see every key there is
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        if mask is not None and mask.is_floating_point():
+            y = short_attention(q, k, v, mask)
+        else:
+            causal = mask is None and x.size(1) > 1  # a single new token may see every key there is
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
 
@@ -285,6 +312,8 @@ class Decoder(nn.Module):
         # Once for all blocks: no block rebuilds what every block needs.
         positions, mask = positions_and_mask(self.config, input_ids, document_ids, cache)
         rope = rope_tables(self.config, positions, dtype)
+        if device == "cpu" and torch.is_grad_enabled() and cache is None and input_ids.size(1) <= SHORT:
+            mask = short_bias(self.config, mask, *input_ids.shape, dtype, x.device)
         for block in self.layers:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)  # reentrant gives a frozen base no gradients

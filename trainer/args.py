@@ -1,0 +1,120 @@
+"""The command line that all training scripts share: one parser, grouped flags, every default in the help.
+
+Nothing heavy is imported here, so that `--help` answers at once (importing torch alone takes over a second).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]  # flag defaults hang from here; what a person types is relative to the cwd
+
+
+class UsageError(ValueError):
+    """A flag that cannot be honoured: its message is one line that says what to do."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the commands at the top of each script as they are written, and shows every default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        hidden = action.default is argparse.SUPPRESS or action.default is None or "%(default)" in action.help
+        if isinstance(action.default, bool) and "--no-" not in str(action.option_strings):
+            hidden = True  # a plain switch is off until it is named
+        return action.help if hidden else f"{action.help} (default: %(default)s)"
+
+
+def training_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of every stage. A stage states its character with `parser.set_defaults(...)`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", nargs="+", type=Path, metavar="FILE",
+                      help="JSONL file(s) to train on (default: the embedded world, written to out/world)")
+    data.add_argument("--eval_data_path", nargs="+", type=Path, metavar="FILE",
+                      help="file(s) for the validation loss (default: --eval_fraction of the training data)")
+    data.add_argument("--eval_fraction", type=float, default=0.01, metavar="F",
+                      help="part of the samples kept out of training for validation when there is no --eval_data_path")
+    data.add_argument("--max_seq_len", type=int, default=512, metavar="T", help="tokens in a row at most")
+    data.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
+                      help="fill rows with whole documents that cannot see each other, instead of one document a row")
+    data.add_argument("--strict", action="store_true", help="stop at the first bad line instead of skipping it")
+    data.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that prepare batches ahead")
+
+    run = parser.add_argument_group("the run")
+    run.add_argument("--load_from", type=Path, metavar="DIR", help="the weights to start from")
+    run.add_argument("--out_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where runs are kept")
+    run.add_argument("--name", metavar="NAME", help="the run's folder below --out_dir")
+    run.add_argument("--resume", action="store_true", help="continue this run from its newest checkpoint")
+    run.add_argument("--save_interval", type=int, default=500, metavar="N", help="steps between resumable checkpoints")
+    run.add_argument("--keep_last", type=int, default=2, metavar="K", help="checkpoints kept")
+    run.add_argument("--seed", type=int, default=42, help="of the initial weights, the data order and dropout")
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--epochs", type=int, default=1, metavar="N", help="passes over the data")
+    optim.add_argument("--max_steps", type=int, metavar="N", help="optimizer steps in all; overrides --epochs")
+    optim.add_argument("--batch_size", type=int, default=32, metavar="N", help="rows per optimizer step, over all ranks")
+    optim.add_argument("--micro_batch_size", type=int, metavar="N",
+                       help="rows per forward pass on one device (default: the whole of its share)")
+    optim.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
+                       help="muon: Muon on the matrices of the blocks, AdamW on the rest")
+    optim.add_argument("--learning_rate", type=float, default=5e-4, metavar="LR", help="at its peak")
+    optim.add_argument("--warmup_ratio", type=float, default=0.02, metavar="F", help="part of the steps that warms up")
+    optim.add_argument("--weight_decay", type=float, default=0.1, metavar="F", help="on matrices only")
+    optim.add_argument("--grad_clip", type=float, default=1.0, metavar="F", help="largest gradient norm; 0 = no limit")
+
+    device = parser.add_argument_group("device")
+    device.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    device.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                        help="of the forward pass; weights and optimizer stay float32; float16 scales the loss")
+    device.add_argument("--compile", action="store_true", help="torch.compile the model: slower start, faster steps")
+    device.add_argument("--gradient_checkpointing", action="store_true",
+                        help="recompute activations in the backward pass: less memory, a third slower")
+
+    log = parser.add_argument_group("logging")
+    log.add_argument("--log_interval", type=int, default=20, metavar="N", help="steps between log lines")
+    log.add_argument("--eval_interval", type=int, default=250, metavar="N",
+                     help="steps between validations; 0 = at the end only")
+    log.add_argument("--use_wandb", action="store_true", help="log to Weights & Biases too (obeys WANDB_MODE)")
+    log.add_argument("--wandb_project", default="seedling", metavar="NAME", help="the project there")
+    return parser
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses and checks what can be checked before anything is loaded; adds `args.run_dir`, the folder of the run."""
+    args = parser.parse_args(argv)
+    for name in ("max_seq_len", "save_interval", "keep_last", "epochs", "batch_size", "log_interval"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("max_steps", "micro_batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("eval_interval", "num_workers", "weight_decay", "grad_clip"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("eval_fraction", "warmup_ratio"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} is a part of the whole, from 0 to below 1, not {getattr(args, name)}")
+    if not args.learning_rate > 0:
+        parser.error(f"--learning_rate must be above 0, not {args.learning_rate}")
+    if args.max_seq_len < 2:
+        parser.error("--max_seq_len must be at least 2: a token, and one to predict from it")
+    if args.name in (".", "..") or "/" in args.name or "\\" in args.name:
+        parser.error(f"--name {args.name!r} must be a plain folder name; --out_dir says where it lies")
+    args.run_dir = args.out_dir / args.name
+    return args
+
+
+def run_script(main, args: argparse.Namespace) -> None:
+    """Runs `main(args)`; a user's mistake becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    from dataset.jsonl import DataError  # here, because --help needs neither
+
+    from model.transformer import ModelError
+
+    try:
+        main(args)
+    except (DataError, ModelError, UsageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

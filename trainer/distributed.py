@@ -1,0 +1,105 @@
+"""Where this process stands among all that train together: device, rank, and the few collectives the loop needs.
+
+`torchrun` starts one process a device and tells each its place through environment variables; without torchrun
+there is one process, and every function here does nothing but return.
+"""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from trainer.args import UsageError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: `rank` of `world_size`, training on `device`."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @contextmanager
+    def main_first(self):
+        """Rank 0 runs the block first (it builds caches on disk), the others run it once rank 0 is through."""
+        if not self.is_main:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.barrier()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, *values: float | torch.Tensor) -> list[float]:
+        """Each value summed over all ranks, in float64."""
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values])
+        if self.world_size > 1:
+            dist.all_reduce(total)  # on the CPU, through gloo
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        return self.sum(float(flag))[0] > 0 if self.world_size > 1 else flag
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UsageError for a device that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: no such device; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: torch sees no CUDA GPU here; use --device cpu, or auto")
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: torch sees no Apple GPU here; use --device cpu, or auto")
+    if device.type not in ("cpu", "mps"):
+        raise UsageError(f"--device {name}: use auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the forward pass. `auto` picks what the hardware multiplies fast: bfloat16 where it is native,
+    float16 on older CUDA GPUs, float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return torch.bfloat16
+    return torch.float32
+
+
+def join_ranks(device_flag: str) -> Ranks:
+    """Joins the process group that torchrun announces, if any: gloo on CPU; on CUDA NCCL, with gloo for CPU tensors."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device_flag, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        # Rank 0 may tokenise a large file while the others wait, so the timeout is generous.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+    return Ranks(rank, world_size, device)
+
+
+def leave_ranks(ranks: Ranks) -> None:
+    if ranks.world_size > 1:
+        dist.destroy_process_group()

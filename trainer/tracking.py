@@ -1,0 +1,95 @@
+"""What a run tells: a line on the terminal, metrics.jsonl, loss.png and, if asked, Weights & Biases."""
+
+import json
+import time
+from pathlib import Path
+
+
+class Tracker:
+    """Writes the log of one run. `metrics.jsonl` is the whole story; the rest is drawn from it.
+
+    Only the main rank logs; on the others every method returns at once.
+    """
+
+    def __init__(self, run_dir: Path, active: bool, start_step: int = 0, wandb_project: str | None = None,
+                 config: dict | None = None):
+        self.active, self.path, self.wandb = active, run_dir / "metrics.jsonl", None
+        if not active:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        # A resumed run forgets what was logged after its checkpoint: those steps are about to happen again.
+        kept = [m for m in read_metrics(self.path) if m["step"] <= start_step] if start_step else []
+        self.path.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8", newline="\n")
+        if wandb_project:
+            import wandb  # here, because it is slow to import and few need it
+
+            self.wandb = wandb.init(project=wandb_project, name=run_dir.name, dir=str(run_dir), config=config)
+
+    def log(self, metrics: dict) -> None:
+        """Appends one object to metrics.jsonl, flushed, so that a killed run keeps it and others can watch it grow."""
+        if not self.active:
+            return
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if self.wandb:
+            self.wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+    def say(self, line: str) -> None:
+        if self.active:
+            print(line, flush=True)
+
+    def finish(self) -> None:
+        """Draws loss.png and closes Weights & Biases."""
+        if not self.active:
+            return
+        plot_loss(read_metrics(self.path), self.path.with_name("loss.png"))
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The objects of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    metrics = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return metrics
+
+
+def plot_loss(metrics: list[dict], path: Path) -> None:
+    """Draws training and validation loss against the step."""
+    import matplotlib  # here: half a second that only the end of a run needs
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        points = [(m["step"], m[key]) for m in metrics if key in m]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.5, markersize=4)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=path.parent.name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def clock(seconds: float) -> str:
+    """75 -> '1:15', 4000 -> '1:06:40'."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+class Stopwatch:
+    """Seconds of training, carried over from before a resume."""
+
+    def __init__(self, before: float = 0.0):
+        self.start = time.perf_counter() - before
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self.start

@@ -1,0 +1,67 @@
+"""Pretraining: a model that has seen nothing learns to predict the next token of plain text.
+
+    python trainer/train_pretrain.py                                    # the embedded world, the tiny model
+    python trainer/train_pretrain.py --data_path my.jsonl --preset 26m --max_seq_len 512 --epochs 2
+    torchrun --nproc_per_node 2 trainer/train_pretrain.py               # the same run on two processes
+    python trainer/train_pretrain.py --resume                           # go on after a stop
+
+Writes out/pretrain: a Hugging Face model directory, metrics.jsonl and loss.png.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from trainer.args import ROOT, parse_args, run_script, training_parser
+
+
+def main(args):
+    # Imported here and not above, so that --help and a mistyped flag answer at once.
+    from dataclasses import replace
+
+    import torch
+    from dataset.lm_dataset import PretrainDataset
+    from model.weights import load_model, load_tokenizer, save_model
+
+    from model.transformer import CausalLM, preset
+    from trainer.checkpoint import drop_checkpoints
+    from trainer.distributed import join_ranks, leave_ranks
+    from trainer.loop import train
+    from trainer.stage import describe, is_finished, load_data
+
+    ranks = join_ranks(args.device)
+    if is_finished(args, ranks):
+        return
+    # The model: random weights in the shape of a preset, or weights to go on from
+    tokenizer = load_tokenizer(args.load_from or args.tokenizer)
+    torch.manual_seed(args.seed)
+    if args.load_from:
+        model = load_model(args.load_from)
+    else:
+        shape = {k: v for k in SHAPE if (v := getattr(args, k)) is not None}
+        model = CausalLM(replace(preset(args.preset), vocab_size=len(tokenizer), **shape))
+    # The data: plain text, every token of which is predicted
+    batches, eval_batches = load_data(PretrainDataset, "pretrain", tokenizer, args, ranks)
+    if ranks.is_main:
+        print(f"{model.num_parameters():,} parameters, all of them trained")
+    result = train(model, batches, eval_batches, args, ranks)
+    if ranks.is_main:
+        save_model(model, args.run_dir, tokenizer, training=describe("pretrain", args, result))
+        drop_checkpoints(args.run_dir)
+        print(f"saved {args.run_dir}")
+    leave_ranks(ranks)
+
+
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+if __name__ == "__main__":
+    parser = training_parser(__doc__)
+    shape = parser.add_argument_group("the model's shape (later stages inherit it from the weights)")
+    shape.add_argument("--preset", default="tiny", help="tiny, 26m, 64m or 104m")
+    for name in SHAPE:
+        shape.add_argument(f"--{name}", type=int, metavar="N", help="instead of the preset's")
+    shape.add_argument("--tokenizer", type=Path, default=ROOT / "model" / "tokenizer", metavar="DIR", help="its tokenizer")
+    # Muon on the blocks learns faster than AdamW alone; small steps many times beat large ones few times.
+    parser.set_defaults(name="pretrain", optimizer="muon", learning_rate=5e-3, batch_size=16, max_seq_len=256)
+    run_script(main, parse_args(parser))
