@@ -1,0 +1,291 @@
+"""Records out of data files of any size, with a line number for every complaint.
+
+Formats: .jsonl (one JSON object a line; also what any other ending is read as), .json (an array of objects, objects
+one after the other, or JSONL under another name), .csv (first row: the field names), each also as .gz, and .parquet
+(needs pyarrow). Files are streamed: memory does not grow with their size.
+
+A user's file is never trusted to be right. What cannot be read becomes one line such as
+`data.jsonl:17: not valid JSON (Expecting ',' delimiter, column 9)`: counted, the first few shown, skipped, or fatal
+when strict.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+MAX_LINE = 64 << 20  # bytes in one record; a file without line ends must not fill the memory
+
+
+class DataError(ValueError):
+    """A mistake in the user's data, told in one line: what is wrong, where, what to do."""
+
+
+class Report:
+    """Counts what is wrong with the data, shows the first few of each kind on stderr; raises at once when strict."""
+
+    def __init__(self, strict: bool = False, shown: int = 3):
+        self.strict, self.shown = strict, shown
+        self.counts: dict[str, int] = {}  # kind of problem -> how many
+        self.examples: list[str] = []  # the lines that were shown
+        self.first: dict[str, str] = {}  # path -> its first problem
+
+    def add(self, path, line: int | None, reason: str, kind: str = "bad lines skipped"):
+        """Raises DataError when strict."""
+        message = f"{path}:{line}: {reason}" if line else f"{path}: {reason}"
+        if self.strict:
+            raise DataError(f"{message} (fatal because of strict)")
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.first.setdefault(str(path), message)
+        if self.counts[kind] <= self.shown:
+            self.examples.append(message)
+            print(f"warning: {message}", file=sys.stderr)
+
+    def summary(self) -> str:
+        """Such as "12 bad lines skipped, 3 samples cut at 512 tokens"; empty when all was well."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in self.counts.items())
+
+
+def read_records(paths, strict: bool = False, report: Report | None = None) -> Iterator[tuple[str, int, dict]]:
+    """Yields (path, line_number, record) for every record of one file or several, in order.
+
+    Problems go to `report`, which then also decides what is fatal; without one they are shown here, with a summary
+    at the end. Raises DataError for a file that is missing, empty, unreadable or holds no record at all.
+    """
+    paths = check_paths(paths)  # all of them first: not an hour later, when the second file's turn comes
+    own_report = report is None
+    report = Report(strict) if own_report else report
+    for path in paths:
+        any_record = False
+        for line, record in _read_file(path, report):
+            any_record = True
+            yield path, line, record
+        if not any_record:
+            first = report.first.get(path)
+            raise DataError(f"{path}: no usable record in it" + (f" (first problem: {first})" if first else ""))
+    if own_report and report.counts:
+        print(f"warning: {report.summary()}", file=sys.stderr)
+
+
+def check_paths(paths) -> list[str]:
+    """One path or several, as a list of strings. Raises DataError for a file that is missing, a folder or empty."""
+    paths = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    if not paths:
+        raise DataError("no data file was given")
+    for path in paths:
+        try:
+            size = Path(path).stat().st_size
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            raise DataError(f"{path}: {reason}") from None
+        if Path(path).is_dir():
+            raise DataError(f"{path}: is a folder; give the data files in it")
+        if size == 0:
+            raise DataError(f"{path}: the file is empty")
+    return paths
+
+
+def _read_file(path: str, report: Report) -> Iterator[tuple[int, dict]]:
+    """(line, record) of one file; whatever stops the reading half-way is reported, and what came before is kept."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    gzipped = suffixes[-1:] == [".gz"]
+    kind = (suffixes[:-1] if gzipped else suffixes)[-1:]
+    line = None
+    try:
+        if kind == [".parquet"]:
+            reader = _read_parquet(path)
+        else:
+            reader = {(".json",): _read_json, (".csv",): _read_csv}.get(tuple(kind), _read_jsonl)
+            file = gzip.open(path, "rb") if gzipped else open(path, "rb")
+            reader = reader(file)
+        for line, record in reader:
+            if isinstance(record, DataError):
+                report.add(path, line, str(record))
+            elif not isinstance(record, dict):
+                report.add(path, line, f"a JSON {_json_type(record)} where an object {{...}} is expected")
+            else:
+                yield line, record
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        report.add(path, line, "the gzip file is damaged or ends early; nothing after this line was read")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except _Stop as error:
+        report.add(path, error.line, f"{error}; nothing after this line was read")
+
+
+class _Stop(Exception):
+    """The rest of the file cannot be made sense of."""
+
+    def __init__(self, line: int, reason: str):
+        super().__init__(reason)
+        self.line = line
+
+
+def _read_jsonl(file) -> Iterator[tuple[int, object]]:
+    with file:
+        for line, raw in _lines(file):
+            if isinstance(raw, DataError):
+                yield line, raw
+            elif raw.strip():  # blank lines are nobody's mistake
+                yield line, _parse(raw)
+
+
+def _lines(file) -> Iterator[tuple[int, object]]:
+    """(number, bytes). Only \\n ends a line: str.splitlines would also cut at U+2028 inside a JSON string."""
+    line = 0
+    while raw := file.readline(MAX_LINE + 1):
+        line += 1
+        if line == 1:
+            if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise _Stop(1, "the file is UTF-16; save it as UTF-8")
+            raw = raw.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows editors put before UTF-8
+        if len(raw) > MAX_LINE:
+            while raw and not raw.endswith(b"\n"):
+                raw = file.readline(MAX_LINE)
+            raw = DataError(f"the line is longer than {MAX_LINE >> 20} MiB")
+        yield line, raw
+
+
+def _parse(raw: bytes) -> object:
+    """The JSON value of a line, or a DataError that says why there is none."""
+    try:
+        record = json.loads(raw.decode("utf-8"))
+        if b"\\u" in raw:
+            check_unicode(record)
+        return record
+    except UnicodeDecodeError as error:
+        return DataError(f"not valid UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1})")
+    except json.JSONDecodeError as error:
+        return DataError(f"not valid JSON ({error.msg}, column {error.colno})")
+    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits; 100,000 brackets
+        return DataError(_reason(error))
+
+
+def check_unicode(value: object):
+    """Raises ValueError where JSON spelled half a character ("\\ud83d" alone): no tokenizer can encode it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character") from None
+
+
+def _reason(error: Exception) -> str:
+    return "JSON nested too deeply" if isinstance(error, RecursionError) else str(error).split("\n")[0]
+
+
+def _json_type(value: object) -> str:
+    names = {list: "list", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _read_json(file) -> Iterator[tuple[int, object]]:
+    """A .json file: JSONL when its first line is a whole object, else an array or a sequence of values."""
+    with file:
+        first = file.readline(MAX_LINE + 1)
+        file.seek(0)
+        if isinstance(_parse(first.removeprefix(b"\xef\xbb\xbf")), dict):
+            yield from _read_jsonl(file)
+        elif first.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise _Stop(1, "the file is UTF-16; save it as UTF-8")
+        else:
+            yield from _json_values(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+
+
+_GAP = re.compile(r"[ \t\r\n,]*")
+
+
+def _json_values(file) -> Iterator[tuple[int, object]]:
+    """The values of a JSON array, or of a sequence, one at a time from a buffer that holds only the current one."""
+    decode = json.JSONDecoder().raw_decode
+    text, at, line, step, in_array = "", 0, 1, 1 << 20, None
+    more = True  # the file may hold more text
+
+    def fill():
+        nonlocal text, at, more
+        try:
+            new = file.read(step)
+        except UnicodeDecodeError:
+            raise _Stop(line, "not valid UTF-8 somewhere after this") from None
+        text, at, more = text[at:] + new, 0, bool(new)
+
+    while True:
+        end = _GAP.match(text, at).end()
+        line += text.count("\n", at, end)
+        at = end
+        if at == len(text):
+            if not more:
+                break
+            fill()
+        elif in_array is None and text[at] == "[":
+            in_array, at = True, at + 1
+        elif in_array and text[at] == "]":
+            in_array, at = False, at + 1
+        else:
+            in_array = bool(in_array)
+            try:
+                value, end = decode(text, at)
+                if "\\u" in text[at:end]:
+                    check_unicode(value)
+            except (ValueError, RecursionError) as error:
+                # perhaps the value only goes on beyond the buffer: read on, in growing steps
+                if more and isinstance(error, json.JSONDecodeError) and len(text) - at < MAX_LINE:
+                    step *= 2
+                    fill()
+                    continue
+                reason = f"not valid JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else _reason(error)
+                raise _Stop(line, reason) from None
+            yield line, value
+            line += text.count("\n", at, end)
+            at, step = end, 1 << 20
+    if in_array:
+        raise _Stop(line, "the JSON array is not closed: the file seems cut off")
+
+
+def _read_csv(file) -> Iterator[tuple[int, object]]:
+    csv.field_size_limit(MAX_LINE)
+
+    def text_lines():
+        for line, raw in _lines(file):
+            if isinstance(raw, DataError):
+                raise _Stop(line, str(raw))
+            yield raw.decode("utf-8", "surrogateescape")  # a wrong byte shall spoil its row, not the file
+
+    with file:
+        rows = csv.DictReader(text_lines())
+        line = 1
+        try:
+            for row in rows:
+                first, line = line, rows.line_num
+                try:
+                    if None in row:
+                        yield line, DataError("more fields than the first row has names")
+                    elif None in row.values():
+                        yield line, DataError("fewer fields than the first row has names")
+                    else:
+                        check_unicode(row)
+                        yield line, row
+                except ValueError:
+                    yield line, DataError("not valid UTF-8")
+        except csv.Error as error:
+            raise _Stop(first, f"not valid CSV ({error})") from None
+
+
+def _read_parquet(path: str) -> Iterator[tuple[int, object]]:
+    """Rows of a Parquet file, numbered from 1."""
+    try:
+        import pyarrow.parquet  # not in requirements.txt: 40 MB for a format that few need
+    except ImportError:
+        raise DataError(f"{path}: reading .parquet needs pyarrow (pip install pyarrow); or convert it to .jsonl") from None
+    row = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                row += 1
+                yield row, record
+    except (ValueError, NotImplementedError) as error:  # pyarrow's own errors are ValueErrors
+        raise _Stop(row + 1, f"not valid Parquet ({_reason(error)})") from None

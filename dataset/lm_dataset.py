@@ -1,0 +1,241 @@
+"""PretrainDataset and SFTDataset: files of records -> (input_ids, labels), from a token cache on disk.
+
+Labels stand at the positions of their inputs (the model shifts them), -100 is not trained. Both, worked out:
+
+    pretrain   text "A cat ."              input_ids   A    cat  .    <|endoftext|>
+                                           labels     -100  cat  .    <|endoftext|>
+
+    SFT        user "Hi", assistant "Yo"   input_ids   <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Yo <|im_end|> \\n
+                                           labels      -100 ...                                                     Yo <|im_end|> -100
+
+The first label is always -100, since nothing comes before it to predict it from.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dataset import chat
+from dataset.jsonl import DataError, Report, check_paths, read_records
+from dataset.packing import CACHE_DIR, CacheWriter, TokenCache, fingerprint, open_cache
+
+BATCH_RECORDS, BATCH_CHARS = 1024, 2 << 20  # what is tokenised at once: enough for all cores, little for the memory
+
+
+class _TokenDataset(torch.utils.data.Dataset):
+    """What both datasets share: the cache, made at the first start and mapped at every later one.
+
+    Bad records are counted, the first few shown with path:line, skipped, or fatal when strict. Raises DataError for a
+    file that is missing or empty, or without a single usable record. Memory stays constant while the cache is
+    built, and nearly none is used afterwards.
+    """
+
+    kind = ""
+
+    def __init__(self, data_path, tokenizer, max_length: int = 512, *, strict: bool = False, cache_dir=None):
+        if max_length < 2:
+            raise DataError(f"max_length must be at least 2, not {max_length}")
+        self.paths, self.max_length, self.strict = check_paths(data_path), max_length, strict
+        encoder = chat.plain_encoder(tokenizer)
+        key = fingerprint(
+            self.paths, kind=self.kind, max_length=max_length, control=encoder.control, end=_end_of_text(tokenizer),
+            tokenizer=hashlib.sha256(json.dumps(encoder.config).encode()).hexdigest(),
+        )  # fmt: skip
+        folder = Path(cache_dir or CACHE_DIR) / f"{self.kind}-{key}"
+        self.cache = open_cache(folder)
+        if self.cache is None:
+            self._build(folder, tokenizer)
+            self.cache = TokenCache(folder)
+        elif strict and self.cache.meta["examples"]:
+            raise DataError(f"{self.cache.meta['examples'][0]} (fatal because of strict)")
+        if self.summary and os.environ.get("RANK", "0") == "0":
+            print(f"warning: {', '.join(self.paths)}: {self.summary}", file=sys.stderr)
+
+    @property
+    def summary(self) -> str:
+        """What was wrong with the data, such as "12 bad lines skipped"; empty when nothing was."""
+        return self.cache.meta["summary"]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per sample, int32."""
+        return self.cache.lengths
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """Supervised tokens per sample, int32."""
+        return self.cache.num_targets
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of the supervised tokens per sample, control tokens counting 0, int64."""
+        return self.cache.num_bytes
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        index = range(len(self))[index]  # negative indices; IndexError past the end, which ends a for loop
+        start, end = self.cache.offsets[index : index + 2]
+        input_ids = torch.from_numpy(self.cache.tokens[start:end].astype(np.int64))  # (T,)
+        labels = input_ids.clone()
+        labels[0] = -100
+        if self.cache.mask is not None:
+            labels[torch.from_numpy(self.cache.mask[start:end] == 0)] = -100
+        return input_ids, labels
+
+    def _build(self, folder: Path, tokenizer):
+        report = Report(self.strict)
+        sizes = token_bytes(tokenizer)
+        before = [os.stat(path) for path in self.paths]
+        dtype = "uint16" if len(sizes) <= 1 << 16 else "uint32"
+        with CacheWriter(folder, dtype, with_mask=self.kind == "sft") as writer:
+            # disable=None: no bar where stderr is no terminal
+            bar = tqdm(desc="tokenising", unit=" records", delay=1, disable=None, leave=False)
+            for path in self.paths:
+                count = 0
+                for batch in _batches(self._records(path, report)):
+                    for ids, mask in self._encode(tokenizer, path, batch, report):
+                        supervised = sizes[ids[1:]] if mask is None else sizes[ids[mask == 1]]
+                        writer.add(ids, mask, len(supervised), supervised.sum())
+                        count += 1
+                    bar.update(len(batch))
+                if count == 0:
+                    raise DataError(f"{path}: no usable record in it (first problem: {report.first.get(path)})")
+            bar.close()
+            for path, then in zip(self.paths, before, strict=True):
+                now = os.stat(path)
+                if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+                    raise DataError(f"{path}: the file was changed while it was read; start again")
+            writer.meta = {"paths": self.paths, "summary": report.summary(), "examples": report.examples}
+
+    def _records(self, path: str, report: Report) -> Iterator[tuple[int, object, int]]:
+        """(line, what _prepare made of the record, its size in characters) of every usable record."""
+        for _, line, record in read_records(path, report=report):
+            try:
+                yield line, *self._prepare(record)
+            except DataError as error:
+                report.add(path, line, str(error))
+            except RecursionError:
+                report.add(path, line, "JSON nested too deeply")
+
+
+class PretrainDataset(_TokenDataset):
+    """{"text"} records. A document is its tokens + <|endoftext|>; a longer one than max_length is cut into windows.
+
+    Windows overlap by one token, so that every token but the document's first is predicted exactly once:
+    a b c d e f  at max_length 3  ->  [a b c] [c d e] [e f], predicting  b c, d e, f.
+    """
+
+    kind = "pretrain"
+
+    def _prepare(self, record: dict) -> tuple[str, int]:
+        text = record.get("text")
+        if "text" not in record:
+            raise DataError(f"no text in it; its keys: {', '.join(sorted(str(key)[:20] for key in record)[:6])}")
+        if not isinstance(text, str):
+            raise DataError("its text is not a string")
+        if not text.strip():
+            raise DataError("its text is empty")
+        return text, len(text)
+
+    def _encode(self, tokenizer, path, batch, report) -> Iterator[tuple[np.ndarray, None]]:
+        end, step = _end_of_text(tokenizer), self.max_length - 1
+        for ids in chat.plain_encoder(tokenizer).encode_batch([text for _, text, _ in batch]):
+            ids = np.array(ids + [end])
+            for start in range(0, len(ids) - 1, step):
+                yield ids[start : start + self.max_length], None
+
+
+class SFTDataset(_TokenDataset):
+    """Conversations in the formats of chat.to_messages; trained are the assistant's words and their <|im_end|>.
+
+    A sample longer than max_length is cut there, and dropped when nothing supervised is left; both are counted.
+    """
+
+    kind = "sft"
+
+    def _prepare(self, record: dict) -> tuple[list, int]:
+        pieces = chat.chat_pieces(*chat.to_messages(record))
+        return pieces, sum(len(text) for text, _, _ in pieces)
+
+    def _encode(self, tokenizer, path, batch, report) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        encoded = chat.encode_pieces(tokenizer, [pieces for _, pieces, _ in batch])
+        for (line, _, _), (ids, mask) in zip(batch, encoded, strict=True):
+            if len(ids) > self.max_length:
+                long = f"a sample of {len(ids)} tokens, longer than the {self.max_length} of a row"
+                if not any(mask[: self.max_length]):
+                    report.add(path, line, f"{long}: dropped, the assistant's words come after that",
+                               kind=f"samples without an assistant's word in their first {self.max_length} tokens "
+                                    "dropped")  # fmt: skip
+                    continue
+                report.add(path, line, f"{long}: cut", kind=f"samples cut at {self.max_length} tokens")
+            yield np.array(ids[: self.max_length]), np.array(mask[: self.max_length], dtype=np.uint8)
+
+
+def _batches(records: Iterator) -> Iterator[list]:
+    batch, chars = [], 0
+    for item in records:
+        batch.append(item)
+        chars += item[-1]
+        if len(batch) >= BATCH_RECORDS or chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _end_of_text(tokenizer) -> int:
+    """What ends a pretraining document. Raises DataError when the tokenizer has nothing for it."""
+    control = chat.plain_encoder(tokenizer).control
+    end = control.get("<|endoftext|>", tokenizer.eos_token_id)
+    if end is None:
+        raise DataError("the tokenizer has neither <|endoftext|> nor an eos token to end a document with")
+    return end
+
+
+def token_bytes(tokenizer) -> np.ndarray:
+    """UTF-8 bytes that each token stands for, by id, int64; control tokens 0. For bits per byte."""
+    encoder = chat.plain_encoder(tokenizer)
+    vocabulary = encoder.backend.get_vocab()
+    sizes = np.zeros(max([*vocabulary.values(), *encoder.control.values()]) + 1, dtype=np.int64)
+    byte_level = '"ByteLevel"' in json.dumps([encoder.config["pre_tokenizer"], encoder.config["decoder"]])
+    for token, index in vocabulary.items():
+        if byte_level:
+            sizes[index] = len(token)  # its alphabet has one character for each byte
+        elif len(token) == 6 and token.startswith("<0x"):
+            sizes[index] = 1  # sentencepiece's bytes, such as <0x0A>
+        else:
+            sizes[index] = len(token.replace("\u2581", " ").encode("utf-8"))
+    sizes[list(encoder.control.values())] = 0
+    return sizes
+
+
+def collate(dataset, rows: list[list[int]], pad_token_id: int) -> dict:
+    """Rows of sample indices -> input_ids, labels, document_ids, each (B, T), padded right to the longest row.
+
+    document_ids number the documents of a row from 0, padding has -1; None when every row is one document, where
+    causal attention needs no mask: padding on the right is seen by nobody. No rows give a 1x1 batch without a target,
+    for a rank that has nothing to do in this step.
+    """
+    rows = [[dataset[index] for index in row] for row in rows]
+    width = max([1, *(sum(len(ids) for ids, _ in row) for row in rows)])
+    shape = (max(1, len(rows)), width)
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    labels = torch.full(shape, -100, dtype=torch.int64)
+    document_ids = torch.full(shape, -1, dtype=torch.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for number, (ids, targets) in enumerate(row):
+            end = start + len(ids)
+            input_ids[r, start:end], labels[r, start:end], document_ids[r, start:end] = ids, targets, number
+            start = end
+    one_each = all(len(row) == 1 for row in rows)
+    return {"input_ids": input_ids, "labels": labels, "document_ids": None if one_each else document_ids}
