@@ -1,20 +1,22 @@
 r"""The one definition of the prompt format: messages -> token ids and loss mask.
 
-ChatML, as every script, the dataset and the chat use it (and as the template in tokenizer_config.json repeats it):
+ChatML, as the datasets, every script and chat use it; the template in tokenizer_config.json says the same:
 
     <|im_start|>system\n{content}<|im_end|>\n         only when there is a system message or a list of tools
     <|im_start|>user\n{content}<|im_end|>\n
     <|im_start|>assistant\n{content}<|im_end|>\n      {content}<|im_end|> is what the model learns to write
 
-Control tokens come from here alone. Everything that people wrote is encoded by a copy of the tokenizer that knows no
-control tokens, so "<|im_end|>" typed by a user stays eight harmless pieces of text. The one exception is what the
-model itself must learn to write: <think>, </think>, <tool_call>, </tool_call> in an assistant's message.
+Control tokens come from here alone. Everything that people wrote is encoded by a copy of the tokenizer that
+knows no control tokens, so "<|im_end|>" typed by a user stays eight harmless pieces of text. The one
+exception is what the model itself must learn to write: <think>, </think>, <tool_call>, </tool_call> in an
+assistant's message.
 
-A conversation is rendered as pieces (text, is_control, is_supervised), each encoded apart from its neighbours. The
-header "assistant\n" is a piece of its own, so the prompt of a generation ends in exactly the ids of training:
+A conversation is rendered as pieces (text, is_control, is_supervised), each encoded apart from its
+neighbours. The header "assistant\n" is a piece of its own, so the prompt of a generation ends in exactly the
+ids of training:
 
-    [("<|im_start|>", True, False), ("user\n", False, False), ("Hi", False, False), ("<|im_end|>", True, False), ...
-     ("assistant\n", False, False), ("Hello!", False, True), ("<|im_end|>", True, True), ("\n", False, False)]
+    [..., ("<|im_start|>", True, False), ("assistant\n", False, False),
+          ("Hello!", False, True), ("<|im_end|>", True, True), ("\n", False, False)]
 """
 
 import json
@@ -22,7 +24,7 @@ import re
 
 from tokenizers import Tokenizer
 
-from dataset.jsonl import DataError, check_unicode
+from dataset.jsonl import DataError, check_unicode, keys_of
 
 START, END = "<|im_start|>", "<|im_end|>"
 MODEL_WRITES = re.compile(r"(</?think>|</?tool_call>)")  # control tokens that an assistant's text may contain
@@ -38,25 +40,24 @@ ROLES = {
 Piece = tuple[str, bool, bool]  # (text, is a control token, is supervised)
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # records -> messages
 
 
 def to_messages(record: dict) -> tuple[list[dict], list | None]:
     """The messages and the tools (None: none) of a record in any format that we accept.
 
-    {"conversations": [...]} or {"messages": [...]} with role/content or from/value (human, gpt), optionally "system"
-    and "tools" (a list, or a JSON string of one); {"instruction", "input", "output"}. Messages come back with the keys
-    role (system, user, assistant, tool) and content, plus tool_calls and reasoning_content where there are any.
-    Raises DataError, without path and line, for another format, wrong roles, or no assistant.
+    {"conversations": [...]} or {"messages": [...]} with role/content or from/value (human, gpt), optionally
+    "system" and "tools" (a list, or a JSON string of one); {"instruction", "input", "output"}. Messages come
+    back with the keys role (system, user, assistant, tool) and content, plus tool_calls and reasoning_content
+    where there are any. Raises DataError (path and line are not its job) for another format or wrong roles.
     """
-    turns = next((record[key] for key in ("conversations", "messages") if key in record), None)
+    turns = record.get("conversations")
+    turns = record.get("messages") if turns is None else turns
     if turns is None and "instruction" in record and "output" in record:
         turns = [{"role": "user", "content": _join_instruction(record)},
                  {"role": "assistant", "content": record["output"]}]  # fmt: skip
     if turns is None:
-        keys = ", ".join(sorted(str(key)[:20] for key in record)[:6])
-        raise DataError(f"no conversation in it (conversations, messages or instruction/output); its keys: {keys}")
+        raise DataError(f"no conversations, messages or instruction and output in it, but {keys_of(record)}")
     if isinstance(turns, str):  # a CSV cell
         turns = parse_json(turns, "the conversation")
     if not isinstance(turns, list) or not turns:
@@ -89,8 +90,9 @@ def _to_message(turn: object, name: str) -> dict:
     if role == "function_call":  # LLaMA-Factory's spelling: the call is the content
         calls = parse_json(content, name) if isinstance(content, str) else content
         content, calls = "", calls if isinstance(calls, list) else [calls]
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)  # OpenAI's list of parts
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):  # OpenAI's parts
+        if all(isinstance(part.get("text"), str) for part in content):
+            content = "".join(part["text"] for part in content)
     if content is None and calls:
         content = ""
     if not isinstance(content, str):
@@ -99,8 +101,10 @@ def _to_message(turn: object, name: str) -> dict:
     if message["role"] == "assistant":
         if calls:
             message["tool_calls"] = _to_calls(calls, name)
-        if isinstance(turn.get("reasoning_content"), str) and turn["reasoning_content"]:
-            message["reasoning_content"] = turn["reasoning_content"]
+        if thinking := turn.get("reasoning_content"):
+            if not isinstance(thinking, str):
+                raise DataError(f"the reasoning_content of {name} is not text")
+            message["reasoning_content"] = thinking
         if not content and len(message) == 2:
             raise DataError(f"{name}: the assistant says nothing")
     return message
@@ -115,7 +119,7 @@ def _to_calls(calls: object, name: str) -> list[dict]:
             raise DataError(f"{name}: a tool call without a name")
         arguments = call.get("arguments", {})
         if isinstance(arguments, str):
-            parse_json(arguments, f"{name}: the arguments of {call['name'][:30]}")
+            parse_json(arguments, f"the arguments of the tool call in {name}")
         result.append({"name": call["name"], "arguments": arguments})
     return result
 
@@ -125,8 +129,8 @@ def _to_tools(tools: object) -> list | None:
         tools = parse_json(tools, "tools") if tools.strip() else None
     if not tools:
         return None
-    if not isinstance(tools, list):
-        raise DataError("tools is not a list")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError("tools is not a list of objects")
     return tools
 
 
@@ -140,11 +144,11 @@ def parse_json(text: str, what: str) -> object:
         raise DataError(f"{what} is not valid JSON") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # messages -> pieces
 
 
-def chat_pieces(messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> list[Piece]:
+def chat_pieces(messages: list[dict], tools: list | None = None,
+                add_generation_prompt: bool = False) -> list[Piece]:  # fmt: skip
     """A conversation as pieces (text, is_control, is_supervised), in order."""
     pieces = []
 
@@ -157,16 +161,16 @@ def chat_pieces(messages: list[dict], tools: list | None = None, add_generation_
         has_system = bool(messages) and messages[0]["role"] == "system"
         system = messages[0]["content"] if has_system else ""
         messages = messages[1:] if has_system else messages
-        listing = "\n".join(_dump(tool) for tool in tools)
-        turn("system", [(f"{system}\n\n" * bool(system) + f"{TOOLS_PREAMBLE}{listing}\n</tools>", False, False)])
+        system += "\n\n" * bool(system) + TOOLS_PREAMBLE + "".join(_dump(tool) + "\n" for tool in tools)
+        turn("system", [(system + "</tools>", False, False)])
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "assistant":
             parts = MODEL_WRITES.split(_assistant_text(message))  # text and control tokens alternate
             turn(role, [(part, index % 2 == 1, True) for index, part in enumerate(parts)], supervised=True)
         elif role == "tool":
-            body = [("<tool_response>", True, False), (f"\n{content}\n", False, False), ("</tool_response>", True, False)]
-            turn("user", body)
+            opened, closed = ("<tool_response>", True, False), ("</tool_response>", True, False)
+            turn("user", [opened, (f"\n{content}\n", False, False), closed])
         else:
             turn(role, [(content, False, False)])
     if add_generation_prompt:
@@ -180,7 +184,8 @@ def _assistant_text(message: dict) -> str:
     text = f"<think>\n{thinking}\n</think>\n\n{content}" if thinking else content
     for index, call in enumerate(message.get("tool_calls") or []):
         call = call.get("function", call)
-        arguments = call["arguments"] if isinstance(call["arguments"], str) else _dump(call["arguments"])
+        arguments = call.get("arguments", {})
+        arguments = arguments if isinstance(arguments, str) else _dump(arguments)
         text += "\n" * bool(content or index)
         text += f'<tool_call>\n{{"name": {_dump(call["name"])}, "arguments": {arguments}}}\n</tool_call>'
     return text
@@ -190,15 +195,14 @@ def _dump(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # pieces -> ids
 
 
 class PlainEncoder:
     """The tokenizer without its control tokens, and the control tokens apart.
 
-    `encode_batch` can't return the id of a control token whatever the text says: the copy has no added tokens, and
-    no merge of its BPE ends in one.
+    `encode_batch` can't return the id of a control token whatever the text says: the copy has no added
+    tokens, and no merge of its BPE ends in one.
     """
 
     def __init__(self, tokenizer):
@@ -247,7 +251,7 @@ def encode_pieces(tokenizer, conversations: list[list[Piece]]) -> list[tuple[lis
     encoder = plain_encoder(tokenizer)
     for token in (START, END):
         if token not in encoder.control:
-            raise DataError(f"the tokenizer has no {token} token; chat needs one that has (such as model/tokenizer)")
+            raise DataError(f"the tokenizer has no {token} token, which chat needs (model/tokenizer has it)")
     # a control token that the tokenizer lacks (a foreign one without <think>) is spelled out as text
     texts = list({text for pieces in conversations for text, control, _ in pieces
                   if not (control and text in encoder.control)})  # fmt: skip

@@ -1,12 +1,11 @@
 """Records out of data files of any size, with a line number for every complaint.
 
-Formats: .jsonl (one JSON object a line; also what any other ending is read as), .json (an array of objects, objects
-one after the other, or JSONL under another name), .csv (first row: the field names), each also as .gz, and .parquet
-(needs pyarrow). Files are streamed: memory does not grow with their size.
+Formats: .jsonl (one JSON object a line; also what any other ending is read as), .json (an array of objects,
+objects one after the other, or JSONL under another name), .csv (first row: the field names), each also as
+.gz, and .parquet (needs pyarrow). Files are streamed: memory does not grow with their size.
 
-A user's file is never trusted to be right. What cannot be read becomes one line such as
-`data.jsonl:17: not valid JSON (Expecting ',' delimiter, column 9)`: counted, the first few shown, skipped, or fatal
-when strict.
+A user's file is never trusted to be right. What cannot be read becomes one line such as `data.jsonl:17: not
+valid JSON (Expecting ',' delimiter, column 9)`: counted, the first few shown, skipped, or fatal when strict.
 """
 
 import csv
@@ -27,7 +26,7 @@ class DataError(ValueError):
 
 
 class Report:
-    """Counts what is wrong with the data, shows the first few of each kind on stderr; raises at once when strict."""
+    """Counts what is wrong with the data, shows the first few of each kind on stderr; fatal when strict."""
 
     def __init__(self, strict: bool = False, shown: int = 3):
         self.strict, self.shown = strict, shown
@@ -39,7 +38,7 @@ class Report:
         """Raises DataError when strict."""
         message = f"{path}:{line}: {reason}" if line else f"{path}: {reason}"
         if self.strict:
-            raise DataError(f"{message} (fatal because of strict)")
+            raise DataError(f"{message} (fatal with --strict)")
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.first.setdefault(str(path), message)
         if self.counts[kind] <= self.shown:
@@ -51,11 +50,14 @@ class Report:
         return ", ".join(f"{count:,} {kind}" for kind, count in self.counts.items())
 
 
-def read_records(paths, strict: bool = False, report: Report | None = None) -> Iterator[tuple[str, int, dict]]:
+Record = tuple[str, int, dict]  # (path, line number, record)
+
+
+def read_records(paths, strict: bool = False, report: Report | None = None) -> Iterator[Record]:
     """Yields (path, line_number, record) for every record of one file or several, in order.
 
-    Problems go to `report`, which then also decides what is fatal; without one they are shown here, with a summary
-    at the end. Raises DataError for a file that is missing, empty, unreadable or holds no record at all.
+    Problems go to `report`, which then also decides what is fatal; without one they are shown here, with a
+    summary at the end. Raises DataError for a file that is missing, empty, unreadable or without any record.
     """
     paths = check_paths(paths)  # all of them first: not an hour later, when the second file's turn comes
     own_report = report is None
@@ -66,14 +68,18 @@ def read_records(paths, strict: bool = False, report: Report | None = None) -> I
             any_record = True
             yield path, line, record
         if not any_record:
-            first = report.first.get(path)
-            raise DataError(f"{path}: no usable record in it" + (f" (first problem: {first})" if first else ""))
+            raise nothing_usable(path, report)
     if own_report and report.counts:
         print(f"warning: {report.summary()}", file=sys.stderr)
 
 
+def nothing_usable(path: str, report: Report) -> DataError:
+    first = report.first.get(path, "it holds only blank lines").removeprefix(f"{path}:")
+    return DataError(f"{path}: no usable record in it (first problem: {first.strip()})")
+
+
 def check_paths(paths) -> list[str]:
-    """One path or several, as a list of strings. Raises DataError for a file that is missing, a folder or empty."""
+    """One path or several, as a list of strings. Raises DataError for what is missing, a folder or empty."""
     paths = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     if not paths:
         raise DataError("no data file was given")
@@ -91,7 +97,7 @@ def check_paths(paths) -> list[str]:
 
 
 def _read_file(path: str, report: Report) -> Iterator[tuple[int, dict]]:
-    """(line, record) of one file; whatever stops the reading half-way is reported, and what came before is kept."""
+    """(line, record) of one file. What stops the reading half-way is reported; what came before is kept."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     gzipped = suffixes[-1:] == [".gz"]
     kind = (suffixes[:-1] if gzipped else suffixes)[-1:]
@@ -155,14 +161,12 @@ def _parse(raw: bytes) -> object:
     """The JSON value of a line, or a DataError that says why there is none."""
     try:
         record = json.loads(raw.decode("utf-8"))
-        if b"\\u" in raw:
+        if b"\\ud" in raw or b"\\uD" in raw:
             check_unicode(record)
         return record
     except UnicodeDecodeError as error:
         return DataError(f"not valid UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1})")
-    except json.JSONDecodeError as error:
-        return DataError(f"not valid JSON ({error.msg}, column {error.colno})")
-    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits; 100,000 brackets
+    except (ValueError, RecursionError) as error:
         return DataError(_reason(error))
 
 
@@ -175,7 +179,17 @@ def check_unicode(value: object):
 
 
 def _reason(error: Exception) -> str:
-    return "JSON nested too deeply" if isinstance(error, RecursionError) else str(error).split("\n")[0]
+    if isinstance(error, RecursionError):
+        return "JSON nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg}, column {error.colno})"
+    return str(error).split("\n")[0]  # such as an integer of 5,000 digits
+
+
+def keys_of(record: dict) -> str:
+    """For a complaint: "the keys 'id', 'question'", in one short line whatever the keys are."""
+    keys = [repr(str(key)[:20]) for key in record]
+    return f"the keys {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}" if keys else "nothing"
 
 
 def _json_type(value: object) -> str:
@@ -186,12 +200,10 @@ def _json_type(value: object) -> str:
 def _read_json(file) -> Iterator[tuple[int, object]]:
     """A .json file: JSONL when its first line is a whole object, else an array or a sequence of values."""
     with file:
-        first = file.readline(MAX_LINE + 1)
+        _, first = next(_lines(file))
         file.seek(0)
-        if isinstance(_parse(first.removeprefix(b"\xef\xbb\xbf")), dict):
+        if isinstance(first, bytes) and first.lstrip().startswith(b"{") and isinstance(_parse(first), dict):
             yield from _read_jsonl(file)
-        elif first.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise _Stop(1, "the file is UTF-16; save it as UTF-8")
         else:
             yield from _json_values(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
 
@@ -200,10 +212,11 @@ _GAP = re.compile(r"[ \t\r\n,]*")
 
 
 def _json_values(file) -> Iterator[tuple[int, object]]:
-    """The values of a JSON array, or of a sequence, one at a time from a buffer that holds only the current one."""
+    """The values of a JSON array, or of a sequence of values, each decoded out of a small buffer."""
     decode = json.JSONDecoder().raw_decode
-    text, at, line, step, in_array = "", 0, 1, 1 << 20, None
-    more = True  # the file may hold more text
+    step = small_step = 1 << 18
+    text, at, line = "", 0, 1
+    in_array, more = None, True  # nothing known yet; the file may hold more text
 
     def fill():
         nonlocal text, at, more
@@ -229,7 +242,7 @@ def _json_values(file) -> Iterator[tuple[int, object]]:
             in_array = bool(in_array)
             try:
                 value, end = decode(text, at)
-                if "\\u" in text[at:end]:
+                if text.find("\\u", at, end) >= 0:
                     check_unicode(value)
             except (ValueError, RecursionError) as error:
                 # perhaps the value only goes on beyond the buffer: read on, in growing steps
@@ -237,11 +250,10 @@ def _json_values(file) -> Iterator[tuple[int, object]]:
                     step *= 2
                     fill()
                     continue
-                reason = f"not valid JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else _reason(error)
-                raise _Stop(line, reason) from None
+                raise _Stop(line, _reason(error)) from None
             yield line, value
             line += text.count("\n", at, end)
-            at, step = end, 1 << 20
+            at, step = end, small_step
     if in_array:
         raise _Stop(line, "the JSON array is not closed: the file seems cut off")
 
@@ -257,22 +269,20 @@ def _read_csv(file) -> Iterator[tuple[int, object]]:
 
     with file:
         rows = csv.DictReader(text_lines())
-        line = 1
         try:
             for row in rows:
-                first, line = line, rows.line_num
-                try:
-                    if None in row:
-                        yield line, DataError("more fields than the first row has names")
-                    elif None in row.values():
-                        yield line, DataError("fewer fields than the first row has names")
-                    else:
-                        check_unicode(row)
-                        yield line, row
-                except ValueError:
-                    yield line, DataError("not valid UTF-8")
+                if None in row:
+                    row = DataError("more fields than the first row has names")
+                elif None in row.values():
+                    row = DataError("fewer fields than the first row has names")
+                else:
+                    try:
+                        "".join(row.values()).encode("utf-8")
+                    except UnicodeEncodeError:
+                        row = DataError("not valid UTF-8")
+                yield rows.line_num, row
         except csv.Error as error:
-            raise _Stop(first, f"not valid CSV ({error})") from None
+            raise _Stop(rows.line_num, f"not valid CSV ({error})") from None
 
 
 def _read_parquet(path: str) -> Iterator[tuple[int, object]]:
@@ -280,7 +290,7 @@ def _read_parquet(path: str) -> Iterator[tuple[int, object]]:
     try:
         import pyarrow.parquet  # not in requirements.txt: 40 MB for a format that few need
     except ImportError:
-        raise DataError(f"{path}: reading .parquet needs pyarrow (pip install pyarrow); or convert it to .jsonl") from None
+        raise DataError(f"{path}: .parquet needs `pip install pyarrow`; or convert to .jsonl") from None
     row = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):

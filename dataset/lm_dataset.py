@@ -5,10 +5,10 @@ Labels stand at the positions of their inputs (the model shifts them), -100 is n
     pretrain   text "A cat ."              input_ids   A    cat  .    <|endoftext|>
                                            labels     -100  cat  .    <|endoftext|>
 
-    SFT        user "Hi", assistant "Yo"   input_ids   <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Yo <|im_end|> \\n
-                                           labels      -100 ...                                                     Yo <|im_end|> -100
+    SFT        ... assistant "Yo"          input_ids   ...  <|im_start|> assistant  \\n   Yo  <|im_end|>  \\n
+                                           labels      ...  -100         -100      -100  Yo  <|im_end|> -100
 
-The first label is always -100, since nothing comes before it to predict it from.
+The first label is always -100: nothing comes before it to predict it from.
 """
 
 import hashlib
@@ -23,18 +23,18 @@ import torch
 from tqdm import tqdm
 
 from dataset import chat
-from dataset.jsonl import DataError, Report, check_paths, read_records
+from dataset.jsonl import DataError, Report, check_paths, keys_of, nothing_usable, read_records
 from dataset.packing import CACHE_DIR, CacheWriter, TokenCache, fingerprint, open_cache
 
-BATCH_RECORDS, BATCH_CHARS = 1024, 2 << 20  # what is tokenised at once: enough for all cores, little for the memory
+BATCH_RECORDS, BATCH_CHARS = 1024, 2 << 20  # tokenised at once: enough for all cores, little for the memory
 
 
 class _TokenDataset(torch.utils.data.Dataset):
     """What both datasets share: the cache, made at the first start and mapped at every later one.
 
-    Bad records are counted, the first few shown with path:line, skipped, or fatal when strict. Raises DataError for a
-    file that is missing or empty, or without a single usable record. Memory stays constant while the cache is
-    built, and nearly none is used afterwards.
+    Bad records are counted, the first few shown with path:line, skipped, or fatal when strict. Raises
+    DataError for a file that is missing or empty, or without a single usable record. Memory stays constant
+    while the cache is built, and nearly none is used afterwards.
     """
 
     kind = ""
@@ -44,17 +44,16 @@ class _TokenDataset(torch.utils.data.Dataset):
             raise DataError(f"max_length must be at least 2, not {max_length}")
         self.paths, self.max_length, self.strict = check_paths(data_path), max_length, strict
         encoder = chat.plain_encoder(tokenizer)
-        key = fingerprint(
-            self.paths, kind=self.kind, max_length=max_length, control=encoder.control, end=_end_of_text(tokenizer),
-            tokenizer=hashlib.sha256(json.dumps(encoder.config).encode()).hexdigest(),
-        )  # fmt: skip
+        words = json.dumps([encoder.config, encoder.control, _end_of_text(tokenizer)])
+        words = hashlib.sha256(words.encode()).hexdigest()
+        key = fingerprint(self.paths, kind=self.kind, max_length=max_length, tokenizer=words)
         folder = Path(cache_dir or CACHE_DIR) / f"{self.kind}-{key}"
         self.cache = open_cache(folder)
         if self.cache is None:
             self._build(folder, tokenizer)
             self.cache = TokenCache(folder)
         elif strict and self.cache.meta["examples"]:
-            raise DataError(f"{self.cache.meta['examples'][0]} (fatal because of strict)")
+            raise DataError(f"{self.cache.meta['examples'][0]} (fatal with --strict)")
         if self.summary and os.environ.get("RANK", "0") == "0":
             print(f"warning: {', '.join(self.paths)}: {self.summary}", file=sys.stderr)
 
@@ -108,7 +107,7 @@ class _TokenDataset(torch.utils.data.Dataset):
                         count += 1
                     bar.update(len(batch))
                 if count == 0:
-                    raise DataError(f"{path}: no usable record in it (first problem: {report.first.get(path)})")
+                    raise nothing_usable(path, report)
             bar.close()
             for path, then in zip(self.paths, before, strict=True):
                 now = os.stat(path)
@@ -128,7 +127,7 @@ class _TokenDataset(torch.utils.data.Dataset):
 
 
 class PretrainDataset(_TokenDataset):
-    """{"text"} records. A document is its tokens + <|endoftext|>; a longer one than max_length is cut into windows.
+    """{"text"} records: a document is its tokens + <|endoftext|>, in windows when longer than max_length.
 
     Windows overlap by one token, so that every token but the document's first is predicted exactly once:
     a b c d e f  at max_length 3  ->  [a b c] [c d e] [e f], predicting  b c, d e, f.
@@ -139,7 +138,7 @@ class PretrainDataset(_TokenDataset):
     def _prepare(self, record: dict) -> tuple[str, int]:
         text = record.get("text")
         if "text" not in record:
-            raise DataError(f"no text in it; its keys: {', '.join(sorted(str(key)[:20] for key in record)[:6])}")
+            raise DataError(f"no text in it, but {keys_of(record)}")
         if not isinstance(text, str):
             raise DataError("its text is not a string")
         if not text.strip():
@@ -155,9 +154,9 @@ class PretrainDataset(_TokenDataset):
 
 
 class SFTDataset(_TokenDataset):
-    """Conversations in the formats of chat.to_messages; trained are the assistant's words and their <|im_end|>.
+    """Conversations in the formats of chat.to_messages; targets are the assistant's words and their <|im_end|>.
 
-    A sample longer than max_length is cut there, and dropped when nothing supervised is left; both are counted.
+    A sample longer than max_length is cut there, or dropped when no target is left; both are counted.
     """
 
     kind = "sft"
@@ -170,13 +169,12 @@ class SFTDataset(_TokenDataset):
         encoded = chat.encode_pieces(tokenizer, [pieces for _, pieces, _ in batch])
         for (line, _, _), (ids, mask) in zip(batch, encoded, strict=True):
             if len(ids) > self.max_length:
-                long = f"a sample of {len(ids)} tokens, longer than the {self.max_length} of a row"
-                if not any(mask[: self.max_length]):
-                    report.add(path, line, f"{long}: dropped, the assistant's words come after that",
-                               kind=f"samples without an assistant's word in their first {self.max_length} tokens "
-                                    "dropped")  # fmt: skip
+                trained = any(mask[: self.max_length])
+                what = "cut" if trained else "dropped (no assistant's word before that)"
+                reason = f"a sample of {len(ids)} tokens, longer than a row of {self.max_length}: {what}"
+                report.add(path, line, reason, kind=f"samples over {self.max_length} tokens {what}")
+                if not trained:
                     continue
-                report.add(path, line, f"{long}: cut", kind=f"samples cut at {self.max_length} tokens")
             yield np.array(ids[: self.max_length]), np.array(mask[: self.max_length], dtype=np.uint8)
 
 
@@ -219,11 +217,11 @@ def token_bytes(tokenizer) -> np.ndarray:
 
 
 def collate(dataset, rows: list[list[int]], pad_token_id: int) -> dict:
-    """Rows of sample indices -> input_ids, labels, document_ids, each (B, T), padded right to the longest row.
+    """Rows of sample indices -> input_ids, labels, document_ids, each (B, T), padded right to the longest.
 
-    document_ids number the documents of a row from 0, padding has -1; None when every row is one document, where
-    causal attention needs no mask: padding on the right is seen by nobody. No rows give a 1x1 batch without a target,
-    for a rank that has nothing to do in this step.
+    document_ids number the documents of a row from 0, padding has -1; None when every row is one document,
+    where causal attention needs no mask: padding on the right is seen by nobody. No rows give a 1x1 batch
+    without a target, for a rank that has nothing to do in this step.
     """
     rows = [[dataset[index] for index in row] for row in rows]
     width = max([1, *(sum(len(ids) for ids, _ in row) for row in rows)])

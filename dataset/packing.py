@@ -1,9 +1,9 @@
 """Rows filled with whole documents, and the token cache on disk.
 
-Without packing, a batch of short documents is mostly padding. `pack_rows` puts several documents into one row, never
-cutting one ("Fewer Truncations Improve Language Modeling", Ding et al. 2024); document ids then keep them from seeing
-each other. `TokenCache` holds what tokenisation made as memory-mapped arrays: a second start reads nothing, and
-the operating system shares the pages between all processes of a machine.
+Without packing, a batch of short documents is mostly padding. `pack_rows` puts several into one row, never
+cutting one ("Fewer Truncations Improve Language Modeling", Ding et al. 2024, https://arxiv.org/abs/2404.10830);
+document ids then keep them from seeing each other. `TokenCache` holds what tokenisation made as memory-mapped
+arrays: a second start reads nothing, and the processes of a machine share the pages.
 """
 
 import hashlib
@@ -44,12 +44,12 @@ def single_rows(count: int, seed: int) -> Rows:
 def pack_rows(lengths: np.ndarray, max_length: int, seed: int) -> Rows:
     """Best-fit packing: samples in seeded random order, each into the fullest row that still has room for it.
 
-    Best-fit rather than best-fit-decreasing: sorting by length fills rows slightly better, but then the shortest
-    documents, which are of one kind, end up together. Every sample is in exactly one row and no row is
-    longer than max_length. Raises DataError when a sample is.
+    Best-fit rather than best-fit-decreasing: sorting by length fills rows slightly better, but then the
+    shortest documents, which are of one kind, end up together. Every sample is in exactly one row and no row
+    is longer than max_length. Raises DataError when a sample is.
 
-    Finding the row: open rows are stacked by the room they have left, and bit r of `has_room` says that stack r is not
-    empty. For a document of 5 tokens the lowest set bit of has_room >> 5 leads to the tightest row.
+    Finding the row: open rows are stacked by the room they have left, and bit r of `has_room` says that stack
+    r is not empty. For a document of 5 tokens the lowest set bit of has_room >> 5 leads to the tightest row.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and lengths.max() > max_length:
@@ -59,7 +59,8 @@ def pack_rows(lengths: np.ndarray, max_length: int, seed: int) -> Rows:
     row_of = np.empty(len(lengths), dtype=np.int64)  # by position in `order`
     stacks: dict[int, list[int]] = {}  # room left -> open rows with that room
     has_room, num_rows = 0, 0
-    for position, length in enumerate(lengths[order].tolist()):
+    for position, sample in enumerate(order):
+        length = int(lengths[sample])
         fitting = has_room >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
@@ -81,7 +82,7 @@ def pack_rows(lengths: np.ndarray, max_length: int, seed: int) -> Rows:
 
 
 def fingerprint(paths: list[str], **settings) -> str:
-    """A name for what these files become under these settings; changes when a file's path, size or time does."""
+    """Names what these files become under these settings; another path, size or time gives another name."""
     files = []
     for path in paths:
         stat = os.stat(path)
@@ -95,9 +96,9 @@ def fingerprint(paths: list[str], **settings) -> str:
 class TokenCache:
     """A folder of flat arrays, memory-mapped; sample i is tokens[offsets[i] : offsets[i + 1]].
 
-    tokens (uint16, or uint32 for vocabularies over 65,536), mask (uint8, 1 = supervised; absent: all but the first),
-    offsets (int64), lengths and num_targets (int32), num_bytes (int64), and meta.json. Pickles as its path, so that
-    worker processes map the same pages instead of copying them.
+    tokens (uint16, or uint32 for vocabularies over 65,536), mask (uint8, 1 = supervised; absent: all but the
+    first), offsets (int64), lengths and num_targets (int32), num_bytes (int64), and meta.json. Pickles as its
+    path, so that worker processes map the same pages instead of copying them.
     """
 
     ARRAYS = {"tokens": None, "mask": "uint8", "offsets": "int64", "lengths": "int32",
@@ -133,8 +134,8 @@ def open_cache(folder: Path) -> TokenCache | None:
 class CacheWriter:
     """Writes a TokenCache sample by sample: `with CacheWriter(folder, ...) as writer: writer.add(...)`.
 
-    The work is done in a temporary folder beside the final one and renamed at the end, so a cache is complete or
-    absent; when the block ends by an exception nothing is left.
+    The work is done in a temporary folder beside the final one and renamed at the end, so a cache is complete
+    or absent; when the block ends by an exception nothing is left.
     """
 
     def __init__(self, folder: Path, token_dtype: str, with_mask: bool):
@@ -147,21 +148,27 @@ class CacheWriter:
         parent = self.folder.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            for old in parent.glob("tmp-*"):  # what killed runs left; a day, for another run may be writing now
+            for old in parent.glob("tmp-*/tokens.bin"):  # left by killed runs; a young one may be at work
                 if time.time() - old.stat().st_mtime > 86400:
-                    shutil.rmtree(old, ignore_errors=True)
+                    shutil.rmtree(old.parent, ignore_errors=True)
             self.temporary = parent / f"tmp-{uuid.uuid4().hex}"
             self.temporary.mkdir()
+            self.files = {name: open(self.temporary / f"{name}.bin", "wb") for name in self.dtypes}
         except OSError as error:
-            raise DataError(f"cannot write the token cache in {parent} ({error.strerror})") from None
-        self.files = {name: open(self.temporary / f"{name}.bin", "wb") for name in self.dtypes}
+            raise self._failed(error) from None
         self.sizes = dict.fromkeys(self.dtypes, 0)
         self._write("offsets", [0])
         return self
 
+    def _failed(self, error: OSError) -> DataError:
+        return DataError(f"cannot write the token cache in {self.folder.parent} ({error.strerror or error})")
+
     def _write(self, name: str, values):
         values = np.asarray(values, dtype=self.dtypes[name])
-        self.files[name].write(values.tobytes())
+        try:
+            self.files[name].write(values.tobytes())
+        except OSError as error:  # a full disk
+            raise self._failed(error) from None
         self.sizes[name] += len(values)
 
     def add(self, ids: np.ndarray, mask: np.ndarray | None, num_targets: int, num_bytes: int):
@@ -190,9 +197,6 @@ class CacheWriter:
                         if open_cache(self.folder) is None:
                             raise
         except OSError as failure:
-            error = failure
+            raise self._failed(failure) from None
         finally:
             shutil.rmtree(self.temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise DataError(f"cannot write the token cache in {self.folder.parent} ({reason})") from None
