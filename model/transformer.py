@@ -1,12 +1,13 @@
 """A decoder-only transformer: token ids in, the logits of the next token out.
 
-Read it from bottom to top if you like the big picture first: `CausalLM` = `Decoder` + output head; a `Decoder` is an
-embedding, a stack of `Block`s and a norm; a `Block` is `Attention`, then `FeedForward`, each added to the residual stream.
+For the big picture read from bottom to top: `CausalLM` is a `Decoder` and an output head; a `Decoder` is an
+embedding, a stack of `Block`s and a norm; a `Block` is `Attention`, then `FeedForward`, each adding its part.
 
-Every parameter carries the name that transformers' LlamaForCausalLM (Qwen3ForCausalLM with q/k norms, Qwen2ForCausalLM
-with q/k/v biases) gives it, so a saved model opens anywhere and theirs open here.
+Parameters carry the names of transformers' LlamaForCausalLM (Qwen3's with q/k norms, Qwen2's with biases),
+so that a saved model opens anywhere and theirs open here.
 
-Shapes:  B batch, T tokens, S keys visible (T plus what is cached), C width, H heads, K key/value heads, D head dim, V vocab.
+Shapes: B batch, T tokens, S keys in sight (T plus what is cached), C width, H heads, K key/value heads,
+D head dim, V vocabulary.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SHORT = 512  # rows of up to this many tokens take `short_attention` when a CPU trains on them
-LOSS_CHUNK = 4096  # rows projected to the vocabulary at once: bounds the (rows, V) float32 logits
+LOSS_CHUNK = 4096  # rows projected to the vocabulary at once: bounds the memory of their float32 logits
 
 
 class ModelError(ValueError):
@@ -29,50 +30,55 @@ class ModelError(ValueError):
 class ModelConfig:
     """The shape of a model, in the names of config.json. Raises ModelError for a shape that can't exist."""
 
-    vocab_size: int = 6400
     hidden_size: int = 512
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
     num_key_value_heads: int = 2  # fewer than heads: a smaller KV cache for almost the same quality
-    intermediate_size: int = 1408  # about 8/3 of the width: SwiGLU has three matrices where a plain MLP has two
+    intermediate_size: int = 1408  # about 8/3 of the width: SwiGLU has three matrices, a plain MLP two
+    vocab_size: int = 6400
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    qk_norm: bool = False  # RMSNorm on every head's query and key (Qwen3): bounds the logits of attention
+    qk_norm: bool = False  # RMSNorm on each head's query and key (Qwen3): attention scores can't explode
     attention_bias: bool = False  # biases on q, k and v, none on the output (Qwen2)
-    tie_word_embeddings: bool = True  # one matrix reads and writes tokens: most of a small model's parameters
+    tie_word_embeddings: bool = True  # one matrix reads and writes tokens: it is much of a small model
     rope_theta: float = 1e6
-    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3" | "yarn", "factor": ...}
+    rope_scaling: dict | None = None  # {"rope_type": "linear", "llama3" or "yarn", "factor": ..., ...}
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
 
     def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                 "intermediate_size", "max_position_embeddings")
-        for name in sizes:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ModelError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        optional = ("head_dim", "sliding_window")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                     "intermediate_size", "vocab_size", "max_position_embeddings", *optional):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value > 0) and not (value is None and name in optional):
+                raise ModelError(f"{name} must be a positive integer, not {value!r}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                raise ModelError(f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
-                                 f"{self.num_attention_heads}; change one, or set head_dim")
+                raise ModelError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                                 f"{self.num_attention_heads}: change one of them, or set head_dim")
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ModelError(f"head_dim must be even (RoPE turns pairs), not {self.head_dim}")
+        if self.head_dim % 2:
+            raise ModelError(f"head_dim must be even, since RoPE turns pairs; it is {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ModelError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+            raise ModelError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.qk_norm and self.attention_bias:
-            raise ModelError("qk_norm and attention_bias together exist in no standard class; choose one")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ModelError(f"sliding_window must be positive or None, not {self.sliding_window}")
-        rope_frequencies(self, "meta")  # raises for rotary settings of an unknown type or with parts missing
+            raise ModelError("no standard class has both qk_norm and attention_bias: choose one")
+        rope_frequencies(self, "meta")  # raises for rotary settings that are unknown or incomplete
+
+
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type that matrix products of x come out in: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv:1910.07467)
 
-    LayerNorm without the mean and the bias: only the length of the vector is standardised.
+    LayerNorm without the mean and the bias: only the length of a vector is standardised, its direction stays.
     """
 
     def __init__(self, size: int, eps: float):
@@ -81,144 +87,144 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        # Statistics in float32 whatever comes in. Under autocast the result leaves in the type of the matmuls that
-        # read it, so that q, k and v (or gate and up) don't each cast the same tensor.
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x = x.float()
+        # In float32 whatever comes in. Under autocast the result leaves in the type of the matmuls that read
+        # it: one cast here instead of one each in q, k and v.
+        dtype, x = matmul_dtype(x), x.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return (x * self.weight).to(dtype)
 
 
 def rope_frequencies(config: ModelConfig, device) -> tuple[torch.Tensor, float]:
-    """The angle that each of the D/2 pairs turns per position, and the scale of the rotation (1 except for yarn).
+    """The angle (D/2,) that each pair turns per position, and the scale of cos and sin (1 except for yarn).
 
-    default: theta^(-2i/D)           linear: positions divided by `factor` (arXiv:2306.15595)
-    llama3:  slow pairs divided by `factor`, fast ones kept, a ramp between (arXiv:2407.21783)
-    yarn:    the same idea by number of turns in the original context, and a hotter softmax (arXiv:2309.00071)
+    default  theta^(-2i/D): the first pairs turn fast and tell neighbours apart, the last ones tell chapters
+    linear   positions divided by `factor`, to reach further than the training did (arXiv:2306.15595)
+    llama3   only the slow pairs divided, the fast ones kept, a ramp between (arXiv:2407.21783)
+    yarn     the same idea with another ramp, and sharper attention to make up for it (arXiv:2309.00071)
     """
-    dim, theta = config.head_dim, config.rope_theta
-    frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)  # (D/2,)
-    scaling = config.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
+    frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return frequency, 1.0
+    original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
     try:
-        if kind == "default":
-            return frequency, 1.0
         if kind == "linear":
             return frequency / scaling["factor"], 1.0
-        original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
         if kind == "llama3":
-            factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-            turns = original * frequency / (2 * math.pi)  # full turns of each pair within the original context
-            keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: too slow, stretch it; 1: fast, leave it
+            factor, low, high = (scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
+            turns = original * frequency / (2 * math.pi)  # turns of each pair in the original context
+            keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, stretched; 1: fast, left alone
             return frequency * (keep + (1 - keep) / factor), 1.0
         if kind == "yarn":
             factor = scaling.get("factor") or config.max_position_embeddings / original
-            pair_of = lambda turns: dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))  # noqa: E731
-            low, high = pair_of(scaling.get("beta_fast") or 32), pair_of(scaling.get("beta_slow") or 1)
+
+            def pair_that_turns(times):
+                return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+            def sharpness(mscale):
+                return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+            low = pair_that_turns(scaling.get("beta_fast") or 32)
+            high = pair_that_turns(scaling.get("beta_slow") or 1)
             if scaling.get("truncate", True):
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0), min(high, dim - 1)
-            pairs = torch.arange(dim // 2, dtype=torch.float32, device=device)
-            keep = 1 - ((pairs - low) / (high - low or 0.001)).clamp(0, 1)
-            heat = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0  # noqa: E731
-            scale, m, m_all = scaling.get("attention_factor"), scaling.get("mscale"), scaling.get("mscale_all_dim")
+            pair = torch.arange(dim // 2, dtype=torch.float32, device=device)
+            keep = 1 - ((pair - low) / (high - low or 0.001)).clamp(0, 1)
+            scale, m, m_all = (scaling.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
             if scale is None:
-                scale = heat(m) / heat(m_all) if m and m_all else heat(1)
+                scale = sharpness(m) / sharpness(m_all) if m and m_all else sharpness(1)
             return frequency * (keep + (1 - keep) / factor), scale
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelError(f"rope_scaling of type {kind} is incomplete or wrong: {error}") from None
-    raise ModelError(f"rope_scaling type {kind!r} is unknown; known are default, linear, llama3, yarn")
+    raise ModelError(f"unknown rope_scaling type {kind!r}; known are default, linear, llama3 and yarn")
 
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin for `rotate`, computed in float32 and cast once. positions (B or 1, T) -> two (B or 1, T, 1, D).
+    """cos and signed sin for `rotate`: positions (B or 1, T) -> two tables (B or 1, T, 1, D).
 
-    Recomputed from the config in every forward pass (a few microseconds): a stored buffer would be cast by
-    model.to(bfloat16), and positions in bfloat16 are wrong from 257 on.
+    Made anew in every forward pass, which costs microseconds: a stored buffer would be cast by
+    model.to(bfloat16), and bfloat16 can't even count positions beyond 256.
     """
     frequency, scale = rope_frequencies(config, positions.device)
-    angle = positions.unsqueeze(-1).float() * frequency  # (B, T, D/2)
+    angle = positions[:, :, None, None].float() * frequency  # (B or 1, T, 1, D/2)
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    return cos.unsqueeze(2).to(dtype), sin.unsqueeze(2).to(dtype)
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864): q.k then depends on relative distance alone.
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864): q.k comes to depend on distance only.
 
-    Layout of Hugging Face, "rotate half": pair i is (x[i], x[i + D/2]), not two neighbours as in the paper. With D = 4:
-        x = [a, b, c, d]   angles t, u        pairs (a, c) and (b, d)
-        rotated = [a cos t - c sin t,  b cos u - d sin u,  c cos t + a sin t,  d cos u + b sin u]
-                = x * [cos t, cos u, cos t, cos u] + [c, d, a, b] * [-sin t, -sin u, sin t, sin u]
+    The layout is Hugging Face's "rotate half": a pair is (x[i], x[i + D/2]), the paper takes neighbours.
+        x        = [a, b, c, d], D = 4, so the pairs are (a, c), turned by angle t, and (b, d), turned by u
+        rotated  = [a cos t - c sin t,  b cos u - d sin u,  c cos t + a sin t,  d cos u + b sin u]
+                 = x * [cos t, cos u, cos t, cos u]  +  [c, d, a, b] * [-sin t, -sin u, sin t, sin u]
     """
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated: decoding costs one token a step, not the whole text.
+    """Keys and values of the tokens so far, preallocated: a new token costs its own work, not the text's.
 
-    start (B,): the number of left-pad tokens of each row; positions count from there and nothing attends to the pads.
+    start (B,): the number of left-pad tokens of each row; positions count from there, and pads stay unseen.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, device=None, dtype=None, start=None):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.start = start
-        self.length = 0  # tokens stored; the Decoder advances it once all layers have appended
-        self.max_length = max_length
+    def __init__(self, config: ModelConfig, batch_size, max_length, device=None, dtype=None, start=None):
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.start, self.max_length = start, max_length
+        self.length = 0  # tokens stored; the Decoder moves it on once every layer has appended
 
     def append(self, layer: int, k, v):
-        """Stores the new k, v (B, K, T, D) of one layer; returns all its keys and values (B, K, length + T, D)."""
+        """Stores new k, v (B, K, T, D) of one layer; returns all keys and values it has now (B, K, S, D)."""
         end = self.length + k.size(2)
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        if end > self.max_length:
+            raise ModelError(f"the KV cache holds {self.max_length} tokens, too few for {end}")
+        self.k[layer][:, :, self.length:end], self.v[layer][:, :, self.length:end] = k, v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
 def short_attention(q, k, v, bias):
-    """Attention as two batched matrix products: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D).
+    """Attention as two batched matmuls: q (B, H, T, D), k and v (B, K, T, D), bias (B * K, H / K * T, T).
 
-    For training on short rows on a CPU, where the backward pass of F.scaled_dot_product_attention takes three to
-    eight times as long. bias (B * K, H / K * T, T) is 0 where a query may look and -inf where not. The query heads
-    that share a key/value head lie below each other, as if they were more queries of one head.
+    For training in half precision on short rows on a CPU, where PyTorch's own takes 2 to 4 times as long.
+    Query heads that share a key/value head are stacked, as if one head had more queries.
     """
-    rows = k.size(0) * k.size(1)  # B * K
-    q, k, v_rows = q.reshape(rows, -1, q.size(-1)), k.reshape(rows, *k.shape[2:]), v.reshape(rows, *v.shape[2:])
+    q, k, values = q.reshape(bias.size(0), -1, q.size(-1)), k.flatten(0, 1), v.flatten(0, 1)
     scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5)  # (B * K, H / K * T, T)
-    return (scores.softmax(dim=-1) @ v_rows).view(v.size(0), -1, *v.shape[2:])
+    return (scores.softmax(dim=-1) @ values).view(v.size(0), -1, *v.shape[2:])  # (B, H, T, D)
 
 
 def short_bias(config: ModelConfig, mask, batch_size: int, length: int, dtype, device):
-    """The mask of `positions_and_mask` as the bias of `short_attention`, made once for all blocks."""
-    if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
-    bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -math.inf)  # (B or 1, 1, T, T)
+    """The mask of `positions_and_mask` for `short_attention`: 0 where a query may look, -inf elsewhere."""
     kv_heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-    bias = bias[:, :, None].expand(batch_size, kv_heads, group, length, length)
-    return bias.reshape(batch_size * kv_heads, group * length, length)
+    if mask is None:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
+    bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -math.inf)[:, :, None]
+    return bias.expand(batch_size, kv_heads, group, length, length).reshape(-1, group * length, length)
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(D)) V, with fewer key/value heads than query heads (GQA: Ainslie et al. 2023, arXiv:2305.13245).
+    """softmax(Q K^T / sqrt(D)) V with grouped queries (GQA: Ainslie et al. 2023, arXiv:2305.13245).
 
-    Each group of H/K neighbouring query heads reads one key/value head. With H = 4 and K = 2:
-        query head       0  1  2  3
-        key/value head   0  0  1  1
+    H / K neighbouring query heads share one key/value head. With H = 4 and K = 2:
+        query head      0  1  2  3
+        key/value head  0  0  1  1
     """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        width, bias, self.head_dim, self.layer = config.hidden_size, config.attention_bias, config.head_dim, layer
-        q_width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.grouped = q_width != kv_width
-        self.q_proj = nn.Linear(width, q_width, bias=bias)
-        self.k_proj = nn.Linear(width, kv_width, bias=bias)
-        self.v_proj = nn.Linear(width, kv_width, bias=bias)
-        self.o_proj = nn.Linear(q_width, width, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.grouped = config.num_key_value_heads < config.num_attention_heads
+        width, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, cache=None):
         heads = (*x.shape[:2], -1, self.head_dim)
@@ -231,12 +237,12 @@ class Attention(nn.Module):
             y = short_attention(q, k, v, mask)
         else:
             causal = mask is None and x.size(1) > 1  # a single new token may see every key there is
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: W_down (silu(W_gate x) * W_up x)   (Shazeer 2020, arXiv:2002.05202): one half decides what of the other passes."""
+    """SwiGLU: W_down (silu(W_gate x) * W_up x)   (Shazeer 2020, arXiv:2002.05202): one gates the other."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -249,7 +255,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + Attention(norm(x)), then x + FeedForward(norm(x)): pre-norm keeps the residual stream a straight line."""
+    """x + Attention(norm(x)), then x + FeedForward(norm(x)): the norms stand aside, so x flows on."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -264,33 +270,33 @@ class Block(nn.Module):
 
 
 def positions_and_mask(config: ModelConfig, input_ids, document_ids=None, cache=None):
-    """Where each token stands (B or 1, T), and which keys it may see: bool (B or 1, 1, T, S), or None for "all before".
+    """Where each token stands (B or 1, T), and what it sees: bool (B or 1, 1, T, S), or None: all before it.
 
-    Packed documents, ids [7, 7, 7, 9, 9]:  positions [0, 1, 2, 0, 1], and the tokens of 9 see nothing of 7.
+    Packed documents [7, 7, 7, 9, 9] stand at [0, 1, 2, 0, 1], and the tokens of 9 see nothing of 7.
     """
+    if document_ids is not None and cache is not None:
+        raise ModelError("document_ids and a cache don't go together: give each document a row")
     past = cache.length if cache is not None else 0
-    index = torch.arange(past, past + input_ids.size(1), device=input_ids.device)  # (T,) of the new tokens
-    positions, visible = index[None], None
-    if document_ids is not None:
-        if cache is not None:
-            raise ModelError("document_ids and cache can't be used together: decode documents as separate rows")
-        starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-        positions = index - torch.where(starts, index, 0).cummax(dim=1).values  # (B, T)
-        visible = document_ids[:, :, None] == document_ids[:, None, :]  # (B, T, T)
-    padded = cache is not None and cache.start is not None
-    if visible is None and not padded and config.sliding_window is None and (past == 0 or index.size(0) == 1):
+    pads = cache.start if cache is not None else None
+    queries = torch.arange(past, past + input_ids.size(1), device=input_ids.device)  # (T,)
+    positions = queries[None]
+    in_order = past == 0 or queries.size(0) == 1  # SDPA's is_causal takes the first query for the first key's
+    if document_ids is None and pads is None and config.sliding_window is None and in_order:
         return positions, None
 
-    keys, queries = torch.arange(past + index.size(0), device=index.device), index[:, None]  # (S,), (T, 1)
-    causal = keys <= queries  # (T, S)
+    keys, queries = torch.arange(past + queries.size(0), device=queries.device), queries[:, None]
+    mask = (keys <= queries)[None]  # (1, T, S)
     if config.sliding_window is not None:
-        causal = causal & (keys > queries - config.sliding_window)
-    mask = causal[None] if visible is None else causal & visible
-    if padded:
-        start = cache.start.to(index.device)[:, None]
-        positions = (index - start).clamp(min=0)  # (B, T)
-        # A pad sees itself, since a softmax over nothing is NaN; nobody else sees it.
-        mask = mask & ((keys >= start)[:, None] | (keys == queries))
+        mask = mask & (keys > queries - config.sliding_window)
+    if document_ids is not None:
+        begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
+        positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T)
+        mask = mask & (document_ids[:, :, None] == document_ids[:, None, :])  # (B, T, T)
+    if pads is not None:
+        pads = pads[:, None]
+        positions = (positions - pads).clamp(min=0)  # (B, T)
+        # A pad sees itself, because a softmax over nothing is NaN.
+        mask = mask & ((keys >= pads)[:, None] | (keys == queries))  # (B, T, S)
     return positions, mask[:, None]
 
 
@@ -303,20 +309,19 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False
 
-    def forward(self, input_ids, document_ids=None, cache=None):
+    def forward(self, input_ids, document_ids=None, cache=None, recompute=False):
         x = self.embed_tokens(input_ids)  # (B, T, C)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        # Once for all blocks: no block rebuilds what every block needs.
+        # Rotation and mask are made here, once for all blocks.
         positions, mask = positions_and_mask(self.config, input_ids, document_ids, cache)
+        dtype = matmul_dtype(x)
         rope = rope_tables(self.config, positions, dtype)
-        if device == "cpu" and torch.is_grad_enabled() and cache is None and input_ids.size(1) <= SHORT:
+        half_on_cpu = x.device.type == "cpu" and dtype != torch.float32
+        if half_on_cpu and torch.is_grad_enabled() and cache is None and input_ids.size(1) <= SHORT:
             mask = short_bias(self.config, mask, *input_ids.shape, dtype, x.device)
         for block in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rope, mask, use_reentrant=False)  # reentrant gives a frozen base no gradients
+            if recompute:  # not reentrant: that gives adapters over a frozen embedding no gradient
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
         if cache is not None:
@@ -326,21 +331,22 @@ class Decoder(nn.Module):
 
 @dataclass
 class Output:
-    """What a forward pass gives. Training never needs the (B, T, V) logits, so they are made when asked for."""
+    """What a forward pass gives. The loss never needs all the logits, so they are made when asked for."""
 
     hidden: torch.Tensor  # (B, T, C), after the final norm
     head: nn.Module
-    loss: torch.Tensor | None = None  # mean over the supervised tokens; 0 when there are none
+    loss: torch.Tensor | None = None  # mean over the supervised tokens, 0 where there are none
     loss_sum: torch.Tensor | None = None
     num_targets: torch.Tensor | None = None
 
     @property
-    def logits(self):
-        return self.head(self.hidden)
+    def logits(self) -> torch.Tensor:
+        """(B, T, V)"""
+        return self.head(self.hidden.to(self.head.weight.dtype))  # asked for outside of autocast, perhaps
 
 
 class CausalLM(nn.Module):
-    """A language model: p(token t+1 | tokens 0..t). New weights are random; model.weights reads and writes them."""
+    """p(token t + 1 | tokens 0..t). Weights start at random; model.weights reads and writes them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -348,61 +354,54 @@ class CausalLM(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-        # GPT-2's start: small normals, and the two layers that write to the residual stream smaller still, because the
-        # sum of 2 * layers of them should not grow with depth.
+        self.gradient_checkpointing = False  # True: blocks run twice, 1/3 slower, and keep only their inputs
+        # As in GPT-2: small normals, and smaller where a layer writes to the residual stream, for the sum of
+        # 2 * layers writes should not grow with depth.
         std = config.initializer_range
         for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.num_hidden_layers))
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=std)
+            if parameter.dim() == 2:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.model.layers)) if writes else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """True: keep only the inputs of the blocks and compute the rest again in the backward pass (less memory, 1/3 slower)."""
-        return self.model.gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool):
-        self.model.gradient_checkpointing = value
-
-    def tie_weights(self):
-        """Makes the head and the embedding one Parameter, where the config says so."""
+    def tie_weights(self) -> None:
+        """Makes embedding and head one Parameter where the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())  # parameters() names a tied matrix once
+        return sum(parameter.numel() for parameter in self.parameters())  # which names a tied matrix once
 
     def forward(self, input_ids, labels=None, document_ids=None, cache=None) -> Output:
-        """input_ids (B, T) -> Output. labels (B, T): the tokens to learn at their own positions, -100 for the others.
+        """input_ids (B, T) -> Output. labels (B, T): tokens to learn, each at its own position; -100 elsewhere.
 
-        document_ids (B, T): tokens see only earlier tokens with the same id (packing); None is one document a row.
-        cache: a KVCache that holds what came before input_ids, and gets input_ids appended.
+        document_ids (B, T): packed rows, where a token sees only earlier tokens of its own id.
+        cache: a KVCache with what came before input_ids; they are appended to it.
         """
-        hidden = self.model(input_ids, document_ids, cache)
+        recompute = self.gradient_checkpointing and self.training and cache is None
+        hidden = self.model(input_ids, document_ids, cache, recompute)
         if labels is None:
             return Output(hidden, self.lm_head)
-        # The label shift happens here, so inputs and labels line up in the data. "2 + 2 = 4 <end>", answer supervised:
-        #     inputs       2     +     2     =     4   <end>
-        #     labels    -100  -100  -100  -100     4   <end>
-        #     targets   -100  -100  -100     4   <end>      (the state at "=" must predict 4; the last predicts nothing)
+        # The label shift is done here, so that inputs and labels line up in the data. To learn "4 <end>":
+        #     inputs      2     +     2     =     4   <end>
+        #     labels   -100  -100  -100  -100     4   <end>
+        #     targets  -100  -100  -100     4   <end>        the state at "=" must predict 4
         states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (N, C), (N,)
         if states.device.type == "cpu" and not torch.compiler.is_compiling():
-            rows = (targets != -100).nonzero().squeeze(-1)  # a CPU can look at the data for free: skip unlearned rows
+            rows = (targets != -100).nonzero().squeeze(1)  # spares the costly head; a GPU would have to wait
             states, targets = states[rows], targets[rows]
-        loss_sum = states.sum() * 0.0  # a zero with a gradient: a batch without targets trains nothing, and isn't NaN
-        for state, target in zip(states.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-            loss_sum = loss_sum + F.cross_entropy(self.lm_head(state).float(), target, ignore_index=-100, reduction="sum")
+        # With no target this sums nothing: a loss of 0 and gradients of 0, where a mean would be 0/0.
+        chunks = zip(states.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+        loss_sum = sum(F.cross_entropy(self.lm_head(state).float(), target, ignore_index=-100, reduction="sum")
+                       for state, target in chunks)
         num_targets = (targets != -100).sum()
         return Output(hidden, self.lm_head, loss_sum / num_targets.clamp(min=1), loss_sum, num_targets)
 
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                        intermediate_size=384, qk_norm=True, rope_theta=1e4),  # what the quickstart trains on a laptop
+                        intermediate_size=384, qk_norm=True, rope_theta=1e4),  # what the quickstart trains
     "26m": ModelConfig(),  # exactly 25,829,888 parameters
     "64m": ModelConfig(hidden_size=768, num_key_value_heads=4, intermediate_size=2432, qk_norm=True),
     "104m": ModelConfig(hidden_size=768, num_hidden_layers=16, intermediate_size=2048),
@@ -410,7 +409,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The ModelConfig of that name; raises ModelError with the names there are."""
+    """The ModelConfig of that name. Raises ModelError with the names there are."""
     if name not in PRESETS:
         raise ModelError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
