@@ -161,7 +161,8 @@ def rotate(x, cos, sin):
         rotated  = [a cos t - c sin t,  b cos u - d sin u,  c cos t + a sin t,  d cos u + b sin u]
                  = x * [cos t, cos u, cos t, cos u]  +  [c, d, a, b] * [-sin t, -sin u, sin t, sin u]
     """
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
 
 
 class KVCache:
@@ -374,7 +375,7 @@ class CausalLM(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())  # which names a tied matrix once
 
     def forward(self, input_ids, labels=None, document_ids=None, cache=None) -> Output:
-        """input_ids (B, T) -> Output. labels (B, T): tokens to learn, each at its own position; -100 elsewhere.
+        """input_ids (B, T) -> Output. labels (B, T): tokens to learn, each at its own place; -100 elsewhere.
 
         document_ids (B, T): packed rows, where a token sees only earlier tokens of its own id.
         cache: a KVCache with what came before input_ids; they are appended to it.
@@ -393,8 +394,8 @@ class CausalLM(nn.Module):
             states, targets = states[rows], targets[rows]
         # With no target this sums nothing: a loss of 0 and gradients of 0, where a mean would be 0/0.
         chunks = zip(states.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-        loss_sum = sum(F.cross_entropy(self.lm_head(state).float(), target, ignore_index=-100, reduction="sum")
-                       for state, target in chunks)
+        loss_sum = sum(F.cross_entropy(self.lm_head(rows).float(), wanted, ignore_index=-100, reduction="sum")
+                       for rows, wanted in chunks)
         num_targets = (targets != -100).sum()
         return Output(hidden, self.lm_head, loss_sum / num_targets.clamp(min=1), loss_sum, num_targets)
 
