@@ -46,8 +46,8 @@ class Report:
             print(f"warning: {message}", file=sys.stderr)
 
     def summary(self) -> str:
-        """Such as "12 bad lines skipped, 3 samples cut at 512 tokens"; empty when all was well."""
-        return ", ".join(f"{count:,} {kind}" for kind, count in self.counts.items())
+        """Such as "bad lines skipped: 12, samples over 512 tokens cut: 3"; empty when all was well."""
+        return ", ".join(f"{kind}: {count:,}" for kind, count in self.counts.items())
 
 
 Record = tuple[str, int, dict]  # (path, line number, record)
@@ -200,7 +200,7 @@ def _json_type(value: object) -> str:
 def _read_json(file) -> Iterator[tuple[int, object]]:
     """A .json file: JSONL when its first line is a whole object, else an array or a sequence of values."""
     with file:
-        _, first = next(_lines(file))
+        _, first = next(_lines(file), (1, b""))
         file.seek(0)
         if isinstance(first, bytes) and first.lstrip().startswith(b"{") and isinstance(_parse(first), dict):
             yield from _read_jsonl(file)
@@ -242,8 +242,6 @@ def _json_values(file) -> Iterator[tuple[int, object]]:
             in_array = bool(in_array)
             try:
                 value, end = decode(text, at)
-                if text.find("\\u", at, end) >= 0:
-                    check_unicode(value)
             except (ValueError, RecursionError) as error:
                 # perhaps the value only goes on beyond the buffer: read on, in growing steps
                 if more and isinstance(error, json.JSONDecodeError) and len(text) - at < MAX_LINE:
@@ -251,6 +249,10 @@ def _json_values(file) -> Iterator[tuple[int, object]]:
                     fill()
                     continue
                 raise _Stop(line, _reason(error)) from None
+            try:
+                check_unicode(value)
+            except (ValueError, RecursionError) as error:
+                value = DataError(_reason(error))
             yield line, value
             line += text.count("\n", at, end)
             at, step = end, small_step
@@ -282,7 +284,7 @@ def _read_csv(file) -> Iterator[tuple[int, object]]:
                         row = DataError("not valid UTF-8")
                 yield rows.line_num, row
         except csv.Error as error:
-            raise _Stop(rows.line_num, f"not valid CSV ({error})") from None
+            raise _Stop(rows.line_num, f"not valid CSV ({str(error).split(' - ')[0]})") from None
 
 
 def _read_parquet(path: str) -> Iterator[tuple[int, object]]:

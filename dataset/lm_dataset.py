@@ -59,7 +59,7 @@ class _TokenDataset(torch.utils.data.Dataset):
 
     @property
     def summary(self) -> str:
-        """What was wrong with the data, such as "12 bad lines skipped"; empty when nothing was."""
+        """What was wrong with the data, such as "bad lines skipped: 12"; empty when nothing was."""
         return self.cache.meta["summary"]
 
     @property
@@ -154,7 +154,7 @@ class PretrainDataset(_TokenDataset):
 
 
 class SFTDataset(_TokenDataset):
-    """Conversations in the formats of chat.to_messages; targets are the assistant's words and their <|im_end|>.
+    """Conversations in chat.to_messages' formats; targets are the assistant's words and their <|im_end|>.
 
     A sample longer than max_length is cut there, or dropped when no target is left; both are counted.
     """

@@ -1,0 +1,242 @@
+"""Every format gives the same records; every kind of bad file gives one clear line and never a traceback."""
+
+import csv
+import gzip
+import io
+import json
+import sys
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset import jsonl
+from dataset.jsonl import DataError, Report, read_records
+
+RECORDS = [{"text": "one\u2028still one"}, {"text": "二 \U0001f431"}, {"text": 'quote " comma , \n line'}]
+
+
+def write(path, content):
+    content = content if isinstance(content, bytes) else content.encode("utf-8")
+    path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+    return path
+
+
+def read(path, **kwargs):
+    return [(line, record) for _, line, record in read_records(path, **kwargs)]
+
+
+def as_csv():
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ["text"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(RECORDS)
+    return out.getvalue()
+
+
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)
+CONTENTS = {
+    "a.jsonl": (LINES, [1, 2, 3]),
+    "a.txt": (LINES, [1, 2, 3]),
+    "a.json": (json.dumps(RECORDS), [1, 1, 1]),
+    "indented.json": (json.dumps(RECORDS, indent=2), [2, 5, 8]),
+    "lines.json": (LINES, [1, 2, 3]),
+    "sequence.json": ("\n\n".join(json.dumps(record, indent=1) for record in RECORDS), [1, 5, 9]),
+    "a.csv": (as_csv(), [2, 3, 5]),  # the last row takes two lines
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("bom", [False, True])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_formats(tmp_path, name, bom, zipped):
+    text, lines = CONTENTS[name]
+    path = write(tmp_path / (name + ".gz" * zipped), "\ufeff" * bom + text)
+    assert read(path, strict=True) == list(zip(lines, RECORDS, strict=True))
+
+
+def test_windows_line_ends_and_blank_lines(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\r\n\r\n  \n{"text": "b"}')
+    assert read(path, strict=True) == [(1, {"text": "a"}), (4, {"text": "b"})]
+
+
+def test_many_files_in_order(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", '{"x": 1}'), write(tmp_path / "b.json", '[{"x": 2}]')
+    assert [record["x"] for _, _, record in read_records([b, a])] == [2, 1]
+
+
+BAD_LINES = [
+    (b'{"text": "a"', "not valid JSON"),
+    (b"plain words", "not valid JSON"),
+    (b'["a"]', "a JSON list where an object"),
+    (b"null", "a JSON null where an object"),
+    (b"17", "a JSON number where an object"),
+    (b'{"text": "\xff"}', "not valid UTF-8 (byte 0xff at column 11)"),
+    (b'{"text": "\x00"}', "not valid JSON"),
+    (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
+    (b'{"text": ' + b"[" * 100_000, "nested too deeply"),
+    (b'{"text": ' + b"9" * 5000 + b"}", "integer string conversion"),
+]
+
+
+@pytest.mark.parametrize("bad, reason", BAD_LINES, ids=[reason for _, reason in BAD_LINES])
+def test_bad_line_is_shown_counted_and_skipped(tmp_path, capsys, bad, reason):
+    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' + bad + b'\n{"text": "b"}\n')
+    assert [line for line, _ in read(path)] == [1, 3]
+    shown, summary = capsys.readouterr().err.splitlines()
+    assert shown.startswith(f"warning: {path}:2: ") and reason in shown
+    assert summary == "warning: bad lines skipped: 1"
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*--strict"):
+        read(path, strict=True)
+
+
+def test_only_the_first_three_are_shown(tmp_path, capsys):
+    read(write(tmp_path / "a.jsonl", "{}\n" + "?\n" * 2000))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and lines[-1] == "warning: bad lines skipped: 2,000"
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("", "the file is empty"),
+        ("\n \n", "blank lines"),
+        ("no\njson\n", "a.jsonl: no usable record in it (first problem: 1: not valid JSON"),
+        ("\ufeff{}".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_file_without_a_record(tmp_path, content, reason):
+    with pytest.raises(DataError) as error:
+        read(write(tmp_path / "a.jsonl", content))
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file_and_folder_are_found_before_anything_is_read(tmp_path):
+    good = write(tmp_path / "a.jsonl", "{}")
+    for bad, reason in [
+        (tmp_path / "b.jsonl", "no such file"),
+        (tmp_path, "is a folder"),
+        ("a\0b", "cannot be read"),
+    ]:
+        with pytest.raises(DataError, match=reason):
+            next(read_records([good, bad]))
+    with pytest.raises(DataError, match="no data file"):
+        read([])
+
+
+def test_line_longer_than_the_limit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jsonl, "MAX_LINE", 1 << 20)
+    path = write(tmp_path / "a.jsonl", '{"x": 1}\n{"x": "' + "a" * (3 << 20) + '"}\n{"x": 2}\n')
+    assert [line for line, _ in read(path)] == [1, 3]
+    assert "a.jsonl:2: the line is longer than 1 MiB" in capsys.readouterr().err
+
+
+def test_files_cut_off_keep_what_came_before(tmp_path, capsys):
+    lines = "".join(json.dumps({"text": f"{i} " * 50}) + "\n" for i in range(2000))
+    whole = gzip.compress(lines.encode(), mtime=0)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    assert 100 < len(read(path)) < 2000
+    assert "ends early" in capsys.readouterr().err
+    path.write_bytes(b"not gzip at all")
+    with pytest.raises(DataError, match="gzip file is damaged"):
+        read(path)
+
+    path = write(tmp_path / "a.json", '[{"x": 1},\n{"x": 2},\n')
+    assert [line for line, _ in read(path)] == [1, 2]
+    assert "not closed" in capsys.readouterr().err
+    path = write(tmp_path / "a.json", '[{"x": 1},\n{"x": 2},\n{"x": }]')
+    assert [line for line, _ in read(path)] == [1, 2]
+    assert "a.json:3: not valid JSON" in capsys.readouterr().err
+
+
+def test_csv_rows_of_the_wrong_width(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", b"text,n\na,1\nb\nc,2,3\n\xff,4\nd,5\n")
+    assert [record["text"] for _, record in read(path)] == ["a", "d"]
+    err = capsys.readouterr().err
+    assert "a.csv:3: fewer" in err and "a.csv:4: more" in err and "a.csv:5: not valid UTF-8" in err
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        read(write(tmp_path / "a.parquet", b"PAR1"))
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
+    assert [record for _, record in read(tmp_path / "a.parquet")] == RECORDS
+    with pytest.raises(DataError, match="not valid Parquet"):
+        read(write(tmp_path / "b.parquet", b"PAR1 nonsense"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+    records = [{"text": f"{i} " * 1000} for i in range(4000)]  # about 20 MB
+    path = write(
+        tmp_path / name,
+        json.dumps(records, indent=0)
+        if name == "a.json"
+        else "".join(json.dumps(record) + "\n" for record in records),
+    )
+    del records
+    tracemalloc.start()
+    count = sum(1 for _ in read_records(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 4000 and peak < 6 << 20
+
+
+def test_a_report_is_shared_by_the_caller(tmp_path, capsys):
+    report = Report()
+    assert len(read(write(tmp_path / "a.jsonl", "{}\n?\n"), report=report)) == 1
+    report.add("a", 7, "no text")
+    assert report.summary() == "bad lines skipped: 2"
+    assert len(capsys.readouterr().err.splitlines()) == 2  # the caller tells the summary
+
+
+FRAGMENTS = st.sampled_from(
+    [
+        b'{"a": 1}',
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b",",
+        b'"',
+        b"\n",
+        b"\r",
+        b"\\u",
+        b"\xef\xbb\xbf",
+        b"\xff\xfe",
+        b"\x00",
+        "\u2028".encode(),
+        b"1e999",
+        b"-",
+        b'{"a":"\\ud800"}',
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["jsonl", "json", "csv", "jsonl.gz", "json.gz", "csv.gz"]),
+    st.one_of(st.binary(max_size=60), st.lists(FRAGMENTS, max_size=12).map(b"".join)),
+    st.booleans(),
+)
+def test_no_bytes_give_a_traceback(tmp_path_factory, suffix, content, cut):
+    folder = tmp_path_factory.getbasetemp()
+    path = folder / f"fuzz.{suffix}"
+    if suffix.endswith(".gz"):
+        content = gzip.compress(content, mtime=0)
+        content = content[:-9] if cut else content
+    path.write_bytes(content)
+    try:
+        assert all(isinstance(record, dict) for _, record in read(path))
+    except DataError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
