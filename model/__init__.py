@@ -1,1 +1,1 @@
-"""The network, its adapters, decoding, and reading and writing of weights; imports nothing of ours from elsewhere."""
+"""The network, its adapters, decoding, and the reading and writing of weights."""

@@ -1,10 +1,10 @@
 """Reading and writing models: Hugging Face directories, and legacy single-file state dicts.
 
-    model = load_model("out/full_sft")            # or a Llama, Mistral, Qwen2, Qwen3 directory, or "full_sft_512.pth"
-    save_model(model, "out/mine", tokenizer)      # AutoModelForCausalLM.from_pretrained("out/mine") opens it
+    model = load_model("out/full_sft")         # or a Llama, Mistral, Qwen2 or Qwen3 directory, or "x.pth"
+    save_model(model, "out/mine", tokenizer)   # AutoModelForCausalLM.from_pretrained("out/mine") opens it
 
-Reading is strict: every tensor must be there, have the shape that the config says, and belong somewhere. Reading never runs
-code from a file: safetensors hold numbers only, and torch.load is called with weights_only=True.
+Reading is strict: every tensor must be there, in the shape that the config says, and belong somewhere. It
+never runs code from a file: safetensors hold numbers only, and torch.load is called with weights_only=True.
 """
 
 import json
@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,16 +25,17 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-# --- config.json <-> ModelConfig -----------------------------------------------------------------------------------
+# --- config.json <-> ModelConfig ------------------------------------------------------------------------
 
 
 def config_from_dict(raw: dict, where: Path) -> ModelConfig:
-    """The ModelConfig of a config.json. Raises ModelError for what our model can't compute, rather than ignoring it."""
+    """The ModelConfig of a config.json. Raises ModelError for what our model can't compute."""
     architecture = (raw.get("architectures") or ["none named"])[0]
     if architecture not in ARCHITECTURES:
-        raise ModelError(f"{where}: architecture {architecture} can't be read; those read are {', '.join(ARCHITECTURES)}")
+        raise ModelError(f"{where}: can't read architecture {architecture}, only {', '.join(ARCHITECTURES)}")
     family = architecture.removesuffix("ForCausalLM")
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    for name in sizes:
         if name not in raw:
             raise ModelError(f"{where}: {name} is missing")
     if raw.get("hidden_act", "silu") != "silu":
@@ -45,8 +45,8 @@ def config_from_dict(raw: dict, where: Path) -> ModelConfig:
     if raw.get("quantization_config"):
         raise ModelError(f"{where}: the weights are quantized; use the unquantized model")
 
-    # transformers 5 keeps everything rotary in rope_parameters; before, there were rope_theta and rope_scaling.
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    # transformers 5 keeps it all in rope_parameters; before, there were rope_theta and rope_scaling.
+    rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     if any(isinstance(value, dict) for value in rope.values()):
         raise ModelError(f"{where}: rotary settings that differ between layers are not supported")
@@ -80,7 +80,7 @@ def config_from_dict(raw: dict, where: Path) -> ModelConfig:
 
 
 def _sliding_window(raw: dict, family: str, where: Path) -> int | None:
-    """The window of all layers. Qwen has a switch, and may use it in its upper layers only, which we can't."""
+    """The window of all layers. Qwen has a switch, and can have it in upper layers only; we can't."""
     if family == "Llama":
         return None
     if family == "Mistral":
@@ -89,21 +89,22 @@ def _sliding_window(raw: dict, family: str, where: Path) -> int | None:
         return None
     layers = raw["num_hidden_layers"]
     first = min(raw.get("max_window_layers", 28), layers)
-    kinds = set(raw.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first))
-    if len(kinds) > 1:
+    kinds = raw.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
+    if len(set(kinds)) > 1:
         raise ModelError(f"{where}: a sliding window in some layers only is not supported")
-    return raw.get("sliding_window", 4096) if kinds == {"sliding_attention"} else None
+    return raw.get("sliding_window", 4096) if kinds[0] == "sliding_attention" else None
 
 
 def config_to_dict(config: ModelConfig) -> dict:
-    """config.json in the terms of the standard class that computes the same; rotary settings in both spellings."""
+    """config.json in the terms of the standard class that computes the same; RoPE in both spellings."""
     raw = asdict(config)
     raw.pop("qk_norm")
     raw.pop("attention_bias")
     window = raw["sliding_window"]
     if config.qk_norm or config.attention_bias:
         family = "Qwen3" if config.qk_norm else "Qwen2"
-        raw |= {"use_sliding_window": window is not None, "max_window_layers": 0 if window else config.num_hidden_layers}
+        raw["use_sliding_window"] = window is not None
+        raw["max_window_layers"] = 0 if window else config.num_hidden_layers  # the first layer with a window
     elif window is not None:
         family = "Mistral"
     else:
@@ -125,14 +126,15 @@ def config_to_dict(config: ModelConfig) -> dict:
     }
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------
 
 
 def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM:
     """Reads a Hugging Face directory or a legacy .pth file into a CausalLM, in eval mode.
 
-    dtype None is float32 whatever the file holds: what training needs, as small updates to bfloat16 weights are lost.
-    Raises ModelError, one line, for anything missing, surplus, misshapen, truncated or of another architecture.
+    dtype None is float32 whatever the file holds: training needs it, since small updates to bfloat16 are
+    lost. Raises ModelError, one line, for what is missing, surplus, misshapen, truncated or of another
+    architecture.
     """
     path = Path(path)
     if path.is_dir():
@@ -161,16 +163,18 @@ def _check(tensors: dict, model: CausalLM, path: Path) -> dict:
     if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         embedding = tensors["model.embed_tokens.weight"]
         if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
-            raise ModelError(f"{path}: tied, yet lm_head.weight is not the embedding; set tie_word_embeddings to false")
-    for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has the unknown", tensors.keys() - wanted.keys())):
+            raise ModelError(f"{path}: lm_head.weight is not the embedding, yet tie_word_embeddings is true")
+    missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    for names, problem in ((missing, "has no"), (unknown, "has an unknown")):
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ModelError(f"{path} {problem} {min(names)}{more}; it holds another architecture than its config says")
+            more = f" and {len(names) - 1} like it" if len(names) > 1 else ""
+            raise ModelError(f"{path} {problem} {min(names)}{more}: the weights don't fit the config")
     for name, shape in wanted.items():
-        if tensors[name].shape != shape:
-            raise ModelError(f"{path}: {name} has shape {list(tensors[name].shape)}, the config asks for {list(shape)}")
-        if not tensors[name].is_floating_point():
-            raise ModelError(f"{path}: {name} holds {tensors[name].dtype}, not floating point numbers; is it quantized?")
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise ModelError(f"{path}: {name} is {list(tensor.shape)}, the config asks for {list(shape)}")
+        if not tensor.is_floating_point():
+            raise ModelError(f"{path}: {name} holds {tensor.dtype}; quantized weights are not read")
     return tensors
 
 
@@ -196,11 +200,11 @@ def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
             raise ModelError(f"{folder / INDEX} has no weight_map")
         files = sorted(set(weight_map.values()))
     else:
-        raise ModelError(f"no {WEIGHTS} in {folder} (only safetensors are read; pickled .bin weights may run code)")
+        raise ModelError(f"no {WEIGHTS} in {folder} (pickled .bin weights are not read: they may run code)")
     tensors = {}
     for file in files:
-        if re.search(r"[/\\:]", file) or file in ("", ".", ".."):  # an index from a stranger must not read other folders
-            raise ModelError(f"{folder / INDEX} names {file!r}, outside of the folder")
+        if re.search(r"[/\\:]", file) or file in ("", ".", ".."):  # a stranger's index reaches no further
+            raise ModelError(f"{folder / INDEX} names {file!r}, which is outside of the folder")
         try:
             tensors |= safetensors.torch.load_file(folder / file)
         except FileNotFoundError:
@@ -211,12 +215,12 @@ def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_legacy(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from torch.save, its keys cleaned of the wrappers that were around the model when it was saved."""
+    """A state dict from torch.save, its keys cleaned of what was wrapped around the model then."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ModelError(f"{path}: refused, since it holds more than tensors or is no torch file; loading it could "
-                         "run code") from None
+        raise ModelError(f"{path}: refused, for it holds more than tensors, or is no torch file: loading it "
+                         "could run code") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path} is damaged or no torch file: {_one_line(error)}") from None
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
@@ -224,28 +228,31 @@ def _read_legacy(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ModelError(f"{path} does not hold a state dict (a flat dict of tensors)")
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in state.items() if not name.endswith(("freqs_cos", "freqs_sin", "freqs_cis"))}
+    rotary = ("freqs_cos", "freqs_sin", "freqs_cis")
+    return {name: tensor for name, tensor in state.items() if not name.endswith(rotary)}
 
 
 def _infer_config(tensors: dict, path: Path) -> ModelConfig:
     """The shape behind a legacy state dict. Everything but the heads can be read off the tensors.
 
-    With q_norm (as long as a head) the heads follow too, and the rest is as in MiniMind's newer models: eps 1e-6.
-    Without it, MiniMind's 8 query heads are assumed, and eps 1e-5; key/value heads follow from the rows of k_proj:
+    With q_norm (as long as a head) the heads follow too, and the rest is as in MiniMind's newer models: eps
+    1e-6. Without it, MiniMind's 8 query heads are assumed, and eps 1e-5; key/value heads follow from the
+    rows of k_proj:
         26m: q_proj 512 rows / 8 heads = head_dim 64; k_proj 128 rows / 64 = 2 key/value heads
     """
     first = "model.layers.0."
     try:
         vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
-        q_rows, k_rows = (tensors[f"{first}self_attn.{name}.weight"].shape[0] for name in ("q_proj", "k_proj"))
+        q_rows = tensors[f"{first}self_attn.q_proj.weight"].shape[0]
+        k_rows = tensors[f"{first}self_attn.k_proj.weight"].shape[0]
         intermediate_size = tensors[f"{first}mlp.gate_proj.weight"].shape[0]
     except (KeyError, ValueError) as error:
-        raise ModelError(f"{path} is not a dense MiniMind state dict: {error} is missing or misshapen") from None
+        raise ModelError(f"{path} is not a dense MiniMind state dict: {error} is missing") from None
     q_norm = tensors.get(f"{first}self_attn.q_norm.weight")
     head_dim = q_rows // 8 if q_norm is None else q_norm.shape[0]
     if not head_dim or q_rows % head_dim or k_rows % head_dim or (q_norm is None and q_rows % 8):
-        raise ModelError(f"{path}: can't tell the heads from {q_rows} query and {k_rows} key rows; convert it to a Hugging "
-                         "Face directory, whose config.json says")
+        raise ModelError(f"{path}: can't tell the heads from {q_rows} query and {k_rows} key rows; make it a "
+                         "Hugging Face directory, whose config.json says")
     head = tensors.get("lm_head.weight")
     layers = [int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))]
     return ModelConfig(
@@ -281,15 +288,16 @@ def _one_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------------
 
 
 def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = None) -> None:
-    """Writes a Hugging Face directory: weights, config.json, generation_config.json, tokenizer, training.json.
+    """Writes a Hugging Face directory: weights, configs, tokenizer, training.json.
 
-    Never half-written: everything goes to a temporary folder beside `path` first. A new folder then appears in one rename;
-    in a folder that exists each file is replaced in one rename, the small ones that describe the rest last, and what else
-    lies there (metrics.jsonl, checkpoints/) stays. Raises ModelError where adapters or quantized weights are in the way.
+    Never half-written: all files go to a temporary folder beside `path` first. A new folder then appears in
+    one rename; in a folder that exists each file is replaced in one rename, config.json and training.json
+    last, and what else lies there (metrics.jsonl, checkpoints/) stays. Raises ModelError where adapters are
+    in the way.
     """
     path = Path(path).resolve()
     if path.is_file():
@@ -299,7 +307,7 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
         plain = CausalLM(model.config).state_dict()
     if tensors.keys() != plain.keys():
         surplus = min(tensors.keys() ^ plain.keys())
-        raise ModelError(f"can't save as a plain model because of {surplus}: merge adapters first, or save them alone")
+        raise ModelError(f"can't save a plain model because of {surplus}: merge adapters, or save them alone")
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]  # the same memory as the embedding, which the config says
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -307,7 +315,9 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
     tokens = _special_tokens(tokenizer)
     config = config_to_dict(model.config) | tokens | {"dtype": dtype, "torch_dtype": dtype}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
         safetensors.torch.save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
@@ -329,7 +339,8 @@ def _special_tokens(tokenizer) -> dict:
     ends = [tokenizer.eos_token_id] + [known.get(token) for token in ("<|im_end|>", "<|endoftext|>")]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     eos = ends[0] if len(ends) == 1 else ends or None
-    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
+    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -347,22 +358,15 @@ def _publish(temporary: Path, path: Path) -> None:
         with open(temporary / file, "rb+") as handle:
             os.fsync(handle.fileno())
     if not path.exists():
-        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes folders that nobody else may read
         os.rename(temporary, path)
     else:
         for file in files:
             (path / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / file, path / file)
-        for stale in [path / INDEX, *path.glob("model-*-of-*.safetensors")]:  # shards of the model that was here before
+        for stale in [path / INDEX, *path.glob("model-*-of-*.safetensors")]:  # a former model's shards
             stale.unlink(missing_ok=True)
     if os.name == "posix":  # renames are durable once the folders are; Windows has no such call
         for folder in (path, path.parent):
             handle = os.open(folder, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

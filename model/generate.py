@@ -1,0 +1,128 @@
+"""Decoding: one token after the other, each fed back in, with a cache of keys and values.
+
+    for ids in generate(model, input_ids, max_new_tokens=100, temperature=0.7, eos_token_id=2):
+        print(tokenizer.decode(ids), end="")    # ids: (B,), the next token of each row
+
+Shapes: B batch, T tokens of the prompt, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from model.transformer import CausalLM, KVCache, ModelError
+
+
+def generate(
+    model: CausalLM,
+    input_ids: torch.Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | list[int] | None = None,
+    prompt_lengths: torch.Tensor | None = None,
+) -> Iterator[torch.Tensor]:
+    """Continues the prompts input_ids (B, T): yields the next ids (B,), at most max_new_tokens times.
+
+    temperature 0 takes the likeliest token; top_k 0 and top_p 1 leave all tokens in play;
+    repetition_penalty above 1 makes tokens that were there, prompt included, less likely. The same seed
+    gives the same text; without one, torch's global random state decides. A row that has met an eos repeats
+    the first of them; when all rows have, decoding stops.
+
+    Prompts of unequal length are padded on the left, and prompt_lengths (B,) says how long each really is:
+    then a batch gives what its rows give alone. Put the model in eval() first. Raises ModelError for
+    senseless values.
+    """
+    shape = tuple(input_ids.shape)
+    for wrong, message in (
+        (len(shape) != 2 or 0 in shape, f"input_ids must be (B, T) with at least one token, not {shape}"),
+        (max_new_tokens < 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}"),
+        (temperature < 0, f"temperature must be 0 (greedy) or more, not {temperature}"),
+        (top_k < 0, f"top_k must be 0 (all tokens) or more, not {top_k}"),
+        (not 0 <= top_p <= 1, f"top_p must be between 0 and 1, not {top_p}"),
+        (repetition_penalty <= 0, f"repetition_penalty must be above 0, not {repetition_penalty}"),
+    ):
+        if wrong:
+            raise ModelError(message)
+    device = model.model.embed_tokens.weight.device
+    input_ids = input_ids.to(device)
+    if prompt_lengths is None:
+        start = None
+    else:
+        prompt_lengths = torch.as_tensor(prompt_lengths, device=device)
+        if prompt_lengths.shape != shape[:1] or prompt_lengths.min() < 1 or prompt_lengths.max() > shape[1]:
+            raise ModelError(f"prompt_lengths must be one length per row, each from 1 to {shape[1]}")
+        start = shape[1] - prompt_lengths
+    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    # A function of its own, so that a wrong argument is told at the call and not at the first token.
+    return _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sampling, generator)
+
+
+@torch.no_grad()
+def _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sampling, generator):
+    batch_size, length = input_ids.shape
+    dtype = model.model.norm.weight.dtype
+    cache = KVCache(model.config, batch_size, length + max_new_tokens, input_ids.device, dtype, start)
+    ended = torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
+    eos_ids = torch.tensor(eos, dtype=torch.long, device=input_ids.device)
+    seen = None
+    if repetition_penalty != 1.0:
+        seen = torch.zeros(batch_size, model.config.vocab_size, dtype=torch.bool, device=input_ids.device)
+        for row in range(batch_size):
+            seen[row, input_ids[row, 0 if start is None else start[row]:]] = True  # pads don't count as seen
+
+    new = input_ids  # the whole prompt in one pass, then one token at a time
+    for _ in range(max_new_tokens):
+        output = model(new, cache=cache)
+        output.hidden = output.hidden[:, -1:]  # only the last position predicts something new
+        logits = output.logits[:, 0].float()  # (B, V)
+        if seen is not None:
+            logits = penalize(logits, seen, repetition_penalty)
+        if sampling["temperature"] == 0:
+            token = logits.argmax(dim=-1)  # (B,)
+        else:
+            probabilities = filter_logits(logits, **sampling).softmax(dim=-1)
+            token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B,)
+        if eos:
+            token = torch.where(ended, eos_ids[0], token)
+            ended |= torch.isin(token, eos_ids)
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
+        yield token
+        if eos and ended.all():
+            return
+        new = token[:, None]  # (B, 1)
+
+
+def penalize(logits, seen, penalty: float):
+    """Divides the positive and multiplies the negative logits of the tokens seen (B, V) by the penalty.
+
+    Keskar et al. 2019, arXiv:1909.05858, and transformers: each token once, however often it was there.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filter_logits(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+    """Temperature, then top-k, then top-p, as in transformers: logits (B, V), -inf at what is ruled out.
+
+    top-k keeps the k likeliest tokens, and all that tie with the last. top-p ("nucleus", Holtzman et al.
+    2019, arXiv:1904.09751) keeps the fewest likely tokens that make up probability p. With p = 0.7:
+        probability           0.5   0.3   0.2
+        of likelier tokens    0.0   0.5   0.8
+        kept, if below p      yes   yes   no
+    """
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1.0:
+        ascending, order = logits.sort(dim=-1)
+        out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p  # it and all less likely ones can go
+        out[:, -1] = False  # the likeliest always stays
+        logits = logits.masked_fill(out.scatter(1, order, out), -torch.inf)
+    return logits
