@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]  # flag defaults hang from here; what a person types is relative to the cwd
+ROOT = Path(__file__).resolve().parents[1]  # defaults hang from here; typed paths are relative to the cwd
 
 
 class UsageError(ValueError):
@@ -34,40 +34,47 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     data.add_argument("--eval_data_path", nargs="+", type=Path, metavar="FILE",
                       help="file(s) for the validation loss (default: --eval_fraction of the training data)")
     data.add_argument("--eval_fraction", type=float, default=0.01, metavar="F",
-                      help="part of the samples kept out of training for validation when there is no --eval_data_path")
+                      help="part of the samples kept for validation when there is no --eval_data_path")
     data.add_argument("--max_seq_len", type=int, default=512, metavar="T", help="tokens in a row at most")
     data.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
-                      help="fill rows with whole documents that cannot see each other, instead of one document a row")
-    data.add_argument("--strict", action="store_true", help="stop at the first bad line instead of skipping it")
-    data.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that prepare batches ahead")
+                      help="fill rows with whole documents that cannot see each other, not with one each")
+    data.add_argument("--strict", action="store_true", help="stop at the first bad line, do not skip it")
+    data.add_argument("--num_workers", type=int, default=0, metavar="N",
+                      help="processes that prepare batches ahead")
 
     run = parser.add_argument_group("the run")
     run.add_argument("--load_from", type=Path, metavar="DIR", help="the weights to start from")
     run.add_argument("--out_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where runs are kept")
     run.add_argument("--name", metavar="NAME", help="the run's folder below --out_dir")
     run.add_argument("--resume", action="store_true", help="continue this run from its newest checkpoint")
-    run.add_argument("--save_interval", type=int, default=500, metavar="N", help="steps between resumable checkpoints")
+    run.add_argument("--save_interval", type=int, default=500, metavar="N",
+                     help="steps between resumable checkpoints")
     run.add_argument("--keep_last", type=int, default=2, metavar="K", help="checkpoints kept")
-    run.add_argument("--seed", type=int, default=42, help="of the initial weights, the data order and dropout")
+    run.add_argument("--seed", type=int, default=42, metavar="N",
+                     help="of the initial weights, the data order and dropout")
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--epochs", type=int, default=1, metavar="N", help="passes over the data")
-    optim.add_argument("--max_steps", type=int, metavar="N", help="optimizer steps in all; overrides --epochs")
-    optim.add_argument("--batch_size", type=int, default=32, metavar="N", help="rows per optimizer step, over all ranks")
+    optim.add_argument("--max_steps", type=int, metavar="N", help="optimizer steps; overrides --epochs")
+    optim.add_argument("--batch_size", type=int, default=32, metavar="N",
+                       help="rows per optimizer step, over all ranks")
     optim.add_argument("--micro_batch_size", type=int, metavar="N",
                        help="rows per forward pass on one device (default: the whole of its share)")
     optim.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
                        help="muon: Muon on the matrices of the blocks, AdamW on the rest")
     optim.add_argument("--learning_rate", type=float, default=5e-4, metavar="LR", help="at its peak")
-    optim.add_argument("--warmup_ratio", type=float, default=0.02, metavar="F", help="part of the steps that warms up")
+    optim.add_argument("--warmup_ratio", type=float, default=0.02, metavar="F",
+                       help="part of the steps that warms up")
     optim.add_argument("--weight_decay", type=float, default=0.1, metavar="F", help="on matrices only")
-    optim.add_argument("--grad_clip", type=float, default=1.0, metavar="F", help="largest gradient norm; 0 = no limit")
+    optim.add_argument("--grad_clip", type=float, default=1.0, metavar="F",
+                       help="largest gradient norm; 0 = no limit")
 
     device = parser.add_argument_group("device")
     device.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     device.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                        help="of the forward pass; weights and optimizer stay float32; float16 scales the loss")
-    device.add_argument("--compile", action="store_true", help="torch.compile the model: slower start, faster steps")
+                        help="of the forward pass; weights and optimizer stay float32")
+    device.add_argument("--compile", action="store_true",
+                        help="torch.compile the model: slower start, faster steps")
     device.add_argument("--gradient_checkpointing", action="store_true",
                         help="recompute activations in the backward pass: less memory, a third slower")
 
@@ -75,13 +82,14 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     log.add_argument("--log_interval", type=int, default=20, metavar="N", help="steps between log lines")
     log.add_argument("--eval_interval", type=int, default=250, metavar="N",
                      help="steps between validations; 0 = at the end only")
-    log.add_argument("--use_wandb", action="store_true", help="log to Weights & Biases too (obeys WANDB_MODE)")
+    log.add_argument("--use_wandb", action="store_true",
+                     help="log to Weights & Biases too (obeys WANDB_MODE)")
     log.add_argument("--wandb_project", default="seedling", metavar="NAME", help="the project there")
     return parser
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses and checks what can be checked before anything is loaded; adds `args.run_dir`, the folder of the run."""
+    """Parses, checks what can be checked before anything is loaded, adds `args.run_dir`, the run's folder."""
     args = parser.parse_args(argv)
     for name in ("max_seq_len", "save_interval", "keep_last", "epochs", "batch_size", "log_interval"):
         if getattr(args, name) < 1:
@@ -106,9 +114,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 
 def run_script(main, args: argparse.Namespace) -> None:
-    """Runs `main(args)`; a user's mistake becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Runs `main(args)`; a user's mistake becomes one line on stderr and exit code 2, Ctrl-C code 130."""
     from dataset.jsonl import DataError  # here, because --help needs neither
-
     from model.transformer import ModelError
 
     try:

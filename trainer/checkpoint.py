@@ -1,7 +1,8 @@
 """Resumable training states: what a run needs to go on as if it had never stopped.
 
-out/NAME/checkpoints/step_00000500/state.pt holds the parameters that train (float32), the optimizers, the loss
-scaler and the position in the data. Random states are not needed: the loop seeds each batch by its number.
+out/NAME/checkpoints/step_00000500/state.pt holds the parameters that train (float32), the optimizers, the
+loss scaler and the position in the data. Random states are not needed: the loop seeds each batch by its
+number.
 """
 
 import os
@@ -15,8 +16,8 @@ from torch import nn
 from trainer.args import UsageError
 
 # Flags that may differ between the first part of a run and its continuation, because the result is the same.
-FREE = {"resume", "save_interval", "keep_last", "log_interval", "num_workers", "device", "use_wandb", "wandb_project",
-        "out_dir", "run_dir", "strict"}
+FREE = {"resume", "save_interval", "keep_last", "log_interval", "num_workers", "device", "use_wandb",
+        "wandb_project", "out_dir", "run_dir", "strict"}
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -53,7 +54,7 @@ def save_checkpoint(run_dir: Path, step: int, state: dict, keep_last: int) -> Pa
 
 
 def load_checkpoint(run_dir: Path, args) -> dict | None:
-    """The newest state of the run, or None where there is none. Raises UsageError where flags differ from then."""
+    """The newest state of the run, or None where there is none. Raises UsageError where flags differ."""
     found = checkpoints(run_dir)
     if not found:
         return None
@@ -70,7 +71,8 @@ def restore(state: dict, model: nn.Module, optimizers: list, scaler) -> None:
     """Puts a loaded state back, strictly: every trained parameter must be there in its shape."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in state["parameters"].items()}:
-        raise UsageError("--resume: the checkpoint holds other parameters than this model; start anew without --resume")
+        raise UsageError("--resume: the checkpoint holds other parameters than this model; "
+                         "start anew without --resume")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])

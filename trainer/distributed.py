@@ -1,6 +1,6 @@
-"""Where this process stands among all that train together: device, rank, and the few collectives the loop needs.
+"""Where this process stands among all that train together: device, rank, the few collectives the loop needs.
 
-`torchrun` starts one process a device and tells each its place through environment variables; without torchrun
+`torchrun` starts one process a device and tells each its place through environment variables; without it
 there is one process, and every function here does nothing but return.
 """
 
@@ -29,7 +29,7 @@ class Ranks:
 
     @contextmanager
     def main_first(self):
-        """Rank 0 runs the block first (it builds caches on disk), the others run it once rank 0 is through."""
+        """Rank 0 runs the block first (it builds caches on disk), the others once rank 0 is through."""
         if not self.is_main:
             self.barrier()
         try:
@@ -67,7 +67,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             raise UsageError(f"--device {name}: torch sees no CUDA GPU here; use --device cpu, or auto")
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise UsageError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+            count = torch.cuda.device_count()
+            raise UsageError(f"--device cuda:{index}: there are {count} GPUs, counted from 0")
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: torch sees no Apple GPU here; use --device cpu, or auto")
@@ -77,8 +78,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the forward pass. `auto` picks what the hardware multiplies fast: bfloat16 where it is native,
-    float16 on older CUDA GPUs, float32 elsewhere."""
+    """The dtype of the forward pass. `auto` picks what the hardware multiplies fast: bfloat16 where it is
+    native, float16 on older CUDA GPUs, float32 elsewhere."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -89,14 +90,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def join_ranks(device_flag: str) -> Ranks:
-    """Joins the process group that torchrun announces, if any: gloo on CPU; on CUDA NCCL, with gloo for CPU tensors."""
+    """Joins the process group that torchrun announces, if any: gloo for CPU tensors, NCCL for CUDA's."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device_flag, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # Rank 0 may tokenise a large file while the others wait, so the timeout is generous.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+        dist.init_process_group(backend, timeout=timedelta(hours=4))
     return Ranks(rank, world_size, device)
 
 

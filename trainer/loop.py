@@ -1,6 +1,6 @@
 """The one training loop, for pretraining, SFT and LoRA alike: read `train` from top to bottom.
 
-What differs between the stages is the data and which parameters train; both are decided before `train` is called.
+What differs between the stages is the data and which parameters train; both are decided before `train`.
 """
 
 import math
@@ -9,11 +9,11 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
-from dataset.lm_dataset import collate
-from dataset.packing import pack_rows
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from dataset.lm_dataset import collate
+from dataset.packing import pack_rows
 from trainer.args import UsageError
 from trainer.checkpoint import load_checkpoint, restore, save_checkpoint, settings, trained_state
 from trainer.distributed import Ranks, choose_dtype
@@ -24,11 +24,11 @@ MAX_SKIPPED = 100  # float16 steps in a row whose gradients overflow before we c
 
 
 class Batches(Dataset):
-    """Batch number b of the whole run, as micro-batches of this rank: item b -> (micro-batches, targets, tokens).
+    """Batch number b of the run, as micro-batches of this rank: item b -> (micro-batches, targets, tokens).
 
-    Every rank knows the rows of every batch, so it knows the number of supervised tokens (`targets`) on all ranks
-    without asking. The loss of a step is the sum over supervised tokens divided by that number, never a mean of
-    means: with 10 tokens of loss 1 here and 30 of loss 3 there, the loss is (10 + 90) / 40 = 2.5, not 2.
+    Every rank knows the rows of every batch, so it knows the number of supervised tokens (`targets`) on all
+    ranks without asking. The loss of a step is the sum over supervised tokens divided by that number, never a
+    mean of means: with 10 tokens of loss 1 here and 30 of loss 3 there it is (10 + 90) / 40 = 2.5, not 2.
     """
 
     def __init__(self, dataset, samples: np.ndarray, args, pad_token_id: int, ranks: Ranks):
@@ -48,7 +48,8 @@ class Batches(Dataset):
     def __getitem__(self, number: int) -> tuple[list[dict], int, int]:
         epoch, number = divmod(number, len(self))
         if epoch != self.epoch:  # each pass has an order of its own, which the seed decides
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
         rows = [self.rows[i] for i in self.order[number * self.batch_size:(number + 1) * self.batch_size]]
         samples = np.concatenate(rows)
         mine = rows[self.ranks.rank::self.ranks.world_size]
@@ -72,9 +73,9 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 @torch.no_grad()
 def evaluate(model, batches: Batches, autocast, ranks: Ranks) -> dict[str, float]:
-    """Loss (nats per supervised token) and bits per UTF-8 byte of supervised text, over one pass of `batches`.
+    """Loss (nats per supervised token) and bits per UTF-8 byte of supervised text, in one pass of `batches`.
 
-    Bits per byte = summed loss / ln 2 / bytes: unlike the loss per token it can be compared between tokenizers.
+    Bits per byte = summed loss / ln 2 / bytes: unlike the loss per token, comparable between tokenizers.
     """
     was_training = model.training
     model.eval()
@@ -100,8 +101,8 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
         batches: the training data; eval_batches: the validation data, or None for no validation.
         args: the flags of `trainer/args.py`.
     Returns: steps, tokens, seconds, and the last loss, eval_loss and bits_per_byte, for training.json.
-    Raises UsageError where a checkpoint does not fit or the loss is no longer a number, KeyboardInterrupt when
-    stopped by Ctrl-C or SIGTERM (after saving a checkpoint).
+    Raises UsageError where a checkpoint does not fit or the loss is no longer a number, KeyboardInterrupt
+    when stopped by Ctrl-C or SIGTERM (after saving a checkpoint).
     """
     device = ranks.device
     dtype = choose_dtype(args.dtype, device)
@@ -122,18 +123,21 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     state = load_checkpoint(args.run_dir, args) if args.resume else None
     if state:
         restore(state, model, optimizers, scaler)
-        step, batch_number, tokens, seconds_before = (state[k] for k in ("step", "batch", "tokens", "seconds"))
-    tracker = Tracker(args.run_dir, ranks.is_main, step, args.wandb_project if args.use_wandb else None, settings(args))
+        step, batch_number, tokens = state["step"], state["batch"], state["tokens"]
+        seconds_before = state["seconds"]
+    wandb_project = args.wandb_project if args.use_wandb else None
+    tracker = Tracker(args.run_dir, ranks.is_main, step, wandb_project, settings(args))
     tracker.say(f"{len(batches.rows):,} rows, {max_steps:,} steps of {args.batch_size} rows, "
                 f"{str(dtype).removeprefix('torch.')} on {device} x {ranks.world_size}"
                 + (f", resumed at step {step:,}" if state else ""))
     if args.compile:
         model.compile()  # in place: names of parameters stay as they are
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world_size > 1 else model
-    ahead = iter(DataLoader(batches, batch_size=None, sampler=range(batch_number, 2**62), num_workers=args.num_workers,
-                            pin_memory=device.type == "cuda"))
+    ahead = iter(DataLoader(batches, batch_size=None, sampler=range(batch_number, 2**62),
+                            num_workers=args.num_workers, pin_memory=device.type == "cuda"))
     clock_now = Stopwatch(seconds_before)
-    loss_sum, logged_step, logged_tokens, logged_seconds = torch.zeros((), device=device), step, tokens, clock_now()
+    loss_sum = torch.zeros((), device=device)  # over the steps since the last log line
+    logged_step, logged_tokens, logged_seconds = step, tokens, clock_now()
     metrics: dict = {"step": step}
     skipped = 0
 
@@ -147,14 +151,14 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
 
             # 2. Gradients of the whole batch, one micro-batch after the other
             micro_batches, targets, batch_tokens = next(ahead)
-            # Dropout depends on the batch's number alone, so a resumed run draws what the first would have drawn.
+            # Dropout depends on the batch's number alone: a resumed run draws what the first would have.
             torch.manual_seed((args.seed * 1_000_003 + batch_number) * ranks.world_size + ranks.rank)
             for i, batch in enumerate(micro_batches):
-                last = i == len(micro_batches) - 1  # ranks exchange gradients once a step, with the last micro-batch
+                last = i == len(micro_batches) - 1  # ranks exchange gradients once a step, with the last one
                 with nullcontext() if last or replica is model else replica.no_sync():
                     with autocast():
                         loss = replica(**to_device(batch, device)).loss_sum / max(1, targets)
-                    scaler.scale(loss * ranks.world_size).backward()  # DDP averages over ranks; we want the sum
+                    scaler.scale(loss * ranks.world_size).backward()  # DDP averages over ranks; we want sums
                 loss_sum += loss.detach()
             batch_number += 1
 
@@ -168,7 +172,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
             scaler.update()
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            if scaler.get_scale() < scale:  # gradients overflowed: nothing was updated, so the schedule waits too
+            if scaler.get_scale() < scale:  # gradients overflowed: no weight moved, the schedule waits too
                 skipped, loss_sum = skipped + 1, torch.zeros_like(loss_sum)
                 if skipped >= MAX_SKIPPED:
                     raise UsageError(f"float16 gradients overflowed {skipped} times in a row at step {step}; "
@@ -180,8 +184,8 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
             if step % args.log_interval == 0 or step == max_steps:
                 mean_loss = ranks.sum(loss_sum)[0] / (step - logged_step)
                 if not math.isfinite(mean_loss):
-                    raise UsageError(f"the loss became {mean_loss} before step {step}; lower --learning_rate, "
-                                     f"raise --warmup_ratio, or use --dtype float32")
+                    raise UsageError(f"the loss became {mean_loss} before step {step}; lower --learning_rate,"
+                                     f" raise --warmup_ratio, or use --dtype float32")
                 now = clock_now()
                 speed = (tokens - logged_tokens) / max(1e-9, now - logged_seconds)
                 metrics |= {"step": step, "max_steps": max_steps, "loss": mean_loss,
@@ -205,9 +209,10 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
             if stop or step % args.save_interval == 0 or step == max_steps:
                 if ranks.is_main:
                     save_checkpoint(args.run_dir, step, {
-                        "parameters": trained_state(model), "optimizers": [o.state_dict() for o in optimizers],
-                        "scaler": scaler.state_dict(), "step": step, "batch": batch_number, "tokens": tokens,
-                        "seconds": clock_now(), "settings": settings(args)}, args.keep_last)
+                        "parameters": trained_state(model), "scaler": scaler.state_dict(),
+                        "optimizers": [o.state_dict() for o in optimizers],
+                        "step": step, "batch": batch_number, "tokens": tokens, "seconds": clock_now(),
+                        "settings": settings(args)}, args.keep_last)
                 ranks.barrier()
             if stop and step < max_steps:
                 tracker.say(f"stopped at step {step}; the same command with --resume goes on from here")
@@ -220,7 +225,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
 
 @contextmanager
 def stop_signals():
-    """Within the block the first Ctrl-C or SIGTERM only asks the loop to stop after this step; a second one stops at once."""
+    """Within the block the first Ctrl-C or SIGTERM only asks the loop to stop; a second one stops at once."""
     seen = []
 
     def ask(number, frame):

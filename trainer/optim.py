@@ -12,9 +12,9 @@ from torch import nn
 
 
 def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, final: float = 0.0) -> float:
-    """What the peak learning rate is multiplied by at `step` (0, 1, ...): a linear warm-up, then half a cosine.
+    """What the peak learning rate is multiplied by at `step` (0, 1, ...): linear warm-up, then half a cosine.
 
-    With 100 steps and a warm-up of 0.02:  step 0 -> 0.5,  step 1 -> 1,  step 51 -> about 0.5,  step 99 -> about 0.
+    100 steps with a warm-up of 0.02:  step 0 -> 0.5,  step 1 -> 1,  step 51 -> 0.5,  step 99 -> 0.0003.
     The first step already learns something, and the last one still does.
     """
     warmup = round(max_steps * warmup_ratio)
@@ -27,12 +27,12 @@ def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, final: 
 class Muon(torch.optim.Optimizer):
     """W <- W - lr * (decay * W + 0.2 * sqrt(max(rows, columns)) * orthogonalise(momentum))
 
-    The momentum of a weight matrix is replaced by the nearest matrix whose singular values are all about one, so that
-    directions the gradient hardly shows are learned as fast as the loud ones. The factor 0.2 * sqrt(max(...)) gives
-    the update the size AdamW's would have, so both take the same learning rate (Liu et al. 2025).
+    The momentum of a weight matrix is replaced by the nearest matrix whose singular values are all about one,
+    so that directions the gradient hardly shows are learned as fast as the loud ones. 0.2 * sqrt(max(...))
+    gives the update the size AdamW's would have, so both take the same learning rate (Liu et al. 2025).
 
-    The same updates as torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; but matrices of one shape go through
-    the iteration as one batch, which for small models is twice as fast on a CPU.
+    The same updates as torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; but matrices of one shape go
+    through the iteration as one batch, which for small models is twice as fast on a CPU.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
@@ -51,18 +51,18 @@ class Muon(torch.optim.Optimizer):
                     self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
                 momenta = [self.state[w]["momentum_buffer"] for w in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step further on
-                updates = orthogonalise(torch.stack(ahead)).to(weights[0].dtype).unbind()  # n of (rows, columns)
+                ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step on
+                updates = orthogonalise(torch.stack(ahead)).to(weights[0].dtype).unbind()
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 scale = 0.2 * math.sqrt(max(rows, columns))
                 torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (n, rows, columns) -> (n, rows, columns) with the same singular vectors, all singular values near one.
+    """Matrices (n, rows, columns) with their singular vectors kept, and all their singular values near one.
 
     Five steps of a Newton-Schulz iteration in bfloat16. A step sends each singular value s to
-    3.4445 s - 4.775 s^3 + 2.0315 s^5: small ones grow more than threefold, those between 0.7 and 1.2 stay there.
+    3.4445 s - 4.775 s^3 + 2.0315 s^5: small ones more than triple, those between 0.7 and 1.2 stay there.
     """
     tall = matrices.size(1) > matrices.size(2)
     x = (matrices.mT if tall else matrices).bfloat16()  # wide: the products below are rows x rows
@@ -78,7 +78,7 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float,
                      weight_decay: float) -> list[torch.optim.Optimizer]:
     """Optimizers over the parameters that train (`requires_grad`), and over no other.
 
-    Decay pulls matrices towards zero and leaves gains and biases alone: those are few, and scale what follows them.
+    Decay pulls matrices towards zero and leaves gains and biases alone: they are few, and scale what follows.
     With "muon" the matrices inside the blocks go to Muon; the embedding is a lookup table, not a map between
     spaces, and stays with AdamW.
     """
@@ -91,7 +91,7 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float,
     groups = [g for g in groups if g["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
-        fused = all(p.device.type in ("cpu", "cuda") for _, p in trained)  # one kernel for all tensors of a group
+        fused = all(p.device.type in ("cpu", "cuda") for _, p in trained)  # one kernel for a whole group
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=fused))
     if hidden:
         optimizers.append(Muon(hidden, lr=learning_rate, weight_decay=weight_decay))

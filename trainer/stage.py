@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from dataset.synthetic import ensure_world
 
+from dataset.synthetic import ensure_world
 from trainer.args import ROOT, UsageError
 from trainer.distributed import Ranks
 from trainer.loop import Batches, split
 
 
 def require(folder: Path, default: Path, command: str) -> None:
-    """Raises UsageError, naming the command that makes it, where the weights of the stage before are missing."""
+    """Raises UsageError, naming the command that makes them, where the weights to start from are missing."""
     if not folder.is_dir():
         made_by = f"; make it first: {command}" if folder == default else ""
         raise UsageError(f"--load_from {folder}: there is no such folder{made_by}")
@@ -24,15 +24,16 @@ def require(folder: Path, default: Path, command: str) -> None:
 
 def is_finished(args, ranks: Ranks) -> bool:
     """With --resume: True, and a line that says so, where the run was carried to its end before."""
-    done = args.resume and (args.run_dir / "training.json").exists() and not (args.run_dir / "checkpoints").exists()
+    saved, unfinished = args.run_dir / "training.json", args.run_dir / "checkpoints"
+    done = args.resume and saved.exists() and not unfinished.exists()
     if done and ranks.is_main:
         print(f"{args.run_dir} is finished already; without --resume it is trained anew")
     return done
 
 
 def load_data(kind, world_name: str, tokenizer, args, ranks: Ranks) -> tuple[Batches, Batches | None]:
-    """Batches for training and validation. `kind` is the dataset class; `world_name` the embedded file used where
-    no --data_path is given. Rank 0 tokenises into the cache on disk, the others then map the same file.
+    """Batches for training and validation. `kind` is the dataset class; `world_name` the embedded file used
+    where no --data_path is given. Rank 0 tokenises into the cache on disk, the others then map the same file.
 
     Validation data is --eval_data_path, or the world's own, or --eval_fraction of the training data.
     """
@@ -41,9 +42,12 @@ def load_data(kind, world_name: str, tokenizer, args, ranks: Ranks) -> tuple[Bat
         if not paths:
             world = ensure_world(ROOT / "out" / "world")
             paths = [world[world_name]]
-            eval_paths = eval_paths or ([world[f"{world_name}_eval"]] if f"{world_name}_eval" in world else None)
+            if not eval_paths and f"{world_name}_eval" in world:
+                eval_paths = [world[f"{world_name}_eval"]]
         train_set = kind(paths, tokenizer, args.max_seq_len, strict=args.strict)
-        eval_set = kind(eval_paths, tokenizer, args.max_seq_len, strict=args.strict) if eval_paths else train_set
+        eval_set = train_set
+        if eval_paths:
+            eval_set = kind(eval_paths, tokenizer, args.max_seq_len, strict=args.strict)
     if eval_paths:
         train_samples, eval_samples = np.arange(len(train_set)), np.arange(len(eval_set))
     else:
@@ -56,9 +60,14 @@ def load_data(kind, world_name: str, tokenizer, args, ranks: Ranks) -> tuple[Bat
 def describe(stage: str, args, result: dict) -> dict:
     """training.json: how these weights came to be."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    arguments = {k: [str(v) for v in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
-                 for k, value in vars(args).items()}
-    return {"stage": stage, "parent": str(args.load_from) if args.load_from else None, **result, "arguments": arguments,
+
+    def plain(value):
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {"stage": stage, "parent": plain(args.load_from), **result,
+            "arguments": {name: plain(value) for name, value in vars(args).items()},
             "finished": datetime.now(UTC).isoformat(timespec="seconds"), "git": git.stdout.strip() or None,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "transformers": transformers.__version__}}

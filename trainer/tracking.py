@@ -26,7 +26,7 @@ class Tracker:
             self.wandb = wandb.init(project=wandb_project, name=run_dir.name, dir=str(run_dir), config=config)
 
     def log(self, metrics: dict) -> None:
-        """Appends one object to metrics.jsonl, flushed, so that a killed run keeps it and others can watch it grow."""
+        """Appends one object to metrics.jsonl, so that a killed run keeps it and others can watch it grow."""
         if not self.active:
             return
         with self.path.open("a", encoding="utf-8", newline="\n") as file:

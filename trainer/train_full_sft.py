@@ -20,7 +20,6 @@ def main(args):
     # Imported here and not above, so that --help and a mistyped flag answer at once.
     from dataset.lm_dataset import SFTDataset
     from model.weights import load_model, load_tokenizer, save_model
-
     from trainer.checkpoint import drop_checkpoints
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train

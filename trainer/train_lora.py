@@ -1,9 +1,9 @@
 """LoRA fine-tuning: a chat model learns something new through small adapters, every weight of its own frozen.
 
-    python trainer/train_lora.py                                        # the embedded plant doctor, on out/full_sft
+    python trainer/train_lora.py                             # the embedded plant doctor, on out/full_sft
     python trainer/train_lora.py --data_path my_chats.jsonl --name lora_mine --lora_rank 16
-    torchrun --nproc_per_node 2 trainer/train_lora.py                   # the same run on two processes
-    python trainer/train_lora.py --resume                               # go on after a stop
+    torchrun --nproc_per_node 2 trainer/train_lora.py        # the same run on two processes
+    python trainer/train_lora.py --resume                    # go on after a stop
 
 Writes out/lora_clinic (or --name): an adapter in PEFT's format, metrics.jsonl and loss.png.
 """
@@ -19,10 +19,10 @@ from trainer.args import ROOT, parse_args, run_script, training_parser
 def main(args):
     # Imported here and not above, so that --help and a mistyped flag answer at once.
     import torch
+
     from dataset.lm_dataset import SFTDataset
     from model.lora import apply_lora, count_line, freeze_all_but_lora, save_lora
     from model.weights import load_model, load_tokenizer
-
     from trainer.checkpoint import drop_checkpoints
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train
@@ -54,10 +54,14 @@ if __name__ == "__main__":
     parser = training_parser(__doc__)
     lora = parser.add_argument_group("LoRA")
     lora.add_argument("--lora_rank", type=int, default=16, metavar="R", help="width of the adapters")
-    lora.add_argument("--lora_alpha", type=float, metavar="A", help="adapters are scaled by alpha / rank (default: the rank)")
-    lora.add_argument("--lora_dropout", type=float, default=0.0, metavar="P", help="on what enters the adapters")
+    lora.add_argument("--lora_alpha", type=float, metavar="A",
+                      help="adapters are scaled by alpha / rank (default: the rank)")
+    lora.add_argument("--lora_dropout", type=float, default=0.0, metavar="P",
+                      help="on what enters the adapters")
     lora.add_argument("--target_modules", nargs="+", default="all-linear", metavar="NAME",
-                      help="all-linear (but the head), square, name suffixes such as q_proj o_proj, or a regular expression")
+                      help="all-linear (all but the head), square, name suffixes such as q_proj o_proj, "
+                           "or a regular expression")
     parser.set_defaults(name="lora_clinic", load_from=ROOT / "out" / "full_sft",
-                        optimizer="adamw", learning_rate=5e-3, weight_decay=0.0, batch_size=16, max_seq_len=256, epochs=3)
+                        optimizer="adamw", learning_rate=5e-3, weight_decay=0.0,
+                        batch_size=16, max_seq_len=256, epochs=3)
     run_script(main, parse_args(parser))

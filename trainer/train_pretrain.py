@@ -21,10 +21,10 @@ def main(args):
     from dataclasses import replace
 
     import torch
-    from dataset.lm_dataset import PretrainDataset
-    from model.weights import load_model, load_tokenizer, save_model
 
+    from dataset.lm_dataset import PretrainDataset
     from model.transformer import CausalLM, preset
+    from model.weights import load_model, load_tokenizer, save_model
     from trainer.checkpoint import drop_checkpoints
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train
@@ -53,7 +53,8 @@ def main(args):
     leave_ranks(ranks)
 
 
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "intermediate_size")
 
 if __name__ == "__main__":
     parser = training_parser(__doc__)
@@ -61,7 +62,8 @@ if __name__ == "__main__":
     shape.add_argument("--preset", default="tiny", help="tiny, 26m, 64m or 104m")
     for name in SHAPE:
         shape.add_argument(f"--{name}", type=int, metavar="N", help="instead of the preset's")
-    shape.add_argument("--tokenizer", type=Path, default=ROOT / "model" / "tokenizer", metavar="DIR", help="its tokenizer")
+    shape.add_argument("--tokenizer", type=Path, default=ROOT / "model" / "tokenizer", metavar="DIR",
+                       help="its tokenizer")
     # Muon on the blocks learns faster than AdamW alone; small steps many times beat large ones few times.
     parser.set_defaults(name="pretrain", optimizer="muon", learning_rate=5e-3, batch_size=16, max_seq_len=256)
     run_script(main, parse_args(parser))

@@ -1,0 +1,1 @@
+"""Training: the tokenizer, and one short recipe per stage around one shared loop."""
