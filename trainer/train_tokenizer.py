@@ -1,0 +1,233 @@
+r"""Train the tokenizer: byte-level BPE over 256 bytes, a few control tokens and the merges that save most.
+
+    python trainer/train_tokenizer.py                                   # the embedded world, to out/tokenizer
+    python trainer/train_tokenizer.py --data_path my_en.jsonl my_zh.jsonl --weights 1 2 --vocab_size 12000
+    python trainer/train_tokenizer.py --help
+
+The tokenizer in model/tokenizer, which every stage uses unless told otherwise, came of these:
+
+    python dataset/synthetic.py --out_dir out/world
+    python trainer/train_tokenizer.py --out_dir model/tokenizer --data_path \
+        ../shared/data/pretrain_en.jsonl ../shared/data/pretrain_zh.jsonl \
+        ../shared/data/sft_en.jsonl ../shared/data/sft_zh.jsonl \
+        out/world/pretrain.jsonl out/world/sft.jsonl --weights 0.8 1 2.8 1.2 1 1
+
+The weights say how often each file is read: chats more often than books, because there are fewer of them and
+they are what a model will read and write. The texts are held in memory, and a few hundred MB teach all there
+is to learn. A model is tied to its tokenizer: after training another one, pretrain again.
+
+Byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) starts from single characters and
+makes the most frequent pair of neighbours a new entry, again and again. Starting from bytes, as GPT-2 does,
+leaves no text unknown:
+
+    "the cat"  ->  t h e _ c a t  ->  th e _ c a t  ->  the _ c a t  ->  the _c a t  ->  the _cat
+"""
+
+import json
+import sys
+import zlib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from trainer.args import ROOT, HelpFormatter, UsageError, run_script
+
+END_OF_TEXT, TURN_START, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+# Their ids are 0, 1, 2, ... in this order. PAD is not TURN_END: a model padded with its end never stops.
+CONTROL_TOKENS = [
+    *(END_OF_TEXT, TURN_START, TURN_END, PAD),
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    *(f"<|reserved_{i}|>" for i in range(6)),  # free, so that a later format needs no larger vocabulary
+]
+
+# How text is cut before any merge: contractions; a word with the space or sign before it; each digit alone,
+# which sums need; signs; line breaks; other spaces. It is the rule of Qwen2, which other runtimes know.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# The prompt format for other people's tools (transformers, vLLM, ...); dataset/chat.py builds the same ids.
+# What stands between generation and endgeneration is what the assistant says, so what training supervises.
+CHAT_TEMPLATE = r"""{%- set first = 0 %}
+{%- if tools %}
+{%- if messages and messages[0].role == 'system' %}{% set first = 1 %}{% endif %}
+{{- '<|im_start|>system\n' }}
+{%- if first and messages[0].content %}{{ messages[0].content + '\n\n' }}{% endif %}
+{{- 'You may call these tools by name, with JSON arguments:\n<tools>\n' }}
+{%- for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}
+{{- '</tools><|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages[first:] %}
+{%- set content = message.content or '' %}
+{%- if message.role == 'assistant' %}
+{{- '<|im_start|>assistant\n' }}
+{%- generation %}
+{%- if message.reasoning_content %}
+{{- '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}
+{%- endif %}
+{{- content }}
+{%- for tool_call in message.tool_calls or [] %}
+{%- set call = tool_call.function or tool_call %}
+{%- if content or not loop.first %}{{ '\n' }}{% endif %}
+{{- '<tool_call>\n{"name": ' + call.name | tojson + ', "arguments": ' }}
+{{- call.arguments if call.arguments is string else call.arguments | tojson }}
+{{- '}\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>' }}
+{%- endgeneration %}
+{{- '\n' }}
+{%- elif message.role == 'tool' %}
+{{- '<|im_start|>user\n<tool_response>\n' + content + '\n</tool_response><|im_end|>\n' }}
+{%- else %}
+{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
+{%- endif %}
+"""
+
+
+def record_texts(record):
+    """The texts of one record, whatever its format: every string in it except the names of roles."""
+    if isinstance(record, str):
+        return [record]
+    if isinstance(record, dict):
+        record = [value for key, value in record.items() if key not in ("role", "from", "family")]
+    return [text for value in record for text in record_texts(value)] if isinstance(record, list) else []
+
+
+def hashed_fraction(texts, salt=""):
+    """A number in [0, 1) from the record's words alone: the same split on any machine and in any order."""
+    return zlib.crc32("\n".join([salt, *texts]).encode("utf-8")) / 2**32
+
+
+def weighted(records, weight):
+    """Yield the texts `weight` times: with 2.3 all of them twice, and three tenths (by hash) once more."""
+    for texts in records:
+        repeats = int(weight) + (hashed_fraction(texts, salt="repeat") < weight % 1)
+        for _ in range(repeats):
+            yield from texts
+
+
+def build_tokenizer(texts, vocab_size, max_token_length=16):
+    """Train on an iterable of strings; returns a `tokenizers.Tokenizer` with exactly `vocab_size` entries."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    # No normalizer, unlike Qwen2's NFC: any text must come back exactly.
+    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=CONTROL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, seen or not
+        max_token_length=max_token_length,  # bytes, so five characters of Chinese: words, not whole phrases
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer, out_dir):
+    """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer.from_pretrained(out_dir) reads."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,  # nothing is put before a text; documents are divided by <|endoftext|>
+        "eos_token": TURN_END,
+        "pad_token": PAD,
+        "unk_token": None,
+        "clean_up_tokenization_spaces": False,  # it would turn "hello ." into "hello."
+        "model_max_length": 32768,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    files = {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+    }
+    for name, text in files.items():
+        partial = out_dir / f"{name}.partial"  # renamed when whole: a reader never meets half a file
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text + "\n")
+        partial.replace(out_dir / name)
+
+
+def bytes_per_token(tokenizer, texts):
+    """UTF-8 bytes per token: how much text one step of the model reads. None without text."""
+    tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False))
+    return sum(len(text.encode("utf-8")) for text in texts) / tokens if tokens else None
+
+
+def main(args):
+    # Imported here, so that --help does not wait for it.
+    from dataset.jsonl import read_records
+
+    if args.data_path:
+        paths = args.data_path
+    else:
+        from dataset.synthetic import ensure_world
+
+        world = ensure_world(ROOT / "out" / "world")
+        paths = [path for name, path in world.items() if not name.endswith(("_eval", "_test"))]
+    weights = args.weights or [1.0] * len(paths)
+    training, held_out = {}, {}
+    for path in paths:
+        training[path], held_out[path] = [], []
+        for _, _, record in read_records([path]):
+            texts = record_texts(record)
+            (held_out if hashed_fraction(texts) < args.eval_fraction else training)[path].append(texts)
+
+    pairs = zip(paths, weights, strict=True)
+    texts = (text for path, weight in pairs for text in weighted(training[path], weight))
+    tokenizer = build_tokenizer(texts, args.vocab_size)
+    if tokenizer.get_vocab_size() < args.vocab_size:
+        found = tokenizer.get_vocab_size()
+        raise UsageError(f"these texts give only {found} entries: add text, or lower --vocab_size to {found}")
+    save_tokenizer(tokenizer, args.out_dir)
+    for path in paths:
+        unseen = bytes_per_token(tokenizer, [text for texts in held_out[path] for text in texts])
+        measured = f"{unseen:.3f} bytes per token on {len(held_out[path])}" if unseen else "none"
+        print(f"{path}: {len(training[path])} records trained on; held out: {measured}")
+    print(f"{tokenizer.get_vocab_size()} entries saved to {args.out_dir}")
+
+
+def parse_args():
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", nargs="+", type=Path, metavar="FILE",
+                      help="texts or chats, every format that training reads (default: the embedded world)")
+    # One number a file, set by hand: what the figures show to be served badly is read more often.
+    data.add_argument("--weights", nargs="+", type=float, metavar="W",
+                      help="how often each file of --data_path is read, such as 1 2.5 (default: once each)")
+    data.add_argument("--eval_fraction", type=float, default=0.05, metavar="F",
+                      help="part of the records, chosen by hash, that is measured and never trained on")
+    result = parser.add_argument_group("the tokenizer")
+    result.add_argument("--vocab_size", type=int, default=6400, metavar="N",  # small, like the models
+                        help="entries in all: control tokens, bytes and merges")
+    result.add_argument("--out_dir", type=Path, default=ROOT / "out" / "tokenizer", metavar="DIR",
+                        help="the folder it is written to")
+    args = parser.parse_args()
+
+    smallest = len(CONTROL_TOKENS) + 256
+    if args.weights and not args.data_path:
+        parser.error("--weights needs --data_path: one number for each of its files")
+    if args.weights and len(args.weights) != len(args.data_path):
+        parser.error(f"--weights has {len(args.weights)} numbers for {len(args.data_path)} files")
+    if args.weights and min(args.weights) < 0:
+        parser.error("--weights must not be negative")
+    if not 0 <= args.eval_fraction < 1:
+        parser.error(f"--eval_fraction is a part of the whole, from 0 to below 1, not {args.eval_fraction}")
+    if args.vocab_size < smallest:
+        parser.error(f"--vocab_size must be at least {smallest} (bytes, control tokens): {args.vocab_size}")
+    return args
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
