@@ -43,7 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
             has_default = action.default not in (None, False, [])
             return super()._get_help_string(action) if has_default else action.help
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"error: {message} (--help lists the flags)\n")  # one line, without the usage
+
+    parser = Parser(description=__doc__, formatter_class=Help)
     model = parser.add_argument_group("the model")
     model.add_argument("--load_from", type=Path, metavar="DIR", help="the model (default: out/full_sft)")
     model.add_argument("--lora", nargs="+", default=[], metavar="DIR",
@@ -98,8 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.load_from is None:
         args.load_from = ROOT / "out" / "full_sft"
         if not args.load_from.is_dir():
-            parser.error("there is no out/full_sft yet: `python trainer/train_full_sft.py` makes it; "
-                         "or name a model with --load_from DIR")
+            parser.error("there is no out/full_sft yet: make it with python trainer/train_full_sft.py, "
+                         "or name a model with --load_from")
     return args
 
 

@@ -14,6 +14,7 @@ Chats and texts also give loss, perplexity and bits per byte of their own words.
 
 import math
 import re
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,13 +133,20 @@ def forced_loss(speaker, path: Path, kind: str) -> tuple[float, int, int]:
 
 def answer_all(speaker, questions: list[Question]) -> float:
     """Sets `answer` and `ok` of all, many decoded at the same time; returns tokens per second."""
-    work = []
+    work, too_long = [], 0
     for question in questions:
         limit = speaker.args.max_new_tokens
         if question.answers:  # twice as long as the longest right answer is wrong, whatever comes after
             longest = max(len(encode_text(speaker.tokenizer, text)) for text in question.answers)
             limit = min(limit, 2 * longest + 8)
-        work.append((limit, speaker.encode(question.messages, question.tools), question))
+        prompt = speaker.encode(question.messages, question.tools)
+        if len(prompt) < speaker.model.config.max_position_embeddings:
+            work.append((limit, prompt, question))
+        else:
+            too_long += 1
+            question.judge()  # no answer is a wrong one
+    if too_long:
+        print(f"warning: {too_long} questions are too long for the model: counted wrong", file=sys.stderr)
     work.sort(key=lambda item: (item[0], len(item[1])))  # a batch takes as long as its longest answer
     tokens, began = 0, time.perf_counter()
     for i in range(0, len(work), speaker.args.batch_size):
