@@ -1,0 +1,659 @@
+"""LoRA: exact at the start, alone in training, the same as PEFT's, and strict about files."""
+
+import copy
+import json
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from model import lora as L
+from model.transformer import CausalLM, ModelConfig, ModelError, preset
+
+SHAPE = dict(
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+)
+IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def ours(seed=0, **changes):
+    torch.manual_seed(seed)
+    return CausalLM(ModelConfig(**{**SHAPE, "rope_theta": 1e4, **changes})).eval()
+
+
+def theirs(seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa")).eval()
+
+
+def twins(qk_norm=False):
+    """Our model and transformers' with the same weights."""
+    torch.manual_seed(3)
+    cls, config = (Qwen3ForCausalLM, Qwen3Config) if qk_norm else (LlamaForCausalLM, LlamaConfig)
+    reference = cls(config(**SHAPE, head_dim=8)).eval()
+    model = ours(qk_norm=qk_norm)
+    model.load_state_dict(reference.state_dict())
+    return model, reference
+
+
+def wake(model, seed=1, std=0.1):
+    """Give every B values, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, L.LoRA):
+                module.B.weight.normal_(0, std, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def base_state(model):
+    return {k: v.clone() for k, v in model.state_dict().items() if "lora" not in k}
+
+
+def close(a, b, tolerance=1e-5):
+    return (a - b).abs().max().item() < tolerance
+
+
+# ---- injection
+
+
+def test_plain_model_keeps_its_names():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1024, 1024)
+
+    net = Net()
+    weight, x = net.linear.weight, torch.randn(3, 1024)
+    before = net.linear(x)
+    assert L.apply_lora(net, rank=16) == ["linear"]
+    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == {
+        "linear.weight": (1024, 1024),
+        "linear.bias": (1024,),
+        "linear.lora.A.weight": (16, 1024),
+        "linear.lora.B.weight": (1024, 16),
+    }
+    assert net.linear.weight is weight and isinstance(net.linear, nn.Linear)
+    assert torch.equal(net.linear(x), before)
+    assert abs(net.linear.lora.A.weight.std().item() - 0.02) < 1e-3 and not net.linear.lora.B.weight.any()
+
+
+def test_the_equation():
+    layer = nn.Sequential(nn.Linear(6, 10))
+    L.apply_lora(layer, rank=3, alpha=12)
+    wake(layer)
+    x, m = torch.randn(4, 5, 6), layer[0]
+    expected = x @ m.weight.T + m.bias + (12 / 3) * (x @ m.lora.A.weight.T @ m.lora.B.weight.T)
+    assert close(layer(x), expected)
+
+
+def test_identity_at_the_start_bit_for_bit():
+    model = ours()
+    before, state = logits(model), base_state(model)
+    L.apply_lora(model, rank=4, dropout=0.5)
+    assert torch.equal(logits(model), before)  # also: a new adapter takes over eval mode
+    assert all(torch.equal(v, state[k]) for k, v in base_state(model).items())
+
+
+def test_published_count_of_26m():
+    with torch.device("meta"):
+        model = CausalLM(preset("26m"))
+    names = L.apply_lora(model, rank=16, target_modules="square")
+    assert len(names) == 16 and {n.split(".")[-1] for n in names} == {"q_proj", "o_proj"}
+    assert L.count_line(model) == "26,092,032 parameters in all, 262,144 LoRA, 1.00 %"
+
+
+@pytest.mark.parametrize(
+    "targets, endings, count",
+    [
+        ("all-linear", set(ALL), 14),
+        (["all-linear"], set(ALL), 14),
+        ("square", {"q_proj", "o_proj"}, 4),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}, 4),
+        ("q_proj", {"q_proj"}, 2),
+        (["layers.1.mlp.up_proj"], {"up_proj"}, 1),
+        (r".*\.(k|v)_proj", {"k_proj", "v_proj"}, 4),
+        ([r"model\.layers\.0\..*"], set(ALL), 7),
+        (["lm_head"], {"lm_head"}, 1),
+    ],
+)
+def test_targets(targets, endings, count):
+    names = L.apply_lora(ours(), rank=2, target_modules=targets)
+    assert len(names) == count and {n.split(".")[-1] for n in names} == endings
+
+
+def test_rank_equal_to_the_width_ends():
+    model = ours()
+    assert len(L.apply_lora(model, rank=32, target_modules="square")) == 4
+    assert sum(isinstance(m, L.LoRA) for m in model.modules()) == 4
+    assert len(L.apply_lora(ours(), rank=32)) == 14  # k and v are thinner, which is no reason to refuse
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(rank=0), "rank"),
+        (dict(rank=-1), "rank"),
+        (dict(rank=2.5), "rank"),
+        (dict(rank=33), "above the width"),
+        (dict(alpha=-1), "alpha"),
+        (dict(alpha=0), "alpha"),
+        (dict(alpha=math.nan), "alpha"),
+        (dict(dropout=1), "dropout"),
+        (dict(dropout=-0.1), "dropout"),
+        (
+            dict(target_modules=["q_proj", "query"]),
+            "'query'.*there is: q_proj, k_proj, v_proj, o_proj, gate_proj",
+        ),
+        (dict(target_modules="nothing.*"), "there is: q_proj"),
+        (dict(target_modules="("), "regular expression"),
+        (dict(target_modules=["proj"]), "there is"),
+        (dict(target_modules=["norm"]), "there is"),
+        (dict(target_modules=[]), "there is"),
+    ],
+)
+def test_bad_arguments_change_nothing(arguments, message):
+    model = ours()
+    with pytest.raises(ModelError, match=message) as error:
+        L.apply_lora(model, **arguments)
+    assert "\n" not in str(error.value) and not any(isinstance(m, L.LoRA) for m in model.modules())
+
+
+def test_twice_is_an_error_and_so_is_none():
+    model = ours()
+    for function in (L.freeze_all_but_lora, L.merge_lora, L.unmerge_lora, L.count_line):
+        with pytest.raises(ModelError, match="no LoRA"):
+            function(model)
+    L.apply_lora(model, rank=2)
+    with pytest.raises(ModelError, match="already"):
+        L.apply_lora(model, rank=2)
+
+
+def test_special_linears_are_left_alone():
+    attention = nn.MultiheadAttention(8, 2)  # its out_proj is read as a weight, never called
+    with pytest.raises(ModelError, match="none at all"):
+        L.apply_lora(attention, rank=2)
+
+
+# ---- training
+
+
+def train(model, steps=8, autocast=False):
+    L.freeze_all_but_lora(model)
+    model.train()
+    optimizer = torch.optim.AdamW(L.lora_parameters(model), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # remembers casts: one context a step
+            loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_lora_trains(checkpointing):
+    model = ours()
+    model.gradient_checkpointing = checkpointing
+    L.apply_lora(model, rank=4)
+    state = base_state(model)
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(v, state[k]) for k, v in base_state(model).items())
+    model(IDS, labels=IDS).loss.backward()
+    assert all((p.grad is not None) == (".lora." in name) for name, p in model.named_parameters())
+    assert {id(p) for p in L.lora_parameters(model)} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_dropout_only_in_training():
+    model = wake_and(ours(), dropout=0.5)
+    assert torch.equal(logits(model), logits(model))
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+
+
+def wake_and(model, **kwargs):
+    L.apply_lora(model, **{"rank": 4, **kwargs})
+    return wake(model)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float32_adapters_over_a_bfloat16_base(autocast):
+    model = ours().to(torch.bfloat16)
+    L.apply_lora(model, rank=4)
+    assert {p.dtype for p in L.lora_parameters(model)} == {torch.float32}
+    losses = train(model, autocast=autocast)
+    assert losses[-1] < losses[0] and model(IDS).logits.dtype == torch.bfloat16
+
+
+def test_one_compiled_graph():
+    model = wake_and(ours(num_hidden_layers=1))
+    L.freeze_all_but_lora(model)
+    expected = model(IDS, labels=IDS).loss.detach()
+    compiled = torch.compile(lambda ids: model(ids, labels=ids).loss, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert close(compiled(IDS), expected, 0.1)
+    loss = compiled(IDS)
+    loss.backward()
+    assert close(loss, expected) and all(p.grad is not None for p in L.lora_parameters(model))
+    L.merge_lora(model)  # a switch recompiles and is not ignored
+    with torch.no_grad():
+        assert close(compiled(IDS), expected)
+    L.set_lora(model, False)
+    with torch.no_grad():
+        assert close(compiled(IDS), ours(num_hidden_layers=1)(IDS, labels=IDS).loss)
+    torch.compiler.reset()
+
+
+def test_deepcopy_and_pickle():
+    model = wake_and(ours(), dropout=0.1)
+    for merged in (False, True):
+        if merged:
+            L.merge_lora(model)
+        for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(logits(clone), logits(model))
+            wake(clone, seed=9)
+            assert not merged or torch.equal(logits(clone), logits(model))
+            L.set_lora(clone, False)
+            assert torch.equal(logits(clone), logits(ours()))
+
+
+def test_ddp(tmp_path):
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, single = wake_and(ours()), wake_and(ours())
+        L.freeze_all_but_lora(model)
+        single.load_state_dict(model.state_dict())
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped(IDS, labels=IDS).loss.backward()
+        single(IDS, labels=IDS).loss.backward()
+        pairs = zip(L.lora_parameters(wrapped), L.lora_parameters(single), strict=True)
+        assert all(close(a.grad, b.grad) for a, b in pairs)
+        L.save_lora(wrapped, tmp_path / "a")  # the wrapper leaves no trace in the file
+        keys = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        assert all(key.startswith("base_model.model.model.layers.") for key in keys)
+        assert (
+            L.load_lora(ours(), tmp_path / "a").matched == L.load_lora(wrapped, tmp_path / "a").matched == 14
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- merging and switching
+
+
+def test_merge_and_unmerge():
+    model = wake_and(ours(), alpha=8)
+    before, state = logits(model), base_state(model)
+    L.merge_lora(model)
+    merged = logits(model)
+    L.merge_lora(model)
+    assert (
+        torch.equal(logits(model), merged)
+        and close(merged, before)
+        and not torch.equal(merged, logits(ours()))
+    )
+    model.train()
+    model.eval()
+    assert torch.equal(logits(model), merged)
+    L.unmerge_lora(model)
+    L.unmerge_lora(model)
+    assert all(torch.equal(v, state[k]) for k, v in base_state(model).items())
+    assert torch.equal(logits(model), before)
+
+
+def test_off_and_on():
+    model = wake_and(ours())
+    on = logits(model)
+    for merge in (False, True):
+        if merge:
+            L.merge_lora(model)
+        L.set_lora(model, False)
+        assert torch.equal(logits(model), logits(ours()))
+        L.set_lora(model, True)
+        assert torch.equal(logits(model), on)
+
+
+def test_remove():
+    model = wake_and(ours())
+    on = logits(model)
+    L.merge_lora(model)
+    L.remove_lora(model)
+    assert (
+        torch.equal(logits(model), logits(ours())) and model.state_dict().keys() == ours().state_dict().keys()
+    )
+    assert not any(isinstance(m, L.LoRALinear) for m in model.modules())
+    L.remove_lora(model)  # nothing to do
+    wake_and(model)  # and the model takes another
+    L.merge_lora(model)
+    L.remove_lora(model, keep_merged=True)
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert not torch.equal(logits(model), logits(ours())) and logits(model).shape == on.shape
+
+
+def test_a_tied_head_is_not_merged():
+    model = wake_and(ours(), target_modules=["q_proj", "lm_head"])
+    state = base_state(model)
+    with pytest.raises(ModelError, match="embed_tokens.weight = lm_head.weight"):
+        L.merge_lora(model)
+    assert all(torch.equal(v, state[k]) for k, v in base_state(model).items())
+    L.merge_lora(wake_and(ours(tie_word_embeddings=False), target_modules=["lm_head"]))
+
+
+# ---- PEFT
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", "square", ["k_proj"], r"model\.layers\.1\.(self_attn\.q|mlp\.up)_proj"]
+)
+def test_ours_in_peft(tmp_path, qk_norm, targets):
+    model, reference = twins(qk_norm)
+    names = L.apply_lora(model, rank=4, alpha=6, dropout=0.1, target_modules=targets)
+    wake(model, std=0.5)
+    L.save_lora(model, tmp_path, base="out/full_sft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peft = PeftModel.from_pretrained(reference, tmp_path).eval()
+    assert close(logits(peft), logits(model)) and not close(logits(model), logits(twins(qk_norm)[0]), 1e-4)
+    assert {
+        name.removeprefix("base_model.model.") for name, m in peft.named_modules() if hasattr(m, "lora_A")
+    } == set(names)
+    config = peft.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 6, 0.1)
+    assert config.base_model_name_or_path == "out/full_sft" and config.task_type == "CAUSAL_LM"
+    if targets == "all-linear":
+        assert (
+            json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+            == ALL
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(use_rslora=True),
+        dict(target_modules=["q_proj", "lm_head"]),
+        dict(init_lora_weights=False),
+        dict(rank_pattern={"q_proj": 2, "layers.0.mlp.up_proj": 6}, alpha_pattern={"q_proj": 5, "k_proj": 1}),
+    ],
+)
+def test_peft_in_ours(tmp_path, options):
+    model, reference = twins()
+    peft = get_peft_model(
+        reference, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ALL, **options})
+    )
+    generator = torch.Generator().manual_seed(4)
+    for name, p in peft.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.1, generator=generator)
+    peft.eval().save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    expected = logits(peft)
+    report = L.load_lora(model, tmp_path / "theirs")
+    assert report.matched == len(report.names) > 0 and close(logits(model), expected)
+    L.save_lora(model, tmp_path / "ours")  # whatever came in, goes out again
+    again = PeftModel.from_pretrained(twins()[1], tmp_path / "ours").eval()
+    assert close(logits(again), expected)
+
+
+def test_peft_gradients_and_losses():
+    model, reference = twins()
+    L.apply_lora(model, rank=4, alpha=8)
+    peft = get_peft_model(reference, LoraConfig(r=4, lora_alpha=8, target_modules=ALL))
+    state = model.state_dict()
+    for name, module in peft.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            name = name.removeprefix("base_model.model.")
+            module.lora_A["default"].weight.data.copy_(state[f"{name}.lora.A.weight"])
+    L.freeze_all_but_lora(model)
+    mine, other = list(L.lora_parameters(model)), [p for p in peft.parameters() if p.requires_grad]
+    optimizers = [torch.optim.AdamW(group, lr=1e-2) for group in (mine, other)]
+    first = model(IDS, labels=IDS).loss.item()
+    for step in range(50):
+        losses = [model(IDS, labels=IDS).loss, peft(IDS, labels=IDS).loss]
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+        assert abs(losses[0] - losses[1]).item() < (1e-5 if step == 0 else 1e-3)
+        if step < 2:
+            assert len(mine) == len(other) and all(
+                close(a.grad, b.grad) for a, b in zip(mine, other, strict=True)
+            )
+        for optimizer in optimizers:
+            optimizer.step()
+    assert losses[0] < first - 0.1
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("name", ["adapter", "adapter.pth"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_round_trip(tmp_path, name, adapted):
+    model = wake_and(ours(), alpha=8, dropout=0.2, target_modules=["q_proj", "down_proj"])
+    L.save_lora(model, tmp_path / name)
+    fresh = ours()
+    if adapted:  # its own alpha stays, the effect is the file's
+        L.apply_lora(fresh, rank=4, alpha=2, target_modules=["q_proj", "down_proj"])
+    report = L.load_lora(fresh, str(tmp_path / name))
+    assert close(logits(fresh), logits(model)) and report.matched == 4 and 0 < report.relative_norm < 10
+    layers = [module for module in model.modules() if isinstance(module, L.LoRALinear)]
+    update = sum((m.lora.scaling * m.lora.B.weight @ m.lora.A.weight).square().sum().item() for m in layers)
+    weight = sum(m.weight.square().sum().item() for m in layers)
+    assert abs(report.relative_norm - math.sqrt(update / weight)) < 1e-5
+
+
+def test_no_effect_shows(tmp_path):
+    model = ours()
+    L.apply_lora(model, rank=2)
+    L.save_lora(model, tmp_path / "a")
+    assert L.load_lora(ours(), tmp_path / "a").relative_norm == 0
+
+
+def test_plain_file_and_its_old_forms(tmp_path):
+    model = wake_and(ours(), target_modules="square")
+    L.save_lora(model, tmp_path / "new.pth")
+    state = torch.load(tmp_path / "new.pth", weights_only=True)
+    assert state.keys() == {k for k in model.state_dict() if "lora" in k}
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+    old = {f"module.{k.replace('self_attn', '_orig_mod.self_attn')}": v.half() for k, v in state.items()}
+    torch.save(old, tmp_path / "old.pth")
+    old = ours()
+    assert L.load_lora(old, tmp_path / "old.pth").matched == 4
+    assert close(logits(old), logits(model), 1e-2) and {p.dtype for p in L.lora_parameters(old)} == {
+        torch.float32
+    }
+
+
+def test_folder_keeps_what_else_is_in_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+
+    for seed in (1, 2):
+        model = wake(wake_and(ours()), seed)
+        L.save_lora(
+            model,
+            tmp_path,
+            base=tmp_path / "base",
+            tokenizer=Tokenizer(),
+            training={"step": seed, "name": "种子"},
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "metrics.jsonl",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "training.json",
+    }
+    assert json.loads((tmp_path / "training.json").read_text(encoding="utf-8")) == {"step": 2, "name": "种子"}
+    fresh = ours()
+    L.load_lora(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_a_failed_save_leaves_the_old_adapter(tmp_path):
+    model = wake_and(ours())
+    L.save_lora(model, tmp_path)
+    with pytest.raises(TypeError):
+        L.save_lora(wake(model, seed=5), tmp_path, training={"no": object()})
+    fresh = ours()
+    L.load_lora(fresh, tmp_path)
+    assert close(logits(fresh), logits(wake(model))) and len(list(tmp_path.iterdir())) == 2
+
+
+def test_saving_while_merged_is_saving_the_same(tmp_path):
+    model = wake_and(ours())
+    L.merge_lora(model)
+    L.save_lora(model, tmp_path)
+    fresh = ours()
+    L.load_lora(fresh, tmp_path)  # the fingerprint is that of the base
+    assert close(logits(fresh), logits(model))
+    L.load_lora(model, tmp_path)
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_another_base_is_refused_and_half_precision_is_not(tmp_path):
+    model = wake_and(ours())
+    L.save_lora(model, tmp_path)
+    with pytest.raises(ModelError, match="another base model"):
+        L.load_lora(ours(seed=1), tmp_path)
+    near = ours()
+    with torch.no_grad():
+        near.model.layers[1].mlp.up_proj.weight.add_(torch.randn(48, 32) * 1e-3)  # a little more training
+    with pytest.raises(ModelError, match="another base model.*layers.1.mlp.up_proj"):
+        L.load_lora(near, tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert L.load_lora(ours().to(dtype), tmp_path).matched == 14
+
+
+def broken(tmp_path, change):
+    """A saved adapter with its tensors or config changed."""
+    L.save_lora(wake_and(ours()), tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    change(state, config)
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tmp_path
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s, c: s.pop(Q + "lora_B.weight"), r"q_proj lacks its lora B"),
+        (lambda s, c: s.update({Q + "lora_magnitude_vector": torch.ones(32)}), "no LoRA matrix"),
+        (
+            lambda s, c: s.update({Q + "lora_A.weight": torch.ones(4, 31)}),
+            r"q_proj lora A is \(4, 31\), not \(4, 32\)",
+        ),
+        (lambda s, c: s.update({Q + "lora_A.weight": torch.ones(3, 32)}), r"q_proj lora [AB] is"),
+        (
+            lambda s, c: s.update(
+                {
+                    "base_model.model.model.layers.9.x.lora_A.weight": torch.ones(4, 32),
+                    "base_model.model.model.layers.9.x.lora_B.weight": torch.ones(32, 4),
+                }
+            ),
+            "layers.9.x",
+        ),
+        (lambda s, c: c.update(peft_type="IA3"), "type IA3"),
+        (lambda s, c: c.pop("peft_type"), "damaged"),
+        (lambda s, c: s.clear(), "holds no LoRA"),
+    ],
+)
+def test_bad_adapters_change_nothing(tmp_path, adapted, change, message):
+    path, model = broken(tmp_path, change), ours()
+    if adapted:
+        wake_and(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ModelError, match=message) as error:
+        L.load_lora(model, path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_strict_where_there_is_lora(tmp_path):
+    L.save_lora(wake_and(ours(), target_modules=["q_proj"]), tmp_path / "q")
+    for options, message in (
+        (dict(rank=2, target_modules=["q_proj"]), r"q_proj lora A is \(4, 32\), not \(2, 32\)"),
+        (dict(target_modules=["q_proj", "o_proj"]), "lacks 2 of the model's LoRA layers"),
+        (dict(target_modules=["layers.0.self_attn.q_proj"]), "layers.1.self_attn.q_proj"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            L.load_lora(wake_and(ours(), **options), tmp_path / "q")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("bomb_was_run", "w"))
+
+
+def test_bad_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "junk.pth").write_bytes(b"not a file of torch")
+    torch.save({"a.lora.A.weight": Bomb()}, tmp_path / "hostile.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"model.norm.weight": torch.ones(3)}, tmp_path / "model.pth")
+    L.save_lora(wake_and(ours()), tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:2000])
+    L.save_lora(wake_and(ours()), tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    L.save_lora(wake_and(ours()), tmp_path / "text")
+    (tmp_path / "text" / "adapter_config.json").write_text("{", encoding="utf-8")
+    for name, message in (
+        ("nowhere", "not found"),
+        ("empty", "adapter_config.json"),
+        ("junk.pth", "damaged"),
+        ("hostile.pth", "damaged"),
+        ("list.pth", "damaged"),
+        ("model.pth", "'model.norm.weight'"),
+        ("cut.pth", "damaged"),
+        ("cut", "damaged"),
+        ("text", "damaged"),
+    ):
+        with pytest.raises(ModelError, match=message) as error:
+            L.load_lora(ours(), tmp_path / name)
+        assert "\n" not in str(error.value) and name in str(error.value)
+    assert not (tmp_path / "bomb_was_run").exists()
+
+
+def test_fingerprint_is_in_the_weights_file(tmp_path):
+    L.save_lora(wake_and(ours()), tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        marks = json.loads(file.metadata()["base_fingerprint"])
+    assert "model.embed_tokens.weight" in marks and not any("lora" in name for name in marks)
