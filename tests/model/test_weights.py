@@ -1,0 +1,402 @@
+"""Models on disk: every family in both directions, every way a folder can be wrong, nothing half-written."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from model import weights
+from model.transformer import CausalLM, ModelConfig, ModelError
+from model.weights import load_model, load_tokenizer, save_model
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 48, "vocab_size": 97}
+FAMILIES = {  # what makes our config one of each family, and what transformers calls the same
+    "Llama": ({}, {}),
+    "Qwen2": ({"attention_bias": True}, {}),
+    "Qwen3": ({"qk_norm": True}, {"head_dim": 8}),
+    "Mistral": ({"sliding_window": 4}, {"sliding_window": 4}),
+}
+ROPES = {
+    "default": None,
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 16},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn, all set": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+                      "beta_fast": 4.0, "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 1.3,
+                      "truncate": False},
+    "yarn, scale set": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+                        "attention_factor": 1.2},
+}
+
+
+def shake(model):
+    """Random norms and biases too: none of them can be forgotten unseen."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def ours(**changes) -> CausalLM:
+    return shake(CausalLM(ModelConfig(**SHAPE | changes)))
+
+
+def theirs(family="Llama", **changes):
+    import transformers
+
+    config = getattr(transformers, family + "Config")(**SHAPE | FAMILIES[family][1] | changes)
+    return shake(getattr(transformers, family + "ForCausalLM")(config))
+
+
+def open_with_transformers(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def ids():
+    return torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def assert_equal_logits(left, right, tolerance=1e-4):
+    with torch.no_grad():
+        difference = (left(ids()).logits - right(ids()).logits).abs().max().item()
+    assert difference < tolerance, difference
+
+
+# --- both directions ---
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_we_save_transformers_opens(family, tied, tmp_path):
+    model = ours(**FAMILIES[family][0], tie_word_embeddings=tied)
+    save_model(model, tmp_path / "m")
+    twin = open_with_transformers(tmp_path / "m")
+    assert type(twin).__name__ == family + "ForCausalLM"
+    assert_equal_logits(model, twin)
+    assert_equal_logits(model, load_model(tmp_path / "m"), tolerance=1e-9)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_saves_we_open(family, tied, tmp_path):
+    twin = theirs(family, tie_word_embeddings=tied)
+    twin.save_pretrained(tmp_path)
+    assert_equal_logits(load_model(tmp_path), twin)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_dim_set_apart(family, tmp_path):
+    twin = theirs(family, head_dim=16)
+    twin.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs")
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (64, 32)
+    assert_equal_logits(model, twin)
+    save_model(model, tmp_path / "ours")
+    assert_equal_logits(model, open_with_transformers(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_a_window_over_biases_and_norms(family, tmp_path):
+    model = ours(**FAMILIES[family][0], sliding_window=4)
+    save_model(model, tmp_path / "m")
+    assert_equal_logits(model, open_with_transformers(tmp_path / "m"))
+    assert load_model(tmp_path / "m").config == model.config
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_shards(tied, tmp_path):
+    twin = theirs("Qwen3", tie_word_embeddings=tied)
+    twin.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    model = load_model(tmp_path)
+    assert_equal_logits(model, twin)
+    save_model(model, tmp_path)  # over the shards, which must not stay beside the new file
+    assert [file.name for file in tmp_path.glob("*safetensors*")] == ["model.safetensors"]
+    assert_equal_logits(open_with_transformers(tmp_path), twin)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_settings_in_both_spellings(rope, tmp_path):
+    parameters = {"rope_type": "default", "rope_theta": 5000.0} | (ROPES[rope] or {})
+    twin = theirs("Llama", rope_parameters=dict(parameters), max_position_embeddings=64)
+    twin.save_pretrained(tmp_path / "new")
+    model = load_model(tmp_path / "new")
+    assert_equal_logits(model, twin)
+
+    save_model(model, tmp_path / "ours")  # carries both spellings: each alone must do
+    config = json.loads((tmp_path / "ours" / "config.json").read_text(encoding="utf-8"))
+    for spelling in (("rope_parameters",), ("rope_theta", "rope_scaling")):
+        left = {key: value for key, value in config.items() if not key.startswith("rope_") or key in spelling}
+        (tmp_path / "ours" / "config.json").write_text(json.dumps(left), encoding="utf-8")
+        assert_equal_logits(load_model(tmp_path / "ours"), twin)
+        assert_equal_logits(open_with_transformers(tmp_path / "ours"), twin)
+
+
+def test_the_old_key_type_for_rotary_settings(tmp_path):
+    model = ours(rope_scaling={"type": "linear", "factor": 2.0})
+    save_model(model, tmp_path / "m")
+    assert_equal_logits(model, open_with_transformers(tmp_path / "m"))
+
+
+def test_old_files_with_extras(tmp_path):
+    """Rotary tables, and the tied head beside the embedding, were once saved too."""
+    from safetensors.torch import load_file, save_file
+
+    model = ours()
+    save_model(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_equal_logits(model, load_model(tmp_path))
+
+
+def test_types(tmp_path):
+    save_model(ours().to(torch.bfloat16), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    assert next(load_model(tmp_path).parameters()).dtype == torch.float32
+    model = load_model(tmp_path, dtype=torch.bfloat16)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# --- legacy files ---
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_legacy_state_dict(prefix, qk_norm, tied, tmp_path):
+    heads = 4 if qk_norm else 8  # without q_norm to tell, MiniMind's eight heads are assumed
+    model = ours(hidden_size=64, num_attention_heads=heads, qk_norm=qk_norm, tie_word_embeddings=tied,
+                 rms_norm_eps=1e-6 if qk_norm else 1e-5)
+    state = {prefix + name: tensor.half() for name, tensor in model.state_dict().items()}
+    state[prefix + "model.freqs_cos"] = state["freqs_sin"] = torch.ones(8, 4)
+    torch.save(state, tmp_path / "x.pth")
+    read = load_model(tmp_path / "x.pth")
+    assert read.config == model.config
+    assert_equal_logits(read, model, tolerance=2e-2)  # half precision in the file
+    assert_equal_logits(read, model.half().float(), tolerance=1e-6)
+
+
+def test_legacy_weights_inside_a_training_state(tmp_path):
+    model = ours(hidden_size=64, num_attention_heads=8, rms_norm_eps=1e-5)
+    torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "x.pth")
+    assert_equal_logits(load_model(tmp_path / "x.pth"), model, tolerance=1e-6)
+
+
+def test_legacy_file_with_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "broken in"),)
+
+    torch.save({"a": Evil()}, tmp_path / "x.pth")
+    (tmp_path / "y.pth").write_bytes(pickle.dumps(Evil()))
+    for name in ("x.pth", "y.pth"):
+        with pytest.raises(ModelError, match="refused"):
+            load_model(tmp_path / name)
+    assert not (tmp_path / "broken in").exists()
+
+
+@pytest.mark.parametrize(("state", "words"), [
+    ([1, 2], "state dict"),
+    ({"a": 1}, "state dict"),
+    ({"a": torch.ones(1)}, "model.embed_tokens.weight"),
+    ({name: tensor for name, tensor in CausalLM(ModelConfig(**SHAPE | {"head_dim": 6})).state_dict().items()}
+     | {"model.layers.0.self_attn.k_proj.weight": torch.ones(7, 32)}, "can't tell the heads"),
+    (CausalLM(ModelConfig(**SHAPE | {"num_attention_heads": 8})).state_dict()
+     | {"model.layers.1.mlp.experts.0.up_proj.weight": torch.ones(2)}, "unknown model.layers.1.mlp.experts"),
+])
+def test_legacy_files_that_are_something_else(state, words, tmp_path):
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ModelError, match=words):
+        load_model(tmp_path / "x.pth")
+
+
+def test_legacy_file_cut_off(tmp_path):
+    torch.save(ours().state_dict(), tmp_path / "x.pth")
+    for size in (0, 10, 5000):
+        (tmp_path / "y.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:size])
+        with pytest.raises(ModelError, match="y.pth"):
+            load_model(tmp_path / "y.pth")
+
+
+# --- what can be wrong with a folder ---
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(ours(), tmp_path / "m")
+    return tmp_path / "m"
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
+    config = {key: value for key, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def assert_refused(path, words):
+    with pytest.raises(ModelError, match=words) as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel, only LlamaForCausalLM, Mistral"),
+    ({"architectures": ...}, "none named"),
+    ({"hidden_size": ...}, "hidden_size is missing"),
+    ({"hidden_size": 64}, r"\[97, 32\], the config asks for \[97, 64\]"),
+    ({"vocab_size": 98}, "model.embed_tokens.weight"),
+    ({"num_key_value_heads": 1}, "k_proj"),
+    ({"num_key_value_heads": 3}, "config.json: num_attention_heads"),
+    ({"num_hidden_layers": 3}, "has no model.layers.2.input_layernorm.weight and 8"),
+    ({"num_hidden_layers": 1}, "unknown model.layers.1.input_layernorm.weight and 8"),
+    ({"architectures": ["Qwen3ForCausalLM"]}, "has no model.layers.0.self_attn.k_norm.weight"),
+    ({"tie_word_embeddings": False}, "has no lm_head.weight"),
+    ({"hidden_act": "gelu"}, "gelu"),
+    ({"mlp_bias": True}, "biases"),
+    ({"attention_bias": True}, "biases"),
+    ({"quantization_config": {"bits": 4}}, "quantized"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}, "rope_scaling": ...}, "differ between layers"),
+    ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1}, "some layers"),
+])
+def test_configs_that_do_not_fit(folder, changes, words):
+    change_config(folder, **changes)
+    assert_refused(folder, words)
+
+
+def test_missing_things(folder, tmp_path):
+    assert_refused(tmp_path / "nowhere", "no model at .*nowhere")
+    assert_refused(tmp_path, "no config.json in")
+    (folder / "model.safetensors").unlink()
+    assert_refused(folder, "no model.safetensors in")
+    with pytest.raises(ModelError, match="no tokenizer in"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
+def test_damaged_config(folder, text):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    assert_refused(folder, "config.json")
+
+
+@pytest.mark.parametrize("size", [0, 6, 100, -1])
+def test_weights_cut_off(folder, size):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:size])
+    assert_refused(folder, "damaged or cut off")
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "..\\x", "C:x", ".."])
+def test_an_index_stays_in_its_folder(folder, name):
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert_refused(folder, "outside of the folder")
+
+
+def test_damaged_index(folder):
+    (folder / "model.safetensors").unlink()
+    for text, words in (('{"weight_map": {"a": "b.safetensors"}}', "b.safetensors is missing"),
+                        ('{"weight_map": {"a": 1}}', "weight_map"), ("{}", "weight_map"), ("{", "JSON")):
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        assert_refused(folder, words)
+
+
+def test_a_head_that_contradicts_the_tie(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.zeros(97, 32)}, folder / "model.safetensors")
+    assert_refused(folder, "tie_word_embeddings")
+
+
+def test_weights_that_are_no_floats(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    assert_refused(folder, "int8")
+
+
+# --- saving ---
+
+
+def test_other_files_of_a_run_survive(folder):
+    (folder / "checkpoints" / "step_1").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    model = ours(num_hidden_layers=1)
+    save_model(model, folder, training={"step": 3, "data": folder})
+    assert (folder / "metrics.jsonl").exists() and (folder / "checkpoints" / "step_1").is_dir()
+    assert json.loads((folder / "training.json").read_text(encoding="utf-8"))["step"] == 3
+    assert_equal_logits(load_model(folder), model, tolerance=1e-9)
+    assert [path.name for path in folder.parent.iterdir()] == ["m"]  # no temporary folder is left
+
+
+@pytest.mark.parametrize("fails", ["save_file", "_write_json"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch, fails, exists):
+    old = ours()
+    if exists:
+        save_model(old, tmp_path / "m")
+
+    def fail(*arguments, **settings):
+        raise OSError("disk full")
+
+    where = weights.safetensors.torch if fails == "save_file" else weights
+    monkeypatch.setattr(where, fails, fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(ours(num_hidden_layers=1), tmp_path / "m")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == (["m"] if exists else [])
+    if exists:
+        assert_equal_logits(load_model(tmp_path / "m"), old, tolerance=1e-9)
+
+
+def test_training_json_comes_last(folder, monkeypatch):
+    order, replace = [], os.replace
+    monkeypatch.setattr(weights.os, "replace", lambda a, b: (order.append(b.name), replace(a, b)))
+    save_model(ours(), folder, training={})
+    assert order == ["generation_config.json", "model.safetensors", "config.json", "training.json"]
+
+
+def test_adapters_are_not_saved_as_a_plain_model(tmp_path):
+    model = ours()
+    model.model.layers[0].mlp.up_proj.lora = torch.nn.Linear(2, 2)
+    with pytest.raises(ModelError, match="merge adapters"):
+        save_model(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match="is a file"):
+        save_model(ours(), tmp_path / "file")
+
+
+def test_tokenizer_goes_along(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<|endoftext|>": 0, "<|im_end|>": 1, "hello": 2, "<pad>": 3}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "hello")),
+                                        eos_token="<|im_end|>", pad_token="<pad>")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    save_model(ours(), tmp_path / "m", tokenizer)
+    read = load_tokenizer(tmp_path / "m")
+    assert read.get_vocab() == words and read.chat_template == tokenizer.chat_template
+    generation = json.loads((tmp_path / "m" / "generation_config.json").read_text(encoding="utf-8"))
+    assert generation == {"bos_token_id": None, "eos_token_id": [1, 0], "pad_token_id": 3}
+    twin = open_with_transformers(tmp_path / "m")
+    assert twin.generation_config.eos_token_id == [1, 0]
+    (tmp_path / "m" / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match="can't be read"):
+        load_tokenizer(tmp_path / "m")
