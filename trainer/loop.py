@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.lm_dataset import collate
-from dataset.packing import pack_rows
+from dataset.packing import pack_rows, single_rows
 from trainer.args import UsageError
 from trainer.checkpoint import load_checkpoint, restore, save_checkpoint, settings, trained_state
 from trainer.distributed import Ranks, choose_dtype
@@ -34,11 +34,9 @@ class Batches(Dataset):
     def __init__(self, dataset, samples: np.ndarray, args, pad_token_id: int, ranks: Ranks):
         self.dataset, self.ranks, self.pad_token_id, self.seed = dataset, ranks, pad_token_id, args.seed
         self.batch_size, self.micro_batch_size = args.batch_size, args.micro_batch_size
-        if args.packing:
-            rows = pack_rows(dataset.lengths[samples], args.max_seq_len, args.seed)
-            self.rows = [samples[row] for row in rows]
-        else:
-            self.rows = [samples[i:i + 1] for i in range(len(samples))]
+        self.samples = samples
+        self.rows = (pack_rows(dataset.lengths[samples], args.max_seq_len, args.seed) if args.packing
+                     else single_rows(len(samples), args.seed))
         self.epoch, self.order = -1, None
 
     def __len__(self) -> int:
@@ -50,7 +48,8 @@ class Batches(Dataset):
         if epoch != self.epoch:  # each pass has an order of its own, which the seed decides
             self.epoch = epoch
             self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-        rows = [self.rows[i] for i in self.order[number * self.batch_size:(number + 1) * self.batch_size]]
+        chosen = self.order[number * self.batch_size:(number + 1) * self.batch_size]
+        rows = [self.samples[self.rows[i]] for i in chosen]
         samples = np.concatenate(rows)
         mine = rows[self.ranks.rank::self.ranks.world_size]
         share = math.ceil(len(rows) / self.ranks.world_size)  # rows of the fullest rank
@@ -89,7 +88,7 @@ def evaluate(model, batches: Batches, autocast, ranks: Ranks) -> dict[str, float
                 loss_sum += model(**to_device(batch, ranks.device)).loss_sum.double().cpu()
     model.train(was_training)
     total = ranks.sum(loss_sum)[0]
-    num_bytes = int(batches.dataset.num_bytes[np.concatenate(batches.rows)].sum())
+    num_bytes = int(batches.dataset.num_bytes[batches.samples].sum())
     return {"eval_loss": total / max(1, targets), "bits_per_byte": total / math.log(2) / max(1, num_bytes)}
 
 
