@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from model.transformer import ModelError
@@ -272,7 +272,7 @@ def save_lora(model: nn.Module, path: str | Path, base: str | Path | None = None
     # The fingerprint goes with the tensors: PEFT warns about keys in the config that it doesn't know.
     metadata = {"format": "pt", "base_fingerprint": json.dumps(_fingerprint(model))}
     with _replacing(path) as folder:
-        save_file(state, folder / "adapter_model.safetensors", metadata)
+        (folder / "adapter_model.safetensors").write_bytes(save(state, metadata))  # save_file would make it 0600
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         for name, content in {"training.json": training, "adapter_config.json": config}.items():
