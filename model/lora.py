@@ -272,7 +272,7 @@ def save_lora(model: nn.Module, path: str | Path, base: str | Path | None = None
     # The fingerprint goes with the tensors: PEFT warns about keys in the config that it doesn't know.
     metadata = {"format": "pt", "base_fingerprint": json.dumps(_fingerprint(model))}
     with _replacing(path) as folder:
-        (folder / "adapter_model.safetensors").write_bytes(save(state, metadata))  # save_file would make it 0600
+        (folder / "adapter_model.safetensors").write_bytes(save(state, metadata))  # save_file: mode 0600
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         for name, content in {"training.json": training, "adapter_config.json": config}.items():
