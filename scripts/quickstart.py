@@ -1,0 +1,492 @@
+"""From nothing to a chat: writes a small world, trains a model on it in four stages, scores every stage.
+
+    python scripts/quickstart.py               # about 6 minutes on 2 CPU cores; uses a GPU if there is one
+    python scripts/quickstart.py --minutes 20  # train longer
+    python scripts/quickstart.py               # again: goes on where it was stopped, or shows the report
+    python scripts/quickstart.py --fresh       # start over
+
+Every step is a command that is printed first, so you can run and change any of them yourself. All of it lands
+in out/quickstart: the world, the models, logs/, scores_*.json, loss.png, report.json and report.html.
+"""
+
+import argparse
+import base64
+import html
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGET = 6.0  # minutes; the steps and seconds below are for it, and --minutes scales the steps
+
+# stage: its script, steps, seconds that they take on 2 CPU cores, and its flags
+ROWS = "--batch_size 8 --max_seq_len 128 --log_interval 10 --eval_interval 250"
+STAGES = {
+    "pretrain": ("train_pretrain.py", 800, 90, f"--preset tiny --optimizer muon --learning_rate 2e-2 {ROWS}"),
+    "full_sft": ("train_full_sft.py", 1400, 160, f"--optimizer muon --learning_rate 1e-2 {ROWS}"),
+    "lora_identity": ("train_lora.py", 150, 15, f"--lora_rank 8 --learning_rate 5e-3 {ROWS}"),
+    "lora_clinic": ("train_lora.py", 250, 25, f"--lora_rank 16 --learning_rate 5e-3 {ROWS}"),
+}
+ADAPTERS = ("lora_identity", "lora_clinic")
+PARENT = {"full_sft": "pretrain", "lora_identity": "full_sft", "lora_clinic": "full_sft"}
+DATA = {"full_sft": "sft"}  # the file of the world; the others are named as their stage
+SCORED_AFTER_PRETRAIN = 200  # questions of a test: a model that never saw a chat gets none right
+SCORED_PER_MINUTE = 2000  # so that a trial of a few seconds doesn't spend minutes on scoring
+START, SCORE = 5, 10  # seconds: Python, torch and the tokenizer; scoring a stage
+
+
+def parse_args() -> argparse.Namespace:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("--minutes", type=float, metavar="N",
+                        help=f"time for everything on 2 CPU cores; scales the steps (default: {BUDGET:g})")
+    parser.add_argument("--fresh", action="store_true", help="delete what is there and start over")
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "quickstart", metavar="DIR",
+                        help="where everything goes (default: out/quickstart)")
+    args = parser.parse_args()
+    if args.minutes is not None and not 0 < args.minutes < 1e6:
+        parser.error(f"--minutes must be above 0, not {args.minutes:g}")
+    args.out_dir = args.out_dir.resolve()
+    return args
+
+
+# ---------------------------------------------------------------- what there is to do
+
+
+@dataclass
+class Task:
+    """One command. It is finished when it exited well and `product` exists."""
+
+    name: str
+    stage: str  # what its time counts for
+    command: list[str]  # without the interpreter; paths absolute, so that it works from any folder
+    product: Path
+    seconds: float  # expected
+
+
+def plan(out: Path, minutes: float) -> list[Task]:
+    """All tasks in order, for a run of that many minutes."""
+    world, scale = out / "world", minutes / BUDGET
+    command = [f"{ROOT / 'dataset' / 'synthetic.py'}", "--out_dir", f"{world}"]
+    tasks = [Task("world", "pretrain", command, world / "lora_clinic_test.jsonl", 4)]
+    for stage, (script, steps, seconds, flags) in STAGES.items():
+        data, base = DATA.get(stage, stage), out / PARENT.get(stage, "")
+        command = [f"{ROOT / 'trainer' / script}", "--data_path", f"{world / data}.jsonl"]
+        if stage not in ADAPTERS:
+            command += ["--eval_data_path", f"{world / data}_eval.jsonl"]
+        if stage in PARENT:
+            command += ["--load_from", f"{base}"]
+        command += ["--out_dir", f"{out}", "--name", stage, "--max_steps", f"{max(2, round(steps * scale))}"]
+        command += flags.split()
+        tasks.append(Task(stage, stage, command, out / stage / "training.json", START + seconds * scale))
+
+        tests = {"pretrain": ["sft"], "full_sft": ["sft", *ADAPTERS]}.get(stage, ["sft", stage])
+        model = [f"{base}", "--lora", f"{out / stage}"] if stage in ADAPTERS else [f"{out / stage}"]
+        files = [*(f"{world / test}_test.jsonl" for test in tests), f"{out / 'samples.jsonl'}"]
+        command = [f"{ROOT / 'eval_model.py'}", "--load_from", *model, "--temperature", "0", "--data_path", *files]
+        limit = max(1, round(SCORED_PER_MINUTE * minutes))
+        limit = min(limit, SCORED_AFTER_PRETRAIN) if stage == "pretrain" else limit
+        command += ["--limit", f"{limit}"] if limit < SCORED_PER_MINUTE else []
+        scores = out / f"scores_{stage}.json"
+        tasks.append(Task(f"scores_{stage}", stage, [*command, "--json", f"{scores}"], scores, SCORE))
+    return tasks
+
+
+def shown(command: list[str], folder: Path | None = None) -> str:
+    """A command to read and to type in `folder` (None: where the person stands): short paths, quoted."""
+    folder = str(folder or Path.cwd())
+
+    def short(word: str) -> str:
+        if not os.path.isabs(word):
+            return word
+        try:
+            return min(os.path.relpath(word, folder), word, key=len)
+        except ValueError:  # another drive of Windows
+            return word
+
+    words = [short(word) for word in command]
+    return shlex.join(words) if os.name == "posix" else subprocess.list2cmdline(words)
+
+
+def python() -> str:
+    """How the person would call this interpreter."""
+    name = Path(sys.executable).name
+    found = shutil.which(name)  # on the PATH, as it is where an environment was activated
+    return name if found and Path(found).absolute() == Path(sys.executable).absolute() else sys.executable
+
+
+def write_samples(out: Path) -> None:
+    """Three prompts that every stage answers, out of the test files: a story, who are you, an ill plant."""
+    prompts = []
+    for file, word in (("sft", "story"), ("lora_identity", "you"), ("lora_clinic", "")):
+        lines = (out / "world" / f"{file}_test.jsonl").read_text(encoding="utf-8").splitlines()
+        asked = [json.loads(line)["conversations"] for line in lines]
+        asked = [turns[0]["content"] for turns in asked if len(turns) == 2]
+        prompts.append(next((text for text in asked if word in text and text not in prompts), asked[0]))
+    text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
+    (out / "samples.jsonl").write_text(text, encoding="utf-8", newline="\n")
+
+
+# ---------------------------------------------------------------- running it
+
+
+class State:
+    """state.json: the commands that were started and those that finished, and how long each took."""
+
+    def __init__(self, out: Path):
+        self.path = out / "state.json"
+        try:
+            self.data = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.data = {"minutes": None, "started": {}, "finished": [], "seconds": {}}
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".writing")
+        temporary.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8", newline="\n")
+        os.replace(temporary, self.path)
+
+    def knows(self, task: Task) -> bool:
+        return self.data["started"].get(task.name) == shown(task.command, ROOT)
+
+    def finished(self, task: Task) -> bool:
+        return self.knows(task) and task.name in self.data["finished"] and task.product.exists()
+
+    def forget(self, tasks: list[Task]) -> None:
+        """Deletes what the tasks made."""
+        for task in tasks:
+            self.data["started"].pop(task.name, None)
+            self.data["seconds"].pop(task.name, None)
+            self.data["finished"] = [name for name in self.data["finished"] if name != task.name]
+            if task.product.suffix == ".json" and task.product.parent == self.path.parent:
+                task.product.unlink(missing_ok=True)
+            else:
+                shutil.rmtree(task.product.parent, ignore_errors=True)
+
+
+class Progress:
+    """One bar for the whole run; where the output is no terminal, a line every ten seconds."""
+
+    def __init__(self, tasks: list[Task], state: State):
+        self.tasks, self.state, self.terminal = tasks, state, sys.stdout.isatty()
+        self.last = 0.0  # when something was shown
+
+    def say(self, line: str) -> None:
+        print(("\r\033[K" if self.terminal else "") + line, flush=True)
+
+    def show(self, task: Task, spent: float, metrics: dict) -> None:
+        """spent: seconds of the task so far; metrics: the last line of its metrics.jsonl, if it trains."""
+        if time.monotonic() - self.last < (0.5 if self.terminal else 10):
+            return
+        self.last = time.monotonic()
+        now = self.tasks.index(task)
+        before = sum(self.state.data["seconds"].get(t.name, 0) for t in self.tasks[:now])
+        expected = sum(t.seconds for t in self.tasks[:now]) + task.seconds
+        left, detail = max(task.seconds - spent, 1), "scoring" if "scores" in task.name else "starting"
+        if metrics.get("max_steps"):
+            left = (metrics["max_steps"] - metrics["step"]) * metrics["seconds"] / metrics["step"] + 1
+            detail = f"step {metrics['step']:,}/{metrics['max_steps']:,}"
+            detail += f" | {metrics['tokens_per_second']:,.0f} tokens/s"
+        # A machine that took twice as long so far as ours will take twice as long for the rest.
+        speed = (before + spent + left) / expected
+        total_left = left + speed * sum(t.seconds for t in self.tasks[now + 1:])
+        share = (before + spent) / (before + spent + total_left)
+        clock = f"{int(total_left) // 60}:{int(total_left) % 60:02} left"
+        line = f"{share:4.0%} | {task.stage} {detail} | {clock}"
+        if self.terminal:
+            width = max(0, min(30, shutil.get_terminal_size().columns - len(line) - 4))
+            bar = "#" * round(share * width)
+            print(f"\r[{bar:.<{width}}] {line}\033[K", end="", flush=True)
+        else:
+            print(line, flush=True)
+
+
+def last_metrics(path: Path) -> dict:
+    """The newest training line of a metrics.jsonl that grows; {} where there is none yet."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            metrics = json.loads(line)
+            if "max_steps" in metrics:
+                return metrics
+        except (ValueError, TypeError):
+            pass  # a line that is being written, or the end of one
+    return {}
+
+
+def run(task: Task, state: State, progress: Progress, out: Path) -> None:
+    """Runs a task's command and waits. Raises SystemExit when it fails, KeyboardInterrupt when stopped."""
+    resume = state.knows(task) and task.name in STAGES
+    command = [*task.command, "--resume"] if resume else task.command
+    progress.say(f"\n$ {shown([python(), *command])}")
+    state.data["started"][task.name] = shown(task.command, ROOT)
+    state.save()
+    began, before = time.monotonic(), state.data["seconds"].get(task.name, 0.0)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    # The log goes through a pipe of ours: a child whose parent was killed ends when it prints its next line.
+    # A session of its own keeps Ctrl-C from reaching it twice (on Windows the console tells it, and we don't).
+    process = subprocess.Popen([sys.executable, *command], env=environment, start_new_session=os.name == "posix",
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    tail: deque[str] = deque(maxlen=15)
+    log = out / "logs" / f"{task.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+
+    def copy_log():
+        with log.open("a" if resume else "w", encoding="utf-8", newline="\n") as file:
+            for raw in process.stdout:
+                tail.append(raw.decode("utf-8", "replace").rstrip("\r\n"))
+                file.write(tail[-1] + "\n")
+                file.flush()
+
+    copier = threading.Thread(target=copy_log, daemon=True)
+    copier.start()
+    try:
+        while process.poll() is None:
+            metrics = last_metrics(out / task.name / "metrics.jsonl") if task.name in STAGES else {}
+            progress.show(task, time.monotonic() - began + before, metrics)
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        progress.say(f"stopping; {task.name} saves its state (Ctrl-C again: at once)")
+        stop(process)
+        raise
+    finally:
+        state.data["seconds"][task.name] = before + time.monotonic() - began
+        state.save()
+    copier.join()
+    if process.returncode or not task.product.exists():
+        progress.say("")
+        print("\n".join(tail), file=sys.stderr)
+        raise SystemExit(f"error: {task.name} failed (exit code {process.returncode}): {shown([str(log)])}")
+    state.data["finished"].append(task.name)
+    state.save()
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Asks the child to save and end, and waits for it; a second Ctrl-C ends it at once."""
+    try:
+        if os.name == "posix":
+            process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+    except (KeyboardInterrupt, subprocess.TimeoutExpired):
+        process.kill()
+        process.wait()
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def count_parameters(model: Path) -> int:
+    """From the header of model.safetensors: 8 bytes of length, then JSON with the shape of every tensor."""
+    with (model / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    total = 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            size = 1
+            for length in tensor["shape"]:
+                size *= length
+            total += size
+    return total
+
+
+def shares(answers: list[dict]) -> dict[str, float]:
+    """Right answers per family, and over all."""
+    families: dict[str, list[bool]] = {}
+    for answer in answers:
+        families.setdefault(answer["family"], []).append(answer["ok"])
+    everything = sum(families.values(), [])
+    families["all"] = everything
+    return {name: sum(oks) / len(oks) for name, oks in families.items()}
+
+
+def collect(out: Path, state: State) -> tuple[dict, dict]:
+    """(report.json, the scores of the adapters' families before their adapters were trained)."""
+    seconds, scores, samples, before = dict.fromkeys(STAGES, 0.0), {}, {}, {}
+    for task in plan(out, state.data["minutes"]):
+        seconds[task.stage] = round(seconds[task.stage] + state.data["seconds"].get(task.name, 0), 1)
+    for stage in STAGES:
+        answers = read_json(out / f"scores_{stage}.json")["answers"]
+        scored = [answer for answer in answers if answer["ok"] is not None]
+        ours = [a for a in scored if Path(a["file"]).stem in ("sft_test", f"{stage}_test")]
+        before |= shares([a for a in scored if a not in ours]) if len(ours) < len(scored) else {}
+        scores[stage] = shares(ours)
+        for answer in answers:
+            if Path(answer["file"]).stem == "samples":
+                samples.setdefault(answer["prompt"], {})[stage] = answer["answer"]
+    before.pop("all", None)
+    report = {"seconds": seconds, "parameters": count_parameters(out / "full_sft"), "scores": scores,
+              "samples": [{"prompt": prompt, "answers": answers} for prompt, answers in samples.items()]}
+    return report, before
+
+
+def table(report: dict, before: dict) -> list[list[str]]:
+    """Families down, stages across; what an adapter teaches is also shown before it was taught."""
+    families = dict.fromkeys(name for scores in report["scores"].values() for name in scores)
+    rows = []
+    for family in sorted(families, key=lambda name: name == "all"):  # all comes last
+        cells = {stage: scores.get(family) for stage, scores in report["scores"].items()}
+        cells["full_sft"] = before.get(family, cells["full_sft"])
+        rows.append([family, *("" if share is None else f"{share:.2f}" for share in cells.values())])
+    return rows
+
+
+def draw_losses(out: Path) -> None:
+    """loss.png: the training and validation loss of all stages, side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: half a second that only the end needs
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 2.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, stage in zip(figure.subplots(1, len(STAGES)), STAGES, strict=True):
+        lines = (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = [json.loads(line) for line in lines]
+        for key, style, label in (("loss", "-", "training"), ("eval_loss", "o", "validation")):
+            axes.plot([m["step"] for m in metrics if key in m], [m[key] for m in metrics if key in m], style,
+                      label=label, linewidth=1.3, markersize=4)
+        axes.set(title=stage, xlabel="step", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("loss (nats per token)")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(out / "loss.png", dpi=140)
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb;
+        --page: #fff; --box: #f6f7f9 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #374151; --page: #15181d; --box: #1f242c } }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page);
+       max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem }
+h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .7rem }
+p.lead { color: var(--soft); margin-top: 0 }
+table { border-collapse: collapse; width: 100%; font-size: .93rem }
+th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
+th { color: var(--soft); font-weight: 600 } tr.all td { font-weight: 700 }
+td.score { background: color-mix(in srgb, #22a06b calc(var(--share) * 55%), transparent); width: 9rem }
+pre { background: var(--box); padding: .8rem 1rem; border-radius: .5rem; overflow-x: auto; font-size: .84rem }
+img { width: 100%; border-radius: .5rem; background: #fff } .stage { color: var(--soft); width: 8rem }
+"""
+
+
+def write_html(out: Path, report: dict, before: dict, tasks: list[Task]) -> None:
+    """report.html: one file that needs nothing beside it."""
+    e = html.escape
+    scores = "".join(
+        f"<tr{' class=all' if row[0] == 'all' else ''}><td>{e(row[0])}</td>"
+        + "".join(f'<td class="score" style="--share: {cell or 0}">{cell}</td>' for cell in row[1:]) + "</tr>"
+        for row in table(report, before))
+    samples = "".join(
+        f"<h3>{e(sample['prompt'])}</h3><table>"
+        + "".join(f'<tr><td class="stage">{stage}</td><td>{e(text) or "<i>nothing</i>"}</td></tr>'
+                  for stage, text in sample["answers"].items()) + "</table>" for sample in report["samples"])
+    times = "".join(f"<tr><td>{stage}</td><td>{s:.0f} s</td></tr>" for stage, s in report["seconds"].items())
+    commands = e("\n".join(shown(["python", *task.command], ROOT) for task in tasks))
+    picture = base64.b64encode((out / "loss.png").read_bytes()).decode()
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Seedling quickstart</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
+<h1>A model that did not exist before</h1>
+<p class="lead">{report['parameters']:,} parameters, trained from nothing and scored in
+{sum(report['seconds'].values()) / 60:.1f} minutes.</p>
+<h2>Talk to it</h2><pre>{e(chat_command(out, ROOT))}</pre>
+<h2>Held-out questions answered exactly right</h2>
+<table><tr><th>family</th>{''.join(f'<th>{stage}</th>' for stage in STAGES)}</tr>{scores}</table>
+<p class="lead">1 = all. What an adapter teaches is asked before it, too, under full_sft.</p>
+<h2>The same question after every stage</h2>{samples}
+<h2>Loss</h2><img alt="training and validation loss of each stage" src="data:image/png;base64,{picture}">
+<h2>Time, scoring included</h2><table>{times}</table>
+<h2>Every step, as commands</h2><pre>{commands}</pre></html>
+"""
+    (out / "report.html").write_text(page, encoding="utf-8", newline="\n")
+
+
+def chat_command(out: Path, folder: Path | None = None) -> str:
+    model = ["--load_from", f"{out / 'full_sft'}", "--lora", *(f"{out / name}" for name in ADAPTERS)]
+    return shown([python(), f"{ROOT / 'eval_model.py'}", *model], folder)
+
+
+def print_report(out: Path, report: dict, before: dict) -> None:
+    rows = [["right answers", *STAGES], *table(report, before)]
+    width = max(len(row[0]) for row in rows)
+    print()
+    for row in rows:
+        print(f"{row[0]:<{width}}" + "".join(f"{cell:>15}" for cell in row[1:]))
+    for sample in report["samples"]:
+        print(f"\n> {sample['prompt']}")
+        for stage, text in sample["answers"].items():
+            text = " ".join(text.split())
+            print(f"  {stage:<14} {text[:160]}{' ...' if len(text) > 160 else ''}")
+    total = sum(report["seconds"].values())
+    print(f"\n{report['parameters']:,} parameters, {total / 60:.1f} minutes of training and scoring")
+    print(f"loss curves   {shown([str(out / 'loss.png')])}")
+    print(f"report        {shown([str(out / 'report.html')])}")
+    print(f"\nTalk to it:\n\n    {chat_command(out)}\n")
+
+
+def main() -> None:
+    args = parse_args()
+    out, state = args.out_dir, State(args.out_dir)
+    recorded = state.data["minutes"]
+    if recorded is None and out.exists() and any(out.iterdir()):
+        raise SystemExit(f"error: {shown([str(out)])} holds other things; name a new folder with --out_dir")
+    if recorded is not None and args.minutes not in (None, recorded) and not args.fresh:
+        raise SystemExit(f"error: {shown([str(out)])} holds a run of --minutes {recorded:g}: leave --minutes out "
+                         f"to go on with it, or add --fresh to start over")
+    minutes = args.minutes or (None if args.fresh else recorded) or BUDGET
+    if args.fresh and recorded is not None:
+        print(f"Starting over: what was in {shown([str(out)])} is deleted.")
+        state.forget(plan(out, recorded))
+    tasks, state.data["minutes"] = plan(out, minutes), minutes
+    todo = [task for task in tasks if not state.finished(task)]
+    if not todo:
+        print("The quickstart is finished; --fresh starts over.")
+    elif len(todo) < len(tasks):
+        print(f"Going on with {todo[0].name}; {len(tasks) - len(todo)} of {len(tasks)} steps are done.")
+    else:
+        print(f"Training a small language model from nothing: about {minutes:g} minutes on 2 CPU cores.")
+    state.save()
+    progress = Progress(tasks, state)
+    for number, task in enumerate(tasks):
+        if state.finished(task):
+            continue
+        if not task.name.startswith("scores"):
+            state.forget(tasks[number + state.knows(task):])  # all that was built on an older result
+        run(task, state, progress, out)
+        if task.name == "world":
+            write_samples(out)
+    progress.say("")
+    report, before = collect(out, state)
+    if todo or not (out / "report.html").exists():
+        draw_losses(out)
+        text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+        (out / "report.json").write_text(text, encoding="utf-8", newline="\n")
+        write_html(out, report, before, tasks)
+    print_report(out, report, before)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # Windows
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\nStopped. To go on: {shown([python(), *sys.argv])}", file=sys.stderr)
+        raise SystemExit(130) from None
