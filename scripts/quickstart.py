@@ -92,12 +92,13 @@ def plan(out: Path, minutes: float) -> list[Task]:
         tests = {"pretrain": ["sft"], "full_sft": ["sft", *ADAPTERS]}.get(stage, ["sft", stage])
         model = [f"{base}", "--lora", f"{out / stage}"] if stage in ADAPTERS else [f"{out / stage}"]
         files = [*(f"{world / test}_test.jsonl" for test in tests), f"{out / 'samples.jsonl'}"]
-        command = [f"{ROOT / 'eval_model.py'}", "--load_from", *model, "--temperature", "0", "--data_path", *files]
+        command = [f"{ROOT / 'eval_model.py'}", "--load_from", *model, "--data_path", *files]
         limit = max(1, round(SCORED_PER_MINUTE * minutes))
         limit = min(limit, SCORED_AFTER_PRETRAIN) if stage == "pretrain" else limit
         command += ["--limit", f"{limit}"] if limit < SCORED_PER_MINUTE else []
         scores = out / f"scores_{stage}.json"
-        tasks.append(Task(f"scores_{stage}", stage, [*command, "--json", f"{scores}"], scores, SCORE))
+        command += ["--temperature", "0", "--json", f"{scores}"]
+        tasks.append(Task(f"scores_{stage}", stage, command, scores, SCORE))
     return tasks
 
 
@@ -238,9 +239,10 @@ def run(task: Task, state: State, progress: Progress, out: Path) -> None:
     began, before = time.monotonic(), state.data["seconds"].get(task.name, 0.0)
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     # The log goes through a pipe of ours: a child whose parent was killed ends when it prints its next line.
-    # A session of its own keeps Ctrl-C from reaching it twice (on Windows the console tells it, and we don't).
-    process = subprocess.Popen([sys.executable, *command], env=environment, start_new_session=os.name == "posix",
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # A session of its own keeps Ctrl-C from reaching it twice (on Windows the console alone tells it).
+    process = subprocess.Popen(
+        [sys.executable, *command], env=environment, start_new_session=os.name == "posix",
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     tail: deque[str] = deque(maxlen=15)
     log = out / "logs" / f"{task.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -447,8 +449,8 @@ def main() -> None:
     if recorded is None and out.exists() and any(out.iterdir()):
         raise SystemExit(f"error: {shown([str(out)])} holds other things; name a new folder with --out_dir")
     if recorded is not None and args.minutes not in (None, recorded) and not args.fresh:
-        raise SystemExit(f"error: {shown([str(out)])} holds a run of --minutes {recorded:g}: leave --minutes out "
-                         f"to go on with it, or add --fresh to start over")
+        raise SystemExit(f"error: {shown([str(out)])} holds a run of --minutes {recorded:g}: leave --minutes "
+                         f"out to go on with it, or add --fresh to start over")
     minutes = args.minutes or (None if args.fresh else recorded) or BUDGET
     if args.fresh and recorded is not None:
         print(f"Starting over: what was in {shown([str(out)])} is deleted.")
