@@ -267,8 +267,8 @@ def assert_refused(path, words):
     ({"quantization_config": {"bits": 4}}, "quantized"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}, "rope_scaling": ...}, "differ between layers"),
-    ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1}, "some layers"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}, "rope_scaling": ...}, "between layers"),
+    ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1}, "window"),
 ])
 def test_configs_that_do_not_fit(folder, changes, words):
     change_config(folder, **changes)
