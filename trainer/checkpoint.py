@@ -81,6 +81,13 @@ def restore(state: dict, model: nn.Module, optimizers: list, scaler) -> None:
     scaler.load_state_dict(state["scaler"])
 
 
+def begin_anew(run_dir: Path) -> None:
+    """Drops what an earlier run left, lest it be taken for this one's. The folder stays, empty: it tells that
+    this run is not finished, even before its first checkpoint."""
+    drop_checkpoints(run_dir)
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+
 def drop_checkpoints(run_dir: Path) -> None:
     """Once the final weights are saved, the resumable states have no more use."""
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)

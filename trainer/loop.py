@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from dataset.lm_dataset import collate
 from dataset.packing import pack_rows, single_rows
 from trainer.args import UsageError
-from trainer.checkpoint import load_checkpoint, restore, save_checkpoint, settings, trained_state
+from trainer.checkpoint import begin_anew, load_checkpoint, restore, save_checkpoint, settings, trained_state
 from trainer.distributed import Ranks, choose_dtype
 from trainer.optim import build_optimizers, learning_rate_factor
 from trainer.tracking import Stopwatch, Tracker, clock
@@ -85,7 +85,7 @@ def evaluate(model, batches: Batches, autocast, ranks: Ranks) -> dict[str, float
         targets += batch_targets
         for batch in micro:
             with autocast():
-                loss_sum += model(**to_device(batch, ranks.device)).loss_sum.double().cpu()
+                loss_sum += model(**to_device(batch, ranks.device)).loss_sum.cpu()  # float64, which MPS lacks
     model.train(was_training)
     total = ranks.sum(loss_sum)[0]
     num_bytes = int(batches.dataset.num_bytes[batches.samples].sum())
@@ -118,12 +118,16 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     step = batch_number = tokens = 0  # steps taken; batches drawn: more than steps where float16 skipped some
-    seconds_before = 0.0
+    loss_sum, logged_step, logged_tokens, logged_seconds = 0.0, 0, 0, 0.0  # loss_sum: since the last log line
+    metrics, seconds_before = {}, 0.0
     state = load_checkpoint(args.run_dir, args) if args.resume else None
     if state:
         restore(state, model, optimizers, scaler)
         step, batch_number, tokens = state["step"], state["batch"], state["tokens"]
-        seconds_before = state["seconds"]
+        loss_sum, logged_step, logged_tokens, logged_seconds = state["unlogged"]
+        metrics, seconds_before = state["metrics"], state["seconds"]
+    elif ranks.is_main:
+        begin_anew(args.run_dir)
     wandb_project = args.wandb_project if args.use_wandb else None
     tracker = Tracker(args.run_dir, ranks.is_main, step, wandb_project, settings(args))
     tracker.say(f"{len(batches.rows):,} rows, {max_steps:,} steps of {args.batch_size} rows, "
@@ -135,9 +139,8 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     ahead = iter(DataLoader(batches, batch_size=None, sampler=range(batch_number, 2**62),
                             num_workers=args.num_workers, pin_memory=device.type == "cuda"))
     clock_now = Stopwatch(seconds_before)
-    loss_sum = torch.zeros((), device=device)  # over the steps since the last log line
-    logged_step, logged_tokens, logged_seconds = step, tokens, clock_now()
-    metrics: dict = {"step": step}
+    # The sum of a resumed run is already that of all ranks: one of them carries it on.
+    loss_sum = torch.tensor(loss_sum if ranks.is_main else 0.0, dtype=torch.float32, device=device)
     skipped = 0
 
     with stop_signals() as stopped:
@@ -152,32 +155,35 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
             micro_batches, targets, batch_tokens = next(ahead)
             # Dropout depends on the batch's number alone: a resumed run draws what the first would have.
             torch.manual_seed((args.seed * 1_000_003 + batch_number) * ranks.world_size + ranks.rank)
+            step_loss = torch.zeros_like(loss_sum)
             for i, batch in enumerate(micro_batches):
                 last = i == len(micro_batches) - 1  # ranks exchange gradients once a step, with the last one
                 with nullcontext() if last or replica is model else replica.no_sync():
                     with autocast():
                         loss = replica(**to_device(batch, device)).loss_sum / max(1, targets)
                     scaler.scale(loss * ranks.world_size).backward()  # DDP averages over ranks; we want sums
-                loss_sum += loss.detach()
+                step_loss += loss.detach()
             batch_number += 1
 
             # 3. The optimizer step
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            scale = scaler.get_scale()
+            overflow = scaler.is_enabled() and not math.isfinite(grad_norm)
+            if not overflow:  # else no optimizer may step, not even one whose own gradients are sound
+                for optimizer in optimizers:
+                    scaler.step(optimizer)
             scaler.update()
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            if scaler.get_scale() < scale:  # gradients overflowed: no weight moved, the schedule waits too
-                skipped, loss_sum = skipped + 1, torch.zeros_like(loss_sum)
+            if overflow:  # no weight moved, so the schedule waits too
+                skipped += 1
                 if skipped >= MAX_SKIPPED:
                     raise UsageError(f"float16 gradients overflowed {skipped} times in a row at step {step}; "
                                      f"use --dtype bfloat16 or float32, or a lower --learning_rate")
                 continue
             step, tokens, skipped = step + 1, tokens + batch_tokens, 0
+            loss_sum += step_loss
 
             # 4. What the outside sees: log, validate, save
             if step % args.log_interval == 0 or step == max_steps:
@@ -206,12 +212,13 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
                 logged_seconds += clock_now() - before  # not the training's time
             stop = ranks.any(stopped())
             if stop or step % args.save_interval == 0 or step == max_steps:
+                unlogged = (ranks.sum(loss_sum)[0], logged_step, logged_tokens, logged_seconds)
                 if ranks.is_main:
                     save_checkpoint(args.run_dir, step, {
                         "parameters": trained_state(model), "scaler": scaler.state_dict(),
                         "optimizers": [o.state_dict() for o in optimizers],
                         "step": step, "batch": batch_number, "tokens": tokens, "seconds": clock_now(),
-                        "settings": settings(args)}, args.keep_last)
+                        "metrics": metrics, "unlogged": unlogged, "settings": settings(args)}, args.keep_last)
                 ranks.barrier()
             if stop and step < max_steps:
                 tracker.say(f"stopped at step {step}; the same command with --resume goes on from here")

@@ -1,0 +1,99 @@
+"""Muon against torch's own, which parameters decay, and the learning rate over time."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.optim import Muon, build_optimizers, learning_rate_factor, orthogonalise
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_muon_is_torchs_muon(weight_decay):
+    torch.manual_seed(0)
+    shapes = [(32, 64), (64, 32), (32, 64), (16, 16)]  # wide, tall, a second one of a shape, square
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    a = Muon(ours, lr=0.02, weight_decay=weight_decay)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    start = [p.detach().clone() for p in ours]
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q, before in zip(ours, theirs, start, strict=True):
+        # Both iterate in bfloat16, in products of another order: equal to a few of its last places.
+        assert (p - q).norm() < 0.02 * (q - before).norm()
+
+
+def test_orthogonalise_keeps_singular_vectors_and_evens_the_values():
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 24, 60)
+    result = orthogonalise(matrices).float()
+    values = torch.linalg.svdvals(result)
+    assert result.shape == matrices.shape and values.min() > 0.6 and values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    torch.testing.assert_close(result, u @ v, atol=0.1, rtol=0.5)
+    assert torch.equal(orthogonalise(torch.zeros(1, 4, 4)), torch.zeros(1, 4, 4, dtype=torch.bfloat16))
+
+
+def test_muon_resumes_from_its_state():
+    torch.manual_seed(0)
+    first, second = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8, 8))
+    gradients = torch.randn(4, 8, 8)
+    a, b = Muon([first], lr=0.1), Muon([second], lr=0.5)
+    for i, gradient in enumerate(gradients):
+        if i == 2:
+            second.data.copy_(first)
+            b.load_state_dict(copy.deepcopy(a.state_dict()))  # its learning rate too
+        first.grad = second.grad = gradient
+        a.step()
+        if i >= 2:
+            b.step()
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_has_one_place_and_only_matrices_decay(make_model, name):
+    model = make_model()
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    optimizers = build_optimizers(model, name, 1e-3, 0.1)
+    names = {p: n for n, p in model.named_parameters()}
+    seen = [names[p] for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(seen) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                assert group["weight_decay"] == (0.1 if parameter.ndim == 2 else 0), names[parameter]
+                in_blocks = parameter.ndim == 2 and ".layers." in names[parameter]
+                assert isinstance(optimizer, Muon) == (name == "muon" and in_blocks), names[parameter]
+
+
+def test_nothing_but_matrices_of_the_blocks_makes_muon_alone(make_model):
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".layers." in name and parameter.ndim == 2)
+    (optimizer,) = build_optimizers(model, "muon", 1e-3, 0.1)
+    assert isinstance(optimizer, Muon)
+
+
+def test_schedule_warms_up_then_falls_as_half_a_cosine():
+    factors = [learning_rate_factor(step, 100, 0.02) for step in range(100)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[51] == pytest.approx(0.5)
+    assert 0 < factors[99] < 0.001
+    assert all(a >= b for a, b in zip(factors[1:], factors[2:], strict=False))
+    assert factors[26] == pytest.approx(0.5 * (1 + math.cos(math.pi * 24 / 98)))
+
+
+@pytest.mark.parametrize("max_steps, warmup", [(1, 0.0), (1, 0.9), (3, 0.02), (10, 0.99), (7, 0.5)])
+def test_schedule_never_wastes_a_step(max_steps, warmup):
+    assert all(0 < learning_rate_factor(step, max_steps, warmup) <= 1 for step in range(max_steps))
+
+
+def test_schedule_can_end_above_zero():
+    assert learning_rate_factor(10, 10, 0.0, final=0.1) == pytest.approx(0.1)
