@@ -137,7 +137,8 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
         model.compile()  # in place: names of parameters stay as they are
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world_size > 1 else model
     ahead = iter(DataLoader(batches, batch_size=None, sampler=range(batch_number, 2**62),
-                            num_workers=args.num_workers, pin_memory=device.type == "cuda"))
+                            num_workers=args.num_workers, worker_init_fn=ignore_interrupts,
+                            pin_memory=device.type == "cuda"))
     clock_now = Stopwatch(seconds_before)
     # The sum of a resumed run is already that of all ranks: one of them carries it on.
     loss_sum = torch.tensor(loss_sum if ranks.is_main else 0.0, dtype=torch.float32, device=device)
@@ -227,6 +228,11 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     tracker.finish()
     return {"steps": step, "tokens": tokens, "seconds": clock_now(),
             **{k: metrics[k] for k in ("loss", "eval_loss", "bits_per_byte") if k in metrics}}
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the processes that prepare batches too: they go on, so the loop can end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

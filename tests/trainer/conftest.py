@@ -50,6 +50,12 @@ class Workshop:
         self.texts = self.write("pretrain.jsonl", [{"text": phrase(3, 40)} for _ in range(45)])
         self.chats = self.write("sft.jsonl", [chat(rng.choice((1, 1, 2))) for _ in range(41)])
         self.base = folder / "base"
+        self.launcher = folder / "launch.py"  # runs the script named first, its token caches in our folder
+        self.launcher.write_text(
+            f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"import dataset.lm_dataset\ndataset.lm_dataset.CACHE_DIR = {str(folder / 'cache')!r}\n"
+            f"if __name__ == '__main__':\n    del sys.argv[0]\n"
+            f"    runpy.run_path(sys.argv[0], run_name='__main__')\n", encoding="utf-8")
 
     def write(self, name: str, records: list) -> Path:
         """A JSONL file; a record that is text already is written as it is."""
@@ -57,6 +63,10 @@ class Workshop:
         path = self.folder / name
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
         return path
+
+    def command(self, stage: str, *flags) -> list[str]:
+        """What follows `python` for a process of its own."""
+        return [str(word) for word in (self.launcher, ROOT / "trainer" / f"train_{stage}.py", *flags)]
 
     def flags(self, stage: str, out_dir: Path, **changes) -> list[str]:
         """A run of a second or less, which logs, validates and saves often, at intervals out of step."""

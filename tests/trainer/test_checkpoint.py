@@ -1,0 +1,286 @@
+"""Killed at any moment and resumed, a run ends as if nothing had happened; nothing is ever half-written."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trainer.checkpoint
+import trainer.loop
+from trainer.checkpoint import begin_anew, checkpoints, load_checkpoint, save_checkpoint
+from trainer.optim import learning_rate_factor
+
+STAGES = ("pretrain", "full_sft", "lora")
+
+
+def start(workshop, stage, *flags, **options):
+    """The script in a process of its own, which can be killed."""
+    return subprocess.Popen([sys.executable, *workshop.command(stage, *flags)], encoding="utf-8",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def wait_for_lines(process, path, count):
+    """Returns once metrics.jsonl has so many lines."""
+    deadline = time.monotonic() + 60
+    while not path.exists() or path.read_text(encoding="utf-8").count("\n") < count:
+        if process.poll() is not None or time.monotonic() > deadline:
+            break
+        time.sleep(0.002)
+
+
+def tensors(run_dir):
+    (path,) = run_dir.glob("*model.safetensors")
+    return load_file(path)
+
+
+def assert_same_run(run_dir, reference, read_log):
+    ours, theirs = tensors(run_dir), tensors(reference)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    assert read_log(run_dir) == read_log(reference)
+    assert not (run_dir / "checkpoints").exists()
+    leftovers = {path.name for path in run_dir.parent.iterdir()} - set(STAGES)
+    assert not leftovers, "a temporary folder was left behind"
+    result, expected = (json.loads((folder / "training.json").read_text(encoding="utf-8"))
+                        for folder in (run_dir, reference))
+    for name in ("steps", "tokens", "loss", "eval_loss", "bits_per_byte"):
+        assert result.get(name) == expected.get(name), name
+
+
+# --- killed from outside -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def killed(workshop):
+    """The three stages, each killed (SIGKILL) at a random moment: stage -> its folder, as it was left."""
+    out_dir, rng = workshop.folder / "killed", random.Random()
+    running = {stage: start(workshop, stage, *workshop.flags(stage, out_dir)) for stage in STAGES}
+    for stage, process in running.items():
+        wait_for_lines(process, out_dir / stage / "metrics.jsonl", rng.randint(0, 6))
+        time.sleep(rng.random() * 0.03)
+        process.kill()
+        process.communicate()
+    return {stage: out_dir / stage for stage in STAGES}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigkill_and_resume_is_the_uninterrupted_run(stage, workshop, finished, killed, read_log):
+    left = sorted(p.name for p in (killed[stage] / "checkpoints").glob("*"))
+    ended = workshop.run(stage, *workshop.flags(stage, killed[stage].parent), "--resume")
+    assert ended.code == 0, (left, ended)
+    assert_same_run(killed[stage], finished[stage][0], read_log)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGINT for another process")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_saves_and_says_how_to_go_on(workers, workshop, finished, read_log, tmp_path):
+    flags = workshop.flags("full_sft", tmp_path, max_steps=3000, log_interval=1, num_workers=workers,
+                           save_interval=100000)
+    process = start(workshop, "full_sft", *flags, start_new_session=True)
+    wait_for_lines(process, tmp_path / "full_sft" / "metrics.jsonl", 6)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to its workers too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "Traceback" not in out + err
+    (line,) = [line for line in out.splitlines() if "--resume" in line]
+    (checkpoint,) = checkpoints(tmp_path / "full_sft")
+    assert f"stopped at step {int(checkpoint.name[5:])};" in line
+    # What was saved is the state after a whole number of steps, with its log.
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    assert read_log(tmp_path / "full_sft")[-1]["step"] == state["step"] == int(checkpoint.name[5:])
+
+
+def test_stopped_twice_and_resumed(workshop, finished, read_log, tmp_path, monkeypatch):
+    for stop in (6, 15):  # between log lines, between validations
+
+        def factor(step, *rest, stop=stop):
+            if step == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            return learning_rate_factor(step, *rest)
+
+        monkeypatch.setattr(trainer.loop, "learning_rate_factor", factor)
+        ended = workshop.run("lora", *workshop.flags("lora", tmp_path), "--resume")
+        assert ended.code == 130 and f"stopped at step {stop + 1};" in ended.out
+    monkeypatch.undo()
+    assert workshop.run("lora", *workshop.flags("lora", tmp_path), "--resume").code == 0
+    assert_same_run(tmp_path / "lora", finished["lora"][0], read_log)
+
+
+# --- killed at the worst moments ---------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nothing in our code catches it."""
+
+
+def die_on(monkeypatch, owner, name, number=1, after=False):
+    """The number-th call of owner.name kills, before or after it did its work."""
+    real, calls = getattr(owner, name), iter(range(1, 10**6))
+
+    def deadly(*args, **kwargs):
+        last = next(calls) == number
+        if last and not after:
+            raise Killed
+        result = real(*args, **kwargs)
+        if last:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, deadly)
+
+
+MOMENTS = {
+    "while a checkpoint is written": lambda m: die_on(m, trainer.checkpoint.os, "fsync", 2),
+    "before the rename": lambda m: die_on(m, trainer.checkpoint.os, "replace", 2),
+    "after the rename": lambda m: die_on(m, trainer.checkpoint.os, "replace", 3, after=True),
+    "before the first checkpoint": lambda m: die_on(m, trainer.loop, "save_checkpoint"),
+    "after the last checkpoint": lambda m: die_on(m, trainer.loop.Tracker, "finish"),
+    "before the weights are saved": lambda m: die_on(m, __import__("model.weights").weights, "save_model"),
+    "before the checkpoints are dropped": lambda m: die_on(m, trainer.checkpoint, "drop_checkpoints", 2),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_the_worst_moment(moment, workshop, finished, read_log, tmp_path):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        MOMENTS[moment](patch)
+        workshop.run("pretrain", *workshop.flags("pretrain", tmp_path))
+    ended = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path), "--resume")
+    assert ended.code == 0
+    assert_same_run(tmp_path / "pretrain", finished["pretrain"][0], read_log)
+
+
+def test_training_anew_forgets_the_run_before(workshop, finished, read_log, tmp_path):
+    """Another seed, killed late; then anew with ours, killed early: nothing of the first may come back."""
+    for changes, number in (({"seed": 7}, 4), ({}, 1)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            die_on(patch, trainer.loop, "save_checkpoint", number)
+            workshop.run("pretrain", *workshop.flags("pretrain", tmp_path, **changes))
+    ended = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path), "--resume")
+    assert ended.code == 0 and "resumed" not in ended.out
+    assert_same_run(tmp_path / "pretrain", finished["pretrain"][0], read_log)
+
+
+def test_a_finished_run_stays_until_the_new_one_is_done(workshop, finished, tmp_path):
+    shutil.copytree(finished["pretrain"][0], tmp_path / "pretrain")
+    before = (tmp_path / "pretrain" / "model.safetensors").read_bytes()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        die_on(patch, trainer.loop, "save_checkpoint", 1)
+        workshop.run("pretrain", *workshop.flags("pretrain", tmp_path, seed=7))
+    assert (tmp_path / "pretrain" / "model.safetensors").read_bytes() == before
+    ended = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path, seed=7), "--resume")
+    assert ended.code == 0 and "finished already" not in ended.out  # the folder holds an older, finished run
+    assert (tmp_path / "pretrain" / "model.safetensors").read_bytes() != before
+
+
+def test_resuming_a_finished_run_leaves_it_alone(workshop, finished):
+    folder, _ = finished["full_sft"]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    ended = workshop.run("full_sft", *workshop.flags("full_sft", folder.parent), "--resume")
+    assert ended.code == 0 and "finished already" in ended.out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_float16_run_resumes_with_its_scaler(workshop, read_log, tmp_path):
+    # 2^32: the first batches overflow, so that more batches are drawn than steps are taken
+    real = torch.amp.GradScaler
+    flags = {"dtype": "float16", "max_steps": 8, "save_interval": 3, "eval_fraction": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.amp, "GradScaler", lambda *a, **k: real(*a, **k, init_scale=2.0**32))
+        whole = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path / "whole", **flags))
+        assert whole.code == 0
+        die_on(patch, trainer.loop, "save_checkpoint", 2)
+        with pytest.raises(Killed):
+            workshop.run("pretrain", *workshop.flags("pretrain", tmp_path / "cut", **flags))
+    state = torch.load(checkpoints(tmp_path / "cut" / "pretrain")[-1] / "state.pt", weights_only=True)
+    assert state["batch"] > state["step"] == 3
+    ended = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path / "cut", **flags), "--resume")
+    assert ended.code == 0 and "resumed at step 3" in ended.out
+    assert_same_run(tmp_path / "cut" / "pretrain", tmp_path / "whole" / "pretrain", read_log)
+
+
+# --- what a resumed run is told ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes, named", [({"seed": 7}, "--seed 42, not 7"),
+                                            ({"batch_size": 8}, "--batch_size 4, not 8"),
+                                            ({"max_steps": 25}, "--max_steps 24, not 25")])
+def test_resume_with_another_result_is_refused(changes, named, workshop, interrupted):
+    before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
+    ended = workshop.run("pretrain", *workshop.flags("pretrain", interrupted.parent, **changes), "--resume")
+    assert ended.code == 2 and named in ended.error
+    assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
+
+
+def test_resume_with_other_habits_is_fine(workshop, finished, interrupted, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "pretrain")
+    changes = {"log_interval": 3, "save_interval": 50, "keep_last": 1, "num_workers": 1}
+    ended = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path, **changes), "--resume")
+    assert ended.code == 0 and "resumed at step 10" in ended.out
+    ours, theirs = tensors(tmp_path / "pretrain"), tensors(finished["pretrain"][0])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def interrupted(workshop):
+    """A pretraining run cut off when it was to write its third checkpoint."""
+    out_dir = workshop.folder / "interrupted"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        die_on(patch, trainer.loop, "save_checkpoint", 3)
+        workshop.run("pretrain", *workshop.flags("pretrain", out_dir))
+    return out_dir / "pretrain"
+
+
+# --- the folder of checkpoints -----------------------------------------------------------------------------
+
+
+def steps(run_dir):
+    return [int(path.name.removeprefix("step_")) for path in checkpoints(run_dir)]
+
+
+def test_keep_last_and_order(tmp_path):
+    for step in (5, 99, 100, 123456789, 1000):
+        save_checkpoint(tmp_path, step, {"step": step, "settings": {}}, keep_last=10)
+    assert load_checkpoint(tmp_path, SimpleNamespace())["step"] == 123456789
+    begin_anew(tmp_path)
+    assert load_checkpoint(tmp_path, SimpleNamespace()) is None
+    for step in range(1, 8):
+        save_checkpoint(tmp_path, step, {"step": step, "settings": {}}, keep_last=3)
+        assert steps(tmp_path) == list(range(max(1, step - 2), step + 1))
+
+
+def test_half_written_checkpoints_are_ignored_and_then_overwritten(tmp_path):
+    save_checkpoint(tmp_path, 5, {"step": 5, "settings": {}}, keep_last=2)
+    for name in (".step_00000006.writing", "step_00000007.writing", "step_"):
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "state.pt").write_bytes(b"half a")
+    assert steps(tmp_path) == [5]
+    assert load_checkpoint(tmp_path, SimpleNamespace())["step"] == 5
+    save_checkpoint(tmp_path, 6, {"step": 6, "settings": {}}, keep_last=2)
+    assert load_checkpoint(tmp_path, SimpleNamespace())["step"] == 6
+    assert not (tmp_path / "checkpoints" / ".step_00000006.writing").exists()
+
+
+def test_lora_checkpoint_holds_the_adapters_alone(workshop, tmp_path):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        die_on(patch, trainer.loop, "save_checkpoint", 2)
+        workshop.run("lora", *workshop.flags("lora", tmp_path))
+    (checkpoint,) = checkpoints(tmp_path / "lora")
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    assert state["parameters"] and all(".lora." in name for name in state["parameters"])
+    assert all(tensor.dtype == torch.float32 for tensor in state["parameters"].values())
+    (optimizer,) = state["optimizers"]
+    assert len(optimizer["state"]) == len(state["parameters"])
+    shapes = sorted(tuple(moments["exp_avg"].shape) for moments in optimizer["state"].values())
+    assert shapes == sorted(tuple(tensor.shape) for tensor in state["parameters"].values())
