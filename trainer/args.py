@@ -103,11 +103,13 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     for name in ("eval_fraction", "warmup_ratio"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} is a part of the whole, from 0 to below 1, not {getattr(args, name)}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to 2^32 - 1, not {args.seed}")
     if not args.learning_rate > 0:
         parser.error(f"--learning_rate must be above 0, not {args.learning_rate}")
     if args.max_seq_len < 2:
         parser.error("--max_seq_len must be at least 2: a token, and one to predict from it")
-    if args.name in (".", "..") or "/" in args.name or "\\" in args.name:
+    if args.name in ("", ".", "..") or "/" in args.name or "\\" in args.name:
         parser.error(f"--name {args.name!r} must be a plain folder name; --out_dir says where it lies")
     args.run_dir = args.out_dir / args.name
     return args
@@ -120,7 +122,7 @@ def run_script(main, args: argparse.Namespace) -> None:
 
     try:
         main(args)
-    except (DataError, ModelError, UsageError) as error:
+    except (DataError, ModelError, UsageError, OSError) as error:  # OSError: a full disk, say
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -22,6 +22,13 @@ def require(folder: Path, default: Path, command: str) -> None:
         raise UsageError(f"--load_from {folder}: there is no such folder{made_by}")
 
 
+def check_vocabulary(tokenizer, model, folder: Path) -> None:
+    """Raises UsageError where the tokenizer has ids that the embedding has no row for."""
+    if len(tokenizer) > model.config.vocab_size:
+        raise UsageError(f"--load_from {folder}: its tokenizer has {len(tokenizer):,} entries, its weights "
+                         f"{model.config.vocab_size:,}: they do not belong together")
+
+
 def is_finished(args, ranks: Ranks) -> bool:
     """With --resume: True, and a line that says so, where the run was carried to its end before."""
     saved, unfinished = args.run_dir / "training.json", args.run_dir / "checkpoints"
@@ -57,10 +64,18 @@ def load_data(kind, world_name: str, tokenizer, args, ranks: Ranks) -> tuple[Bat
     return batches, Batches(eval_set, eval_samples, args, pad, ranks) if len(eval_samples) else None
 
 
+def git_hash() -> str | None:
+    """The commit of this source, or None: it may lie outside of git, or git may not be installed."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
 def describe(stage: str, args, result: dict) -> dict:
     """training.json: how these weights came to be."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-
     def plain(value):
         if isinstance(value, list):
             return [plain(v) for v in value]
@@ -68,6 +83,6 @@ def describe(stage: str, args, result: dict) -> dict:
 
     return {"stage": stage, "parent": plain(args.load_from), **result,
             "arguments": {name: plain(value) for name, value in vars(args).items()},
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"), "git": git.stdout.strip() or None,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"), "git": git_hash(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "transformers": transformers.__version__}}

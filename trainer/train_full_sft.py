@@ -23,7 +23,7 @@ def main(args):
     from trainer.checkpoint import drop_checkpoints
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train
-    from trainer.stage import describe, is_finished, load_data, require
+    from trainer.stage import check_vocabulary, describe, is_finished, load_data, require
 
     ranks = join_ranks(args.device)
     if is_finished(args, ranks):
@@ -32,6 +32,7 @@ def main(args):
     require(args.load_from, ROOT / "out" / "pretrain", "python trainer/train_pretrain.py")
     tokenizer = load_tokenizer(args.load_from)
     model = load_model(args.load_from)
+    check_vocabulary(tokenizer, model, args.load_from)
     # The data: conversations, of which only the assistant's words are predicted
     batches, eval_batches = load_data(SFTDataset, "sft", tokenizer, args, ranks)
     if ranks.is_main:

@@ -26,7 +26,7 @@ def main(args):
     from trainer.checkpoint import drop_checkpoints
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train
-    from trainer.stage import describe, is_finished, load_data, require
+    from trainer.stage import check_vocabulary, describe, is_finished, load_data, require
 
     ranks = join_ranks(args.device)
     if is_finished(args, ranks):
@@ -35,6 +35,7 @@ def main(args):
     require(args.load_from, ROOT / "out" / "full_sft", "python trainer/train_full_sft.py")
     tokenizer = load_tokenizer(args.load_from)
     model = load_model(args.load_from)
+    check_vocabulary(tokenizer, model, args.load_from)
     torch.manual_seed(args.seed)
     apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules)
     freeze_all_but_lora(model)

@@ -28,7 +28,7 @@ def main(args):
     from trainer.checkpoint import drop_checkpoints
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train
-    from trainer.stage import describe, is_finished, load_data
+    from trainer.stage import check_vocabulary, describe, is_finished, load_data
 
     ranks = join_ranks(args.device)
     if is_finished(args, ranks):
@@ -38,6 +38,7 @@ def main(args):
     torch.manual_seed(args.seed)
     if args.load_from:
         model = load_model(args.load_from)
+        check_vocabulary(tokenizer, model, args.load_from)
     else:
         shape = {k: v for k in SHAPE if (v := getattr(args, k)) is not None}
         model = CausalLM(replace(preset(args.preset), vocab_size=len(tokenizer), **shape))
@@ -66,4 +67,8 @@ if __name__ == "__main__":
                        help="its tokenizer")
     # Muon on the blocks learns faster than AdamW alone; small steps many times beat large ones few times.
     parser.set_defaults(name="pretrain", optimizer="muon", learning_rate=5e-3, batch_size=16, max_seq_len=256)
-    run_script(main, parse_args(parser))
+    args = parse_args(parser)
+    for name in ("preset", "tokenizer", *SHAPE):
+        if args.load_from and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} has no effect with --load_from: weights bring shape and tokenizer along")
+    run_script(main, args)

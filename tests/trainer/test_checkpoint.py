@@ -82,23 +82,34 @@ def test_sigkill_and_resume_is_the_uninterrupted_run(stage, workshop, finished, 
     assert_same_run(killed[stage], finished[stage][0], read_log)
 
 
+@pytest.fixture(scope="session")
+def interrupted_by_hand(workshop):
+    """Two runs, without and with a worker, stopped by Ctrl-C: workers -> (folder, code, stdout, stderr)."""
+    running = {}
+    for workers in (0, 1):
+        out_dir = workshop.folder / f"by_hand_{workers}"
+        flags = workshop.flags("full_sft", out_dir, max_steps=3000, log_interval=1, save_interval=3000)
+        flags += ["--num_workers", str(workers)]
+        running[workers] = out_dir / "full_sft", start(workshop, "full_sft", *flags, start_new_session=True)
+    ended = {}
+    for workers, (run_dir, process) in running.items():
+        wait_for_lines(process, run_dir / "metrics.jsonl", 6)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to its workers too
+        out, err = process.communicate(timeout=60)
+        ended[workers] = run_dir, process.returncode, out, err
+    return ended
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGINT for another process")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_ctrl_c_saves_and_says_how_to_go_on(workers, workshop, finished, read_log, tmp_path):
-    flags = workshop.flags("full_sft", tmp_path, max_steps=3000, log_interval=1, num_workers=workers,
-                           save_interval=100000)
-    process = start(workshop, "full_sft", *flags, start_new_session=True)
-    wait_for_lines(process, tmp_path / "full_sft" / "metrics.jsonl", 6)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to its workers too
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, out + err
-    assert "Traceback" not in out + err
+def test_ctrl_c_saves_and_says_how_to_go_on(workers, interrupted_by_hand, read_log):
+    run_dir, code, out, err = interrupted_by_hand[workers]
+    assert code == 130 and "Traceback" not in out + err, out + err
     (line,) = [line for line in out.splitlines() if "--resume" in line]
-    (checkpoint,) = checkpoints(tmp_path / "full_sft")
-    assert f"stopped at step {int(checkpoint.name[5:])};" in line
-    # What was saved is the state after a whole number of steps, with its log.
+    (checkpoint,) = checkpoints(run_dir)
     state = torch.load(checkpoint / "state.pt", weights_only=True)
-    assert read_log(tmp_path / "full_sft")[-1]["step"] == state["step"] == int(checkpoint.name[5:])
+    assert f"stopped at step {state['step']};" in line and checkpoint.name == f"step_{state['step']:08}"
+    assert read_log(run_dir)[-1]["step"] == state["step"]
 
 
 def test_stopped_twice_and_resumed(workshop, finished, read_log, tmp_path, monkeypatch):
@@ -193,20 +204,20 @@ def test_resuming_a_finished_run_leaves_it_alone(workshop, finished):
 
 
 def test_float16_run_resumes_with_its_scaler(workshop, read_log, tmp_path):
-    # 2^32: the first batches overflow, so that more batches are drawn than steps are taken
+    # 2^27: the first batches overflow, so that more batches are drawn than steps are taken
     real = torch.amp.GradScaler
-    flags = {"dtype": "float16", "max_steps": 8, "save_interval": 3, "eval_fraction": 0}
+    flags = {"dtype": "float16", "max_steps": 5, "save_interval": 2, "eval_fraction": 0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.amp, "GradScaler", lambda *a, **k: real(*a, **k, init_scale=2.0**32))
+        patch.setattr(torch.amp, "GradScaler", lambda *a, **k: real(*a, **k, init_scale=2.0**27))
         whole = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path / "whole", **flags))
         assert whole.code == 0
         die_on(patch, trainer.loop, "save_checkpoint", 2)
         with pytest.raises(Killed):
             workshop.run("pretrain", *workshop.flags("pretrain", tmp_path / "cut", **flags))
     state = torch.load(checkpoints(tmp_path / "cut" / "pretrain")[-1] / "state.pt", weights_only=True)
-    assert state["batch"] > state["step"] == 3
+    assert state["batch"] > state["step"] == 2
     ended = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path / "cut", **flags), "--resume")
-    assert ended.code == 0 and "resumed at step 3" in ended.out
+    assert ended.code == 0 and "resumed at step 2" in ended.out
     assert_same_run(tmp_path / "cut" / "pretrain", tmp_path / "whole" / "pretrain", read_log)
 
 

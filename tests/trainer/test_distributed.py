@@ -18,33 +18,44 @@ def torchrun(*flags, processes=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
          f"--master_port={port}", *flags], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, encoding="utf-8", timeout=120)
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def trained_twice(workshop):
+    """Stage -> (folder of one process, of two, code, stdout, stderr of the two)."""
+    # 41 chats, a fifth held out: 33 rows, so an epoch ends with a batch of one row, and one rank has none.
+    changes = {"max_steps": None, "epochs": 2, "optimizer": "adamw", "learning_rate": 1e-3, "log_interval": 1,
+               "lora_dropout": None, "micro_batch_size": 1}
+    one, two, running = workshop.folder / "one", workshop.folder / "two", {}
+    for stage in ("full_sft", "lora"):
+        flags = [*workshop.flags(stage, two, **changes), "--no-packing"]
+        running[stage] = torchrun(*workshop.command(stage, *flags))
+    for stage in running:
+        assert workshop.run(stage, *workshop.flags(stage, one, **changes), "--no-packing").code == 0
+    ended = {}
+    for stage, process in running.items():
+        out, err = process.communicate(timeout=120)
+        ended[stage] = one / stage, two / stage, process.returncode, out, err
+    return ended
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not in this build")
 @pytest.mark.parametrize("stage", ["full_sft", "lora"])
-def test_two_processes_equal_one(stage, workshop, read_log, tmp_path):
-    # 41 chats, a fifth held out: 33 rows, so an epoch ends with a batch of one row, and one rank has none.
-    changes = {"max_steps": None, "epochs": 2, "optimizer": "adamw", "learning_rate": 1e-3, "log_interval": 1,
-               "lora_dropout": None, "micro_batch_size": 1}
-    one, two = ([*workshop.flags(stage, tmp_path / name, **changes), "--no-packing"]
-                for name in ("one", "two"))
-    alone = workshop.run(stage, *one)
-    assert alone.code == 0, alone
-    ended = torchrun(*workshop.command(stage, *two))
-    assert ended.returncode == 0, ended.stderr
-    assert "33 rows" in ended.stdout and "cpu x 2" in ended.stdout
-    assert ended.stdout.count("saved ") == ended.stdout.count("step  1/") == 1  # one rank talks
-    ours, theirs = (read_log(tmp_path / name / stage) for name in ("two", "one"))
+def test_two_processes_equal_one(stage, trained_twice, read_log):
+    one, two, code, out, err = trained_twice[stage]
+    assert code == 0, err
+    assert "33 rows" in out and "cpu x 2" in out
+    assert out.count("saved ") == out.count("step  1/") == 1  # one rank talks
+    ours, theirs = read_log(two), read_log(one)
     assert len(ours) == len(theirs) == 18 + 2
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys() and (a["step"], a.get("tokens")) == (b["step"], b.get("tokens"))
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-4)
-    (one,), (two,) = ((tmp_path / name / stage).glob("*model.safetensors") for name in ("one", "two"))
-    one, two = load_file(one), load_file(two)
+    one, two = (load_file(next(folder.glob("*model.safetensors"))) for folder in (one, two))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=name)

@@ -1,0 +1,328 @@
+"""The three scripts as a person meets them: help, mistakes, what a run prints and leaves behind."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import trainer.args
+from trainer.args import parse_args, training_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("pretrain", "full_sft", "lora")
+OWN_SHAPE = {"hidden_size": None, "num_hidden_layers": None, "intermediate_size": None}  # that of the weights
+
+
+def chat(*turns):
+    return {"conversations": [{"role": role, "content": content} for role, content in turns]}
+
+
+# --- help and ways to call ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_is_grouped_complete_and_imports_nothing_heavy(stage):
+    script = str(ROOT / "trainer" / f"train_{stage}.py")
+    ended = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], capture_output=True,
+                           encoding="utf-8")
+    imported = set(re.findall(r"\| +(\w+)", ended.stderr))
+    assert ended.returncode == 0 and "argparse" in imported
+    assert not imported & {"torch", "numpy", "transformers", "pandas", "matplotlib", "wandb", "tokenizers"}
+    for group in ("data:", "the run:", "optimisation:", "device:", "logging:"):
+        assert f"\n{group}\n" in ended.stdout
+    assert f"python trainer/train_{stage}.py" in ended.stdout  # the commands at the top, as they are written
+    for flag in re.findall(r"^  (--\w+)(?! \| | *\n? *-)", ended.stdout, re.MULTILINE):
+        text = ended.stdout.split(f"\n  {flag}", 1)[1].split("\n  --", 1)[0]
+        assert "(default:" in text or re.search(r"--(load_from|max_steps|\w+_size|num_\w+|name)", flag) or \
+            flag in ("--strict", "--resume", "--compile", "--gradient_checkpointing", "--use_wandb"), flag
+
+
+@pytest.fixture(scope="session")
+def called(tmp_path_factory):
+    """The ways to call a script, side by side, each with a data file that is not there."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    ways = {"python trainer/x.py": (ROOT, ["trainer/train_pretrain.py"]),
+            "cd trainer && python x.py": (ROOT / "trainer", ["train_full_sft.py"]),
+            "python -m trainer.x": (ROOT, ["-m", "trainer.train_pretrain"]),
+            "from elsewhere": (elsewhere, [str(ROOT / "trainer" / "train_pretrain.py")])}
+    running = {}
+    for way, (folder, words) in ways.items():
+        words = [sys.executable, *words, "--data_path", "nowhere.jsonl", "--out_dir", str(elsewhere / "out")]
+        words += ["--load_from", str(elsewhere / "none")] if "sft" in words[1] else []
+        running[way] = subprocess.Popen(words, cwd=folder, encoding="utf-8", stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE)
+    return {way: (process, *process.communicate()) for way, process in running.items()}
+
+
+@pytest.mark.parametrize("way", ["python trainer/x.py", "cd trainer && python x.py", "python -m trainer.x",
+                                 "from elsewhere"])
+def test_every_way_to_call_a_script(way, called):
+    process, out, err = called[way]
+    assert process.returncode == 2 and out == "", err
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and ("nowhere.jsonl" in line or "none" in line)
+
+
+# --- a good run --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_run_leaves_behind(stage, finished, read_log):
+    folder, ended = finished[stage]
+    names = {path.name for path in folder.iterdir()}
+    assert {"metrics.jsonl", "loss.png", "training.json"} <= names and "checkpoints" not in names
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names if stage == "lora" else \
+        {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    log = read_log(folder)
+    trained, validated = [m for m in log if "loss" in m], [m for m in log if "eval_loss" in m]
+    assert [m["step"] for m in trained] == [4, 8, 12, 16, 20, 24]
+    assert [m["step"] for m in validated] == [9, 18, 24]
+    assert set(trained[0]) == {"step", "max_steps", "loss", "learning_rate", "grad_norm", "tokens"}
+    assert set(validated[0]) == {"step", "eval_loss", "bits_per_byte"}
+    assert all(math.isfinite(value) for line in log for value in line.values())
+    if stage != "lora":
+        assert trained[-1]["loss"] < trained[0]["loss"]
+        assert validated[-1]["eval_loss"] < validated[0]["eval_loss"]
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    assert record["stage"] == stage and record["steps"] == 24 and record["tokens"] == trained[-1]["tokens"]
+    assert record["arguments"]["learning_rate"] == 0.01 and record["versions"]["torch"] == torch.__version__
+    assert record["eval_loss"] == validated[-1]["eval_loss"]
+    assert ended.out.splitlines()[-1] == f"saved {folder}" and "error" not in ended.err
+
+
+def test_next_stage_reads_what_the_one_before_saved(workshop, finished, tmp_path):
+    ended = workshop.run("full_sft", *workshop.flags("full_sft", tmp_path, load_from=finished["pretrain"][0],
+                                                     max_steps=1))
+    assert ended.code == 0
+    record = json.loads((tmp_path / "full_sft" / "training.json").read_text(encoding="utf-8"))
+    assert record["parent"] == str(finished["pretrain"][0])
+    config = json.loads((tmp_path / "full_sft" / "config.json").read_text(encoding="utf-8"))
+    assert config["hidden_size"] == 32 and config["num_hidden_layers"] == 2  # inherited
+
+
+def test_pretraining_can_go_on_from_weights(workshop, finished, tmp_path):
+    flags = workshop.flags("pretrain", tmp_path, load_from=finished["pretrain"][0], max_steps=1, **OWN_SHAPE)
+    assert workshop.run("pretrain", *flags).code == 0
+    first = json.loads((tmp_path / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert first["loss"] < 8  # a new model begins at ln 6400 = 8.8
+
+
+def test_lora_prints_its_share_and_leaves_the_base_alone(workshop, finished):
+    folder, ended = finished["lora"]
+    line = re.search(r"([\d,]+) parameters in all, ([\d,]+) LoRA, ([\d.]+) %", ended.out)
+    total, lora, percent = (float(number.replace(",", "")) for number in line.groups())
+    adapter = load_file(folder / "adapter_model.safetensors")
+    base = load_file(workshop.base / "model.safetensors")
+    assert lora == sum(t.numel() for t in adapter.values()) and all("lora" in name for name in adapter)
+    assert total == lora + sum(t.numel() for t in base.values())
+    assert percent == pytest.approx(100 * lora / total, abs=0.005)
+    assert any(t.abs().max() > 0 for name, t in adapter.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("targets, kinds", [
+    (["all-linear"], None), (["square"], {"q_proj", "o_proj"}), (["q_proj"], {"q_proj"}),
+    (["q_proj", "up_proj"], {"q_proj", "up_proj"}), ([r".*\.(k|v)_proj"], {"k_proj", "v_proj"})])
+def test_target_modules(targets, kinds, workshop, tmp_path):
+    flags = workshop.flags("lora", tmp_path, max_steps=1, target_modules=targets)
+    ended = workshop.run("lora", *flags)
+    assert ended.code == 0, ended.err
+    adapter = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    everything = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.split(".lora_")[0].split(".")[-1] for name in adapter} == (kinds or everything)
+
+
+def test_finishing_needs_no_git(workshop, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert workshop.run("full_sft", *workshop.flags("full_sft", tmp_path, max_steps=1)).code == 0
+    record = json.loads((tmp_path / "full_sft" / "training.json").read_text(encoding="utf-8"))
+    assert record["git"] is None
+
+
+def test_wandb_offline(workshop, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    flags = workshop.flags("full_sft", tmp_path, max_steps=2, use_wandb=True, wandb_project="a-test")
+    ended = workshop.run("full_sft", *flags)
+    assert ended.code == 0, ended.err
+    assert list((tmp_path / "full_sft").glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
+def test_compiled_run_equals_the_plain_one(workshop, read_log, tmp_path):
+    logs, data = [], workshop.write("even.jsonl", [GOOD] * 8)  # one length: compiled once, not for each shape
+    for compiled in (None, True):
+        out_dir = tmp_path / str(compiled)
+        flags = workshop.flags("full_sft", out_dir, data_path=data, max_steps=2, log_interval=1,
+                               eval_fraction=0, optimizer="adamw", compile=compiled)
+        ended = workshop.run("full_sft", "--no-packing", *flags)
+        assert ended.code == 0, ended.err
+        logs.append([line["loss"] for line in read_log(out_dir / "full_sft")])
+        state = load_file(out_dir / "full_sft" / "model.safetensors")
+        assert not any("_orig_mod" in name for name in state)
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
+
+
+def test_bad_lines_are_shown_counted_and_skipped(workshop, tmp_path):
+    path = workshop.write("some_bad.jsonl", [chat(("user", "a"), ("assistant", "b")), '{"conversations": [',
+                                             {"what": "ever"}, chat(("user", "no answer")),
+                                             *[chat(("user", "c"), ("assistant", "d"))] * 5])
+    ended = workshop.run("full_sft", *workshop.flags("full_sft", tmp_path, data_path=path, max_steps=1))
+    assert ended.code == 0
+    for line in (2, 3, 4):
+        assert f"{path}:{line}: " in ended.err
+    assert "skipped: 3" in ended.err
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+            for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def complaint(workshop, tmp_path):
+    """Runs a script that must refuse: code 2, one line, an earlier run's folder as it was."""
+    for stage in STAGES:
+        (tmp_path / "out" / stage / "checkpoints").mkdir(parents=True)
+        for name in ("model.safetensors", "metrics.jsonl", "loss.png", "training.json", "checkpoints/x"):
+            (tmp_path / "out" / stage / name).write_text("precious", encoding="utf-8")
+
+    def run(stage, *more, **changes):
+        before = snapshot(tmp_path / "out")
+        ended = workshop.run(stage, *workshop.flags(stage, tmp_path / "out", **changes), *more)
+        assert ended.code == 2, ended
+        assert snapshot(tmp_path / "out") == before
+        line = ended.error
+        assert ended.err.strip().endswith(line) and len(line) < 600
+        return line
+
+    return run
+
+
+GOOD, TEXT = chat(("user", "a"), ("assistant", "b")), {"text": "a small text"}
+BAD_DATA = {  # name -> (records for pretraining, records for chats, what the line must say)
+    "broken": ([TEXT, '{"text": "cut'], [GOOD, '{"conversations": ['], "not valid JSON"),
+    "unknown": ([TEXT, {"what": 1}], [GOOD, {"what": 1}], "'what'"),
+    "roles": ([TEXT, {"text": 5}], [GOOD, chat(("robot", "a"), ("assistant", "b"))], ""),
+    "silent": ([TEXT, {"text": " "}], [GOOD, chat(("user", "a"))], ""),
+    "long": (None, [GOOD, chat(("user", "word " * 90), ("assistant", "b"))], "longer than a row of 64"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_records(stage, name, workshop, complaint):
+    texts, chats, says = BAD_DATA[name]
+    records = texts if stage == "pretrain" else chats
+    if records is None:
+        pytest.skip("a long text is cut into windows")
+    path = workshop.write(f"{name}_{stage}.jsonl", records)
+    line = complaint(stage, "--strict", data_path=path)
+    assert line.startswith(f"error: {path}:2: ") and says in line
+    path = workshop.write(f"{name}_{stage}_only.jsonl", records[1:] * 2)
+    line = complaint(stage, data_path=path)  # not one good record: fatal without --strict too
+    assert str(path) in line and says in line
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_data_files(stage, workshop, complaint, tmp_path):
+    assert "nowhere.jsonl: no such file" in complaint(stage, data_path="nowhere.jsonl")
+    empty = workshop.write("empty.jsonl", [])
+    assert f"{empty}: the file is empty" in complaint(stage, data_path=empty)
+    good = workshop.texts if stage == "pretrain" else workshop.chats
+    assert "nowhere.jsonl" in complaint(stage, data_path=[good, "nowhere.jsonl"])
+    assert "nowhere.jsonl" in complaint(stage, eval_data_path="nowhere.jsonl")
+    assert str(tmp_path) in complaint(stage, data_path=tmp_path)
+    other = workshop.chats if stage == "pretrain" else workshop.write("numbers.jsonl", ["1", "2"])
+    assert str(other) in complaint(stage, data_path=other)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights(stage, workshop, complaint, tmp_path):
+    changes = OWN_SHAPE if stage == "pretrain" else {}
+    assert "nowhere" in complaint(stage, load_from=tmp_path / "nowhere", **changes)
+    (tmp_path / "hollow").mkdir()
+    assert "hollow" in complaint(stage, load_from=tmp_path / "hollow", **changes)
+
+    def spoiled(name):
+        shutil.copytree(workshop.base, tmp_path / name)
+        return tmp_path / name
+
+    other = spoiled("other_shape")
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}), encoding="utf-8")
+    assert "[64, 32], the config asks for [96, 32]" in complaint(stage, load_from=other, **changes)
+
+    cut = spoiled("cut_off")
+    data = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(data[: len(data) // 2])
+    assert "cut_off" in complaint(stage, load_from=cut, **changes)
+
+    small = spoiled("other_tokenizer")  # weights for 100 entries, beside a tokenizer of 6,400
+    state = load_file(small / "model.safetensors")
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][:100].clone()
+    save_file(state, small / "model.safetensors", {"format": "pt"})
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 100}), encoding="utf-8")
+    line = complaint(stage, load_from=small, **changes)
+    assert "6,400" in line and "100" in line and "tokenizer" in line
+
+
+@pytest.mark.parametrize("stage, command", [("full_sft", "python trainer/train_pretrain.py"),
+                                            ("lora", "python trainer/train_full_sft.py")])
+def test_a_stage_before_its_turn_names_the_command(stage, command, complaint, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.args, "ROOT", tmp_path / "fresh_clone")
+    assert complaint(stage, load_from=None).endswith(f"make it first: {command}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gpu_flag_without_a_gpu(stage, complaint):
+    assert "torch sees no CUDA GPU here" in complaint(stage, device="cuda")
+
+
+def test_shapes(complaint, workshop):
+    assert "unknown preset 'huge'; there are tiny, 26m, 64m, 104m" in complaint("pretrain", preset="huge")
+    assert "attention" in complaint("pretrain", num_attention_heads=3)
+    line = complaint("pretrain", load_from=workshop.base)  # with --hidden_size 32 and others
+    assert "--load_from" in line and "--hidden_size" in line
+    assert "--preset" in complaint("pretrain", load_from=workshop.base, preset="26m", **OWN_SHAPE)
+    assert "--tokenizer" in complaint("pretrain", load_from=workshop.base, tokenizer="some", **OWN_SHAPE)
+    assert "nowhere" in complaint("pretrain", tokenizer="nowhere")
+
+
+def test_lora_flags(complaint):
+    assert "rank" in complaint("lora", lora_rank=0)
+    assert "rank 40 is above the width" in complaint("lora", lora_rank=40)
+    assert "dropout" in complaint("lora", lora_dropout=1)
+    assert "alpha" in complaint("lora", lora_alpha=-1)
+    assert "'z_proj'" in complaint("lora", target_modules=["q_proj", "z_proj"])
+    assert "regular expression" in complaint("lora", target_modules="(q_proj")
+
+
+def test_an_output_folder_that_cannot_be(complaint, tmp_path):
+    (tmp_path / "file").write_text("precious", encoding="utf-8")
+    assert "file" in complaint("full_sft", "--out_dir", tmp_path / "file")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("batch_size", 0), ("micro_batch_size", 0), ("epochs", 0), ("max_steps", 0), ("max_seq_len", 1),
+    ("learning_rate", 0), ("learning_rate", "nan"), ("warmup_ratio", 1), ("eval_fraction", -0.1),
+    ("seed", -1), ("seed", 2**33), ("weight_decay", -1), ("grad_clip", -1), ("num_workers", -1),
+    ("log_interval", 0), ("save_interval", 0), ("keep_last", 0), ("eval_interval", -1),
+    ("name", ""), ("name", ".."), ("name", "a/b")])
+def test_flags_out_of_range(flag, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_args(training_parser("a test"), ["--name", "x", f"--{flag}", str(value)])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("error:") == 1 and f"--{flag}" in err.splitlines()[-1]
