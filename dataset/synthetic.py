@@ -26,8 +26,10 @@ VERSION = "1"  # a folder written by another version is written again
 
 # ------------------------------------------------------------------------------------------- the world: tables
 
-COLOURS = [("red", "红色"), ("yellow", "黄色"), ("green", "绿色"), ("blue", "蓝色"), ("brown", "棕色"), ("black", "黑色"),
-           ("white", "白色"), ("grey", "灰色"), ("pink", "粉色"), ("orange", "橙色"), ("purple", "紫色"), ("golden", "金色")]
+COLOURS = [("red", "红色"), ("yellow", "黄色"), ("green", "绿色"), ("blue", "蓝色"), ("brown", "棕色"),
+           ("black", "黑色"),
+           ("white", "白色"), ("grey", "灰色"), ("pink", "粉色"), ("orange", "橙色"), ("purple", "紫色"),
+           ("golden", "金色")]
 
 # name, where (with its preposition), and what stands there
 PLACES = [
@@ -85,12 +87,17 @@ PEOPLE = [
 
 # name, how it stands in a sentence, colour, taste, price in coins
 FOODS = [
-    ("apple", "苹果", "an apple", "red", "sweet", "甜", 3), ("lemon", "柠檬", "a lemon", "yellow", "sour", "酸", 2),
-    ("bread", "面包", "bread", "brown", "salty", "咸", 4), ("cheese", "奶酪", "cheese", "yellow", "salty", "咸", 7),
-    ("honey", "蜂蜜", "honey", "golden", "sweet", "甜", 9), ("carrot", "胡萝卜", "a carrot", "orange", "sweet", "甜", 1),
-    ("soup", "热汤", "soup", "green", "salty", "咸", 6), ("pepper", "辣椒", "a pepper", "red", "spicy", "辣", 5),
+    ("apple", "苹果", "an apple", "red", "sweet", "甜", 3),
+    ("lemon", "柠檬", "a lemon", "yellow", "sour", "酸", 2),
+    ("bread", "面包", "bread", "brown", "salty", "咸", 4),
+    ("cheese", "奶酪", "cheese", "yellow", "salty", "咸", 7),
+    ("honey", "蜂蜜", "honey", "golden", "sweet", "甜", 9),
+    ("carrot", "胡萝卜", "a carrot", "orange", "sweet", "甜", 1),
+    ("soup", "热汤", "soup", "green", "salty", "咸", 6),
+    ("pepper", "辣椒", "a pepper", "red", "spicy", "辣", 5),
     ("rice", "米饭", "rice", "white", "mild", "淡", 8), ("milk", "牛奶", "milk", "white", "mild", "淡", 10),
-    ("plum", "李子", "a plum", "purple", "sour", "酸", 11), ("cake", "蛋糕", "a cake", "pink", "sweet", "甜", 12),
+    ("plum", "李子", "a plum", "purple", "sour", "酸", 11),
+    ("cake", "蛋糕", "a cake", "pink", "sweet", "甜", 12),
 ]
 
 # name, colour, place, season, what it needs
@@ -107,15 +114,21 @@ PLANTS = [
 
 # name, weather, what people do, in the order of the year
 SEASONS = [
-    ("spring", "春天", "warm", "温暖", "plant seeds", "播种"), ("summer", "夏天", "hot", "炎热", "swim", "游泳"),
-    ("autumn", "秋天", "windy", "多风", "pick apples", "摘苹果"), ("winter", "冬天", "cold", "寒冷", "build snowmen", "堆雪人"),
+    ("spring", "春天", "warm", "温暖", "plant seeds", "播种"),
+    ("summer", "夏天", "hot", "炎热", "swim", "游泳"),
+    ("autumn", "秋天", "windy", "多风", "pick apples", "摘苹果"),
+    ("winter", "冬天", "cold", "寒冷", "build snowmen", "堆雪人"),
 ]
 
 OPPOSITES = [
-    ("hot", "cold"), ("big", "small"), ("tall", "short"), ("fast", "slow"), ("happy", "sad"), ("day", "night"),
-    ("open", "closed"), ("full", "empty"), ("light", "dark"), ("hard", "soft"), ("wet", "dry"), ("old", "young"),
-    ("up", "down"), ("left", "right"), ("early", "late"), ("loud", "quiet"), ("clean", "dirty"), ("rich", "poor"),
-    ("near", "far"), ("thick", "thin"), ("strong", "weak"), ("brave", "afraid"), ("first", "last"), ("push", "pull"),
+    ("hot", "cold"), ("big", "small"), ("tall", "short"), ("fast", "slow"), ("happy", "sad"),
+    ("day", "night"),
+    ("open", "closed"), ("full", "empty"), ("light", "dark"), ("hard", "soft"), ("wet", "dry"),
+    ("old", "young"),
+    ("up", "down"), ("left", "right"), ("early", "late"), ("loud", "quiet"), ("clean", "dirty"),
+    ("rich", "poor"),
+    ("near", "far"), ("thick", "thin"), ("strong", "weak"), ("brave", "afraid"), ("first", "last"),
+    ("push", "pull"),
 ]
 OPPOSITES_ZH = [tuple(pair) for pair in
                 "热冷 大小 高矮 快慢 多少 开关 满空 明暗 硬软 湿干 新旧 上下 左右 早晚 长短 净脏 富穷 远近 厚薄 强弱 前后 推拉 深浅 美丑".split()]
@@ -132,7 +145,8 @@ def with_article(noun):
 
 
 # every noun of the world: (English, Chinese, category, English as it stands in a sentence)
-NOUNS = ([(r[0], r[1], "animal", with_article(r[0])) for r in ANIMALS] + [(r[0], r[1], "food", r[2]) for r in FOODS]
+NOUNS = ([(r[0], r[1], "animal", with_article(r[0])) for r in ANIMALS] + [(r[0], r[1], "food",
+r[2]) for r in FOODS]
          + [(r[0], r[1], "plant", "bamboo" if r[0] == "bamboo" else with_article(r[0])) for r in PLANTS]
          + [(r[0], r[1], "place", with_article(r[0])) for r in PLACES]
          + [(r[0], r[1], "season", r[0]) for r in SEASONS] + [(en, zh, "colour", en) for en, zh in COLOURS])
@@ -178,7 +192,7 @@ ODD_ZH = "咕噜嘟啦叮咚呼哩嘀嗒哐噗嘻呜咪吧喀嗖唧哆嘭"  # ch
 ODD_ZH_ENDS = ["兽", "怪", "果", "石", "鸟", "草", "机", "星", "鱼", "糕"]
 
 FIRST_NAMES = ("Alice Bella Carl David Emma Felix Finn George Hannah Henry Ida James Julia Karl Kate Liam Lucy Lucas "
-               "Maria Mark Max Nina Noah Olga Oliver Paul Peter Rachel Robert Ruth Sara Simon Sofia Theo Tina Vera Will "
+               "Maria Max Nina Noah Olga Oliver Paul Peter Rachel Robert Ruth Sara Simon Sofia Theo Tina Vera "
                "Zoe Adam Clara Ethan Fiona Grace Ian Jane Kevin Laura Milo Nick Pia Rita Sean Toby Uma Yara").split()
 NAME_STARTS = "Ma La Ti Ro Ne Sa Ka Do Be Vi Lu Ja Mo Fe Ha Zi Ta Re Ni Go".split()
 NAME_ENDS = "ra lin to mi sel dan va rek na lo bert dia nis ko ry my tan la ven sha".split()
@@ -188,7 +202,7 @@ PET_NAMES = "Rex Bubbles Socks Coco Biscuit Shadow Lucky Buddy Patch Misty Snowy
 
 # -------------------------------------------------------------------------------------------- wordings of questions
 
-# One block a kind of question: "family.kind", then its bodies. (a|b) are alternatives, every combination is a wording.
+# One block a kind of question (or several that ask alike): "family.kind", then its bodies. (a|b) are alternatives, every combination is a wording.
 # A line with ~ is a clause, to be asked straight in Chinese or inside of a carrier sentence in both languages.
 WORDINGS = """
 animals.sound
@@ -228,13 +242,13 @@ what is the number of (legs|feet) of {x}?
 ~ how many (legs|feet) {x} (has|walks on|stands on)
 ~ {x}(有|长着|长了|一共有)(几条腿|多少条腿|几只脚|多少只脚)
 animals.colour
-(what|which) colour (is|does) {x}(| in your world| here)?
+(what|which) colour is {x}(| in your world| here)?
 what is the colour of {x}(| in your world| here)?
 how would you (colour|paint) {x}?
 (what|which) colour (should|do|would) I (paint|draw|give) {x}?
 ~ (what|which) colour {x} (is|has)
 ~ {x}(是什么颜色|的颜色是什么|是什么颜色的|长什么颜色|身上是什么颜色|是哪种颜色)
-animals.about
+animals.about foods.about plants.about
 what is {x}?
 tell me (about|something about|a little about) {x}.
 (describe|explain) {x}(| to me| for me).
@@ -291,7 +305,7 @@ what is the name of the {x}(| here| in your world)?
 ~ who (is|works as) the {x}(| here)
 ~ (谁是|哪个人是|哪一位是){x}
 ~ {x}(是谁|是哪一位|叫什么名字|是哪个人)
-foods.colour
+foods.colour plants.colour
 (what|which) colour (is|has) {x}?
 what is the colour of {x}(| in your world| here)?
 (what|which) colour (should|do|would) I (paint|draw|give) {x}?
@@ -312,22 +326,6 @@ what does {x} cost(| here| at the shop)?
 ~ how (much|many coins) {x} costs
 ~ what (the price of {x} is|{x} costs|I have to pay for {x})
 ~ {x}(多少钱|要多少钱|卖多少钱|的价格是多少|需要几枚硬币|要几枚硬币)
-foods.about
-what is {x}?
-tell me (about|something about|a little about) {x}.
-(describe|explain) {x}(| to me| for me).
-what (do|can) you (know|say|tell me) about {x}?
-(have you heard|did you hear) (of|about) {x}?
-~ what {x} is(| like)
-~ {x}是(什么|什么东西|怎样的)
-(介绍一下|说说|讲讲|描述一下|聊聊|说一说){x}(|吧)。
-(你听说过|你知道|你了解){x}吗？
-plants.colour
-(what|which) colour (is|has) {x}?
-what is the colour of {x}(| in your world| here)?
-(what|which) colour (should|do|would) I (paint|draw|give) {x}?
-~ (what|which) colour {x} (is|has)
-~ {x}(是什么颜色|的颜色是什么|是什么颜色的|看上去是什么颜色|是哪种颜色)
 plants.home
 where does {x} (grow|like to grow|stand|have its roots)?
 (in which|in what) place does {x} (grow|stand)?
@@ -349,16 +347,6 @@ what is (important|good|needed) for {x}?
 ~ what {x} (needs|wants|must have)(| most| to grow)
 ~ what (I should|I must|we should) give {x}
 ~ {x}(需要什么|最需要什么|生长需要什么|要长好需要什么|离不开什么|的生长需要什么)
-plants.about
-what is {x}?
-tell me (about|something about|a little about) {x}.
-(describe|explain) {x}(| to me| for me).
-what (do|can) you (know|say|tell me) about {x}?
-(have you heard|did you hear) (of|about) {x}?
-~ what {x} is(| like)
-~ {x}是(什么|什么东西|怎样的)
-(介绍一下|说说|讲讲|描述一下|聊聊|说一说){x}(|吧)。
-(你听说过|你知道|你了解){x}吗？
 seasons.weather
 (how|what) is the weather (like |)in {x}?
 what is {x} like?
@@ -415,7 +403,7 @@ I have {a} (coins|nuts|books|eggs) and get {b} more. How many (are there|do I ha
 ~ {a}(加|加上|\\+){b}(等于多少|是多少|等于几|得多少)
 (计算|算一下|算算|求){a}(加|加上|\\+){b}。
 {a}(和|与){b}(的和是多少|加起来是多少|一共是多少)？
-我有 {a} (枚硬币|个苹果|本书)，又得到 {b} (枚|个|本)，(一共有多少|现在有多少)？
+我有{a}(枚硬币，又得到{b}枚|个苹果，又得到{b}个|本书，又得到{b}本)，(一共有多少|现在有多少)？
 subtraction.difference
 what (is|does|makes) {a} minus {b}?
 what is {a} - {b}?
@@ -431,7 +419,7 @@ I have {a} (coins|nuts|books|eggs) and give away {b}. How many (are left|do I ha
 ~ {a}(减|减去|-){b}(等于多少|是多少|等于几|得多少)
 (计算|算一下|算算|求){a}(减|减去|-){b}。
 {a}(和|与){b}(的差是多少|相差多少|差多少)？
-我有 {a} (枚硬币|个苹果|本书)，给了别人 {b} (枚|个|本)，(还剩多少|现在剩多少)？
+我有{a}(枚硬币，给了别人{b}枚|个苹果，给了别人{b}个|本书，给了别人{b}本)，(还剩多少|现在剩多少)？
 comparing.larger
 which (number |)is (larger|bigger|greater|higher), {a} or {b}?
 (what|which) is the (larger|bigger|greater|higher) (number|one)(| here), {a} or {b}?
@@ -439,7 +427,7 @@ which (number |)is (larger|bigger|greater|higher), {a} or {b}?
 compare {a} (and|with) {b}: which (one |)is (larger|bigger|greater)?
 ~ which (number |)is (larger|bigger|greater|higher), {a} or {b}
 ~ {a}(和|与|跟){b}(哪个大|哪个更大|哪个数大|哪个比较大|谁大|谁更大)
-{a} (还是|或者) {b} (大|更大|比较大)？
+{a}(还是|或者){b}(大|更大|比较大)？
 comparing.smaller
 which (number |)is (smaller|lower|less), {a} or {b}?
 (what|which) is the (smaller|lower|lesser) (number|one)(| here), {a} or {b}?
@@ -447,16 +435,18 @@ which (number |)is (smaller|lower|less), {a} or {b}?
 compare {a} (and|with) {b}: which (one |)is (smaller|lower|less)?
 ~ which (number |)is (smaller|lower|less), {a} or {b}
 ~ {a}(和|与|跟){b}(哪个小|哪个更小|哪个数小|哪个比较小|谁小|谁更小)
-{a} (还是|或者) {b} (小|更小|比较小)？
+{a}(还是|或者){b}(小|更小|比较小)？
 sorting.up
-(sort|order|arrange) (these numbers |the numbers |)from (small to large|smallest to largest|low to high): {l}
+(sort|order|arrange) (these numbers |the numbers |)from (small to large|smallest to largest): {l}
+(sort|order|arrange) (these numbers |the numbers |)from low to high: {l}
 (sort|order|arrange|put) {l} from (small to large|smallest to largest|low to high).
 (put|write|bring) {l} (in order|in rising order), (smallest|lowest) first.
 (sort|order|arrange) {l}, (smallest|lowest) first.
 (把|将|请把){l}(从小到大|由小到大|按从小到大的顺序)(排列|排序|排好|排一下|排一排)。
 (从小到大|由小到大|按从小到大的顺序)(排列|排序|排好|排一下|排一排)：{l}
 sorting.down
-(sort|order|arrange) (these numbers |the numbers |)from (large to small|largest to smallest|high to low): {l}
+(sort|order|arrange) (these numbers |the numbers |)from (large to small|largest to smallest): {l}
+(sort|order|arrange) (these numbers |the numbers |)from high to low: {l}
 (sort|order|arrange|put) {l} from (large to small|largest to smallest|high to low).
 (put|write|bring) {l} (in order|in falling order), (largest|highest) first.
 (sort|order|arrange) {l}, (largest|highest) first.
@@ -540,7 +530,8 @@ which (word|thing|item) (comes|stands|is) last: {l}?
 (说出|写出|告诉我|找出)(最后一个词|结尾的词|最后面的词)：{l}
 words.reverse
 (reverse|turn around|flip) (the order of |the list |this list: |these words: |){l}
-(say|write|list|give me) (these words |the words |this |)(backwards|in reverse order|from last to first): {l}
+(say|write|list|give me) (these words |the words |this |)(backwards|in reverse order): {l}
+(say|write|list|give me) (these words |the words |this |)from last to first: {l}
 (倒过来|反过来|倒着|从后往前)(说|写|念|排列)：{l}
 (把|将|请把){l}(倒过来|反过来|倒着|从后往前)(说|写|念|排列)。
 words.join
@@ -624,15 +615,19 @@ how does {x} (work|look|come about)?
 (介绍一下|说说|讲讲|描述一下|聊聊|说一说){x}(|吧)。
 (你听说过|你知道|你了解){x}吗？
 small_talk.hello
-(hello|hi|hey|good morning|good evening|good day|greetings)(| there| friend| my friend| little one| to you){e}
+(hello|hi|hey|good morning)(| there| friend| my friend| little one| to you){e}
+(good evening|good day|greetings)(| there| friend| my friend| little one| to you){e}
 (nice|good|lovely) to (see|meet) you(| again| today){e}
 (你好|您好|嗨|早上好|晚上好|下午好|大家好|哈喽)(|呀|啊|小朋友|朋友){e}
 (很高兴|真高兴)(见到你|认识你|又见到你){e}
 small_talk.thanks
-(thanks|thank you|many thanks|thanks a lot|thank you so much|thank you very much)(| for that| for your help| for everything| my friend){e}
+(thanks|thank you|many thanks)(| for that| for your help| for everything| my friend){e}
+(thanks a lot|thank you so much|thank you very much)(| for that| for your help){e}
+(thanks a lot|thank you so much|thank you very much)( for everything| my friend){e}
 (谢谢|多谢|谢谢你|非常感谢|太感谢了|感谢)(|你的帮助|你的回答|啦){e}
 small_talk.bye
-(bye|goodbye|bye bye|see you|see you later|see you soon|good night|farewell)(| then| for now| my friend| little one){e}
+(bye|goodbye|bye bye|see you)(| then| for now| my friend| little one){e}
+(see you later|see you soon|good night|farewell)(| then| for now| my friend| little one){e}
 (再见|拜拜|回头见|晚安|明天见|下次见|我走了)(|啦|朋友|小朋友){e}
 small_talk.mood
 how are you(| today| doing| doing today| feeling| feeling today| now)?
@@ -646,7 +641,7 @@ what (is|does) your home (like|look like)(| these days| now)?
 ~ 你(住在哪里|的家在哪里|在哪里过夜|住什么地方|家在什么地方)
 identity.love
 what do you (love|like|enjoy)(| most| best)?
-what (makes you|are you) happy(| most days| these days)?
+what makes you happy(| most days| these days| here)?
 ~ what you (love|like|enjoy)(| most| best)
 ~ 你(喜欢什么|最喜欢什么|爱什么|最爱什么|热爱什么)
 clinic.cure
@@ -667,15 +662,20 @@ what (helps|works|is good) against {s}(| on my {x})?
 ~ {s}(是怎么回事|怎么治|怎么办|是什么引起的|怎么处理|说明什么)
 """
 
-CARRIERS = ["can you tell me {c}?", "could you tell me {c}?", "do you know {c}?", "please tell me {c}.", "tell me {c}.",
-            "I would like to know {c}.", "I want to know {c}.", "remind me {c}.", "I forgot {c}.", "do you remember {c}?"]
-CARRIERS_ZH = ["{c}？", "{c}？", "你知道{c}吗？", "请告诉我{c}。", "我想知道{c}。", "能告诉我{c}吗？", "告诉我{c}。", "我忘了{c}。",
+CARRIERS = ["can you tell me {c}?", "could you tell me {c}?", "do you know {c}?", "please tell me {c}.",
+            "tell me {c}.",
+            "I would like to know {c}.", "I want to know {c}.", "remind me {c}.", "I forgot {c}.",
+            "do you remember {c}?"]
+CARRIERS_ZH = ["{c}？", "你知道{c}吗？", "请告诉我{c}。", "我想知道{c}。", "能告诉我{c}吗？", "告诉我{c}。",
+               "我忘了{c}。",
                "你还记得{c}吗？", "你能说说{c}吗？"]
 # what may stand before and after a body; after , and : the body goes on in lower case
-OPENERS = ["Hey, ", "Hello! ", "Quick question: ", "So, ", "Okay, ", "Good morning! ", "Tell me, ", "Excuse me, ", "I am curious: ",
+OPENERS = ["Hey, ", "Hello! ", "Quick question: ", "So, ", "Okay, ", "Good morning! ", "Excuse me, ",
+           "I am curious: ",
            "One more thing: ", "Hi! ", "Now, ", "Dear friend, "]
 CLOSERS = [" Thanks!", " Thank you.", " I am curious.", " Please help me.", " I need to know."]
-OPENERS_ZH = ["请问，", "你好，", "嗨，", "我想问，", "那么，", "请教一下，", "对了，", "早上好！", "小问题：", "朋友，"]
+OPENERS_ZH = ["请问，", "你好，", "嗨，", "我想问，", "那么，", "请教一下，", "对了，", "早上好！",
+              "小问题：", "朋友，"]
 CLOSERS_ZH = ["谢谢！", "谢谢你。", "我很好奇。", "帮帮我吧。", "我想知道。"]
 
 
@@ -693,14 +693,15 @@ def expand(template):
 
 
 def split_wordings(rng):
-    """{(family, kind, lang): (bodies for training, bodies for the test)}, disjoint.
+    """{(family, kind, lang): (bodies for training, bodies for the test)}, disjoint over all kinds together.
 
-    A body is held out only where its parts live on in other bodies: lines with few alternatives stay in training.
+    The plainest body of each line stays in training; of the other combinations one in eight is held out, so that
+    a held-out body is new as a whole while its parts live on in others.
     """
-    bodies, name = {}, None
+    plain, loose, names = {}, {}, []
     for line in WORDINGS.strip().splitlines():
-        if re.fullmatch(r"[a-z_]+\.[a-z_]+", line):
-            name = tuple(line.split("."))
+        if re.fullmatch(r"[a-z_]+\.[a-z_]+( [a-z_]+\.[a-z_]+)*", line):
+            names = [tuple(name.split(".")) for name in line.split()]
             continue
         clause, line = line.startswith("~"), line.removeprefix("~ ")
         lang = "zh" if is_chinese(line) else "en"
@@ -708,18 +709,17 @@ def split_wordings(rng):
         if clause:
             carriers = CARRIERS_ZH if lang == "zh" else CARRIERS
             texts = [carrier.replace("{c}", text) for text in texts for carrier in carriers]
-        texts = list(dict.fromkeys(texts))
-        kept, loose = bodies.setdefault((*name, lang), ([], []))
-        (loose if len(texts) >= 4 else kept).extend(texts)
-    split, held_anywhere = {}, set()
-    for key, (kept, loose) in bodies.items():
-        rng.shuffle(loose)
-        count = max(3, len(loose) // 8)
-        held = [text for text in loose[:count] if text not in kept]
-        held_anywhere.update(held)
-        split[key] = (kept + loose[count:], held)
-    # kinds may share a wording ("what is {x}?"): held out in one means held out in all
-    return {key: ([t for t in train if t not in held_anywhere], held) for key, (train, held) in split.items()}
+        for name in names:
+            plain.setdefault((*name, lang), []).extend(texts[:1] if len(texts) >= 4 else texts)
+            loose.setdefault((*name, lang), []).extend(texts[1:] if len(texts) >= 4 else [])
+    always = {text for texts in plain.values() for text in texts}
+    held = {}
+    for key, texts in loose.items():
+        free = sorted(set(texts) - always)
+        held[key] = rng.sample(free, max(3, len(free) // 8))
+    held_anywhere = {text for texts in held.values() for text in texts}  # kinds may share a wording
+    return {key: ([t for t in dict.fromkeys(plain[key] + loose[key]) if t not in held_anywhere], held[key])
+            for key in plain}
 
 
 # ------------------------------------------------------------------------------------------------ facts, from tables
@@ -744,7 +744,8 @@ def facts():
         add("animals", "sound", name, x, f"{x} says {sound}.", zh, f"{zh}的叫声是{sound_zh}。")
         add("animals", "home", name, x, f"{x} lives {at}.", zh, f"{zh}住在{at_zh}。")
         add("animals", "food", name, x, f"{x} eats {food}.", zh, f"{zh}吃{food_zh}。")
-        add("animals", "baby", name, x, f"a baby {name} is called {with_article(young)}.", zh, f"{zh}的宝宝叫{young_zh}。")
+        add("animals", "baby", name, x, f"a baby {name} is called {with_article(young)}.", zh,
+            f"{zh}的宝宝叫{young_zh}。")
         add("animals", "legs", name, x, f"{x} has {legs} legs.", zh, f"{zh}有 {legs} 条腿。")
         add("animals", "colour", name, x, f"{x} is {colour}.", zh, f"{zh}是{dict(COLOURS)[colour]}的。")
         add("animals", "about", name, x, f"{x} is an animal. It lives {at} and says {sound}.",
@@ -754,10 +755,13 @@ def facts():
         add("people", "home", name, name, f"{name} lives {WHERE[home]}.", zh, f"{zh}住在{WHERE_ZH[home]}。")
         add("people", "likes", name, name, f"{name} likes {food} best.", zh, f"{zh}最喜欢吃{ZH[food]}。")
         add("people", "pet", name, name, f"{name} has {with_article(pet)}.", zh, f"{zh}的宠物是{ZH[pet]}。")
-        add("people", "about", name, name, f"{name} is {with_article(job)}. {she} lives {WHERE[home]} and likes {food} best.",
+        add("people",
+            "about",
+            name, name, f"{name} is {with_article(job)}. {she} lives {WHERE[home]} and likes {food} best.",
             zh, f"{zh}是{job_zh}，住在{WHERE_ZH[home]}，{she_zh}最喜欢吃{ZH[food]}。")
         add("people", "who", name, job, f"{name} is the {job}.", job_zh, f"{job_zh}是{zh}。")
-        add("places", "who", home, WHERE[home], f"{name} lives {WHERE[home]}.", WHERE_ZH[home], f"{zh}住在{WHERE_ZH[home]}。")
+        add("places", "who", home, WHERE[home], f"{name} lives {WHERE[home]}.", WHERE_ZH[home],
+            f"{zh}住在{WHERE_ZH[home]}。")
     for name, zh, x, colour, taste, taste_zh, price in FOODS:
         coins = "1 coin" if price == 1 else f"{price} coins"
         add("foods", "colour", name, x, f"{x} is {colour}.", zh, f"{zh}是{dict(COLOURS)[colour]}的。")
@@ -777,9 +781,10 @@ def facts():
         after, before = SEASONS[(i + 1) % 4], SEASONS[i - 1]
         add("seasons", "weather", name, name, f"{name} is {weather}.", zh, f"{zh}天气{weather_zh}。")
         add("seasons", "next", name, name, f"after {name} comes {after[0]}.", zh, f"{zh}之后是{after[1]}。")
-        add("seasons", "before", name, name, f"before {name} comes {before[0]}.", zh, f"{zh}之前是{before[1]}。")
+        add("seasons", "before", name, name, f"before {name} comes {before[0]}.", zh,
+            f"{zh}之前是{before[1]}。")
         add("seasons", "doing", name, name, f"in {name} people {doing}.", zh, f"人们{zh}{doing_zh}。")
-    for name, zh, at, at_zh, thing, thing_zh in PLACES:
+    for name, _, at, at_zh, thing, thing_zh in PLACES:
         add("places", "thing", name, at, f"there is {thing} {at}.", at_zh, f"{at_zh}有{thing_zh}。")
     return rows
 
@@ -791,35 +796,54 @@ HEROES = [(r[0], r[1], f"the {r[0]}", "it", "its") for r in ANIMALS] + [
 
 # ---------------------------------------------------------------------------------------------------------- stories
 
-OPENINGS = ["One {s} morning, {h} went for a walk {at}.", "Long ago, {h} came to the {p}.", "It was {s}, and {h} sat alone {at}.",
-            "Every day {h} looked for adventures {at}.", "{H} woke up early {at}.", "On a quiet {s} evening, {h} was {at}."]
+OPENINGS = ["One {s} morning, {h} went for a walk {at}.", "Long ago, {h} came to the {p}.",
+            "It was {s}, and {h} sat alone {at}.",
+            "Every day {h} looked for adventures {at}.", "{H} woke up early {at}.",
+            "On a quiet {s} evening, {h} was {at}."]
 PLOTS = [  # what happens, and what comes of it; {f} is a friend, {o} something good to eat
-    ("Under a stone {he} found a silver key.", "It opened a tiny door, and behind it stood a table with {o}."),
-    ("There {he} met {f}, who was looking for a lost scarf.", "They searched together and found it on a branch."),
+    ("Under a stone {he} found a silver key.",
+     "It opened a tiny door, and behind it stood a table with {o}."),
+    ("There {he} met {f}, who was looking for a lost scarf.",
+     "They searched together and found it on a branch."),
     ("The wind took {his} hat and carried it away.", "{F} caught it and brought it back with a smile."),
     ("Somebody was singing, but nobody was to be seen.", "It was {f}, glad to have a listener at last."),
-    ("{He} wanted to count the stars, but there were clouds.", "{F} said: wait a little. At midnight the sky was clear."),
+    ("{He} wanted to count the stars, but there were clouds.",
+     "{F} said: wait a little. At midnight the sky was clear."),
     ("A small boat was waiting there.", "{F} came along, and they sailed in the moonlight."),
     ("{He} was so hungry that {he} could only think of {o}.", "{F} came by with a basket and shared it."),
-    ("A letter without a name was lying on the ground.", "It said: whoever reads this has a friend. {F} had written it."),
-    ("{He} put a seed into the ground and waited.", "After three days of rain, a small green tip looked out."),
+    ("A letter without a name was lying on the ground.",
+     "It said: whoever reads this has a friend. {F} had written it."),
+    ("{He} put a seed into the ground and waited.",
+     "After three days of rain, a small green tip looked out."),
     ("It grew dark, and {he} could not find the way home.", "{F} held up a lantern and went ahead."),
-    ("{He} heard that {f} was ill and stayed in bed.", "So {he} brought {o}, and they told jokes until both felt fine."),
-    ("Snow began to fall, and everything became white and still.", "{F} built a little house, and there was room for two."),
+    ("{He} heard that {f} was ill and stayed in bed.",
+     "So {he} brought {o}, and they told jokes until both felt fine."),
+    ("Snow began to fall, and everything became white and still.",
+     "{F} built a little house, and there was room for two."),
 ]
-ENDINGS = ["From that day on, life was a little brighter.", "That night {h} slept very well.", "{H} laughed, and all was well again.",
-           "{H} never forgot that day.", "Then it was time to go home, slowly and happily.", "And that is how the best day of the year ended."]
-OPENINGS_ZH = ["{s}的一个早晨，{h}来到{at}散步。", "很久以前，{h}来到了{p}。", "那是{s}，{h}独自坐在{at}。", "每天{h}都在{at}寻找新鲜事。",
+ENDINGS = ["From that day on, life was a little brighter.", "That night {h} slept very well.",
+           "{H} laughed, and all was well again.",
+           "{H} never forgot that day.", "Then it was time to go home, slowly and happily.",
+           "And that is how the best day of the year ended."]
+OPENINGS_ZH = ["{s}的一个早晨，{h}来到{at}散步。", "很久以前，{h}来到了{p}。", "那是{s}，{h}独自坐在{at}。",
+               "每天{h}都在{at}寻找新鲜事。",
                "{h}在{at}早早醒来。", "一个安静的{s}傍晚，{h}在{at}。"]
 PLOTS_ZH = [
-    ("{h}在石头下面发现了一把银钥匙。", "钥匙打开了一扇小门，门后的桌上放着{o}。"), ("{h}遇见了{f}，{f}正在找丢失的围巾。", "它们一起找，终于在树枝上找到了。"),
-    ("一阵风吹走了{h}的帽子。", "{f}接住了帽子，笑着送了回来。"), ("有谁在唱歌，却看不见人影。", "原来是{f}，很高兴终于有了听众。"),
-    ("{h}想数星星，可是天上有云。", "{f}说，再等一等。到了半夜，天空真的晴了。"), ("一只小船正等在那儿。", "{f}也来了，大家在月光下划船。"),
-    ("{h}饿极了，心里只想着{o}。", "{f}提着篮子走来，分给了大家。"), ("地上有一封没有名字的信。", "信上写着，读到它的人就有了朋友。原来是{f}写的。"),
-    ("{h}把一粒种子放进土里，静静地等。", "下了三天雨，一点嫩绿探出头来。"), ("天黑了，{h}找不到回家的路。", "{f}举着灯笼走在前面。"),
-    ("{h}听说{f}病了，躺在床上。", "于是{h}送来{o}，大家一起说笑话，病就好了。"), ("下雪了，一切都变得又白又静。", "{f}搭了一座小屋，正好够两个住。"),
+    ("{h}在石头下面发现了一把银钥匙。", "钥匙打开了一扇小门，门后的桌上放着{o}。"),
+    ("{h}遇见了{f}，{f}正在找丢失的围巾。", "大家一起找，终于在树枝上找到了。"),
+    ("一阵风吹走了{h}的帽子。", "{f}接住了帽子，笑着送了回来。"),
+    ("有谁在唱歌，却看不见人影。", "原来是{f}，很高兴终于有了听众。"),
+    ("{h}想数星星，可是天上有云。", "{f}说，再等一等。到了半夜，天空真的晴了。"),
+    ("一只小船正等在那儿。", "{f}也来了，大家在月光下划船。"),
+    ("{h}饿极了，心里只想着{o}。", "{f}提着篮子走来，分给了大家。"),
+    ("地上有一封没有名字的信。", "信上写着，读到它的人就有了朋友。原来是{f}写的。"),
+    ("{h}把一粒种子放进土里，静静地等。", "下了三天雨，一点嫩绿探出头来。"),
+    ("天黑了，{h}找不到回家的路。", "{f}举着灯笼走在前面。"),
+    ("{h}听说{f}病了，躺在床上。", "于是{h}送来{o}，大家一起说笑话，病就好了。"),
+    ("下雪了，一切都变得又白又静。", "{f}搭了一座小屋，正好够两个住。"),
 ]
-ENDINGS_ZH = ["从那天起，日子变得更明亮了。", "那一夜，{h}睡得很香。", "{h}笑了，一切都好了。", "{h}永远忘不了那一天。",
+ENDINGS_ZH = ["从那天起，日子变得更明亮了。", "那一夜，{h}睡得很香。", "{h}笑了，一切都好了。",
+              "{h}永远忘不了那一天。",
               "然后该回家了，慢慢地，快快乐乐地。", "这一年最好的一天就这样结束了。"]
 
 
@@ -832,7 +856,8 @@ def story(rng, lang, hero, place):
         slots = dict(s=season[1], h=hero[1], at=place[3], p=place[1], f=friend[1], o=food[1])
         return "".join(line.format(**slots) for line in lines)
     lines = [rng.choice(OPENINGS), *PLOTS[plot], rng.choice(ENDINGS)]
-    slots = dict(s=season[0], h=hero[2], at=place[2], p=place[0], f=friend[2], o=food[2], he=hero[3], his=hero[4])
+    slots = dict(s=season[0], h=hero[2], at=place[2], p=place[0], f=friend[2], o=food[2], he=hero[3],
+                 his=hero[4])
     slots |= {"H": cap(hero[2]), "F": cap(friend[2]), "He": cap(hero[3])}
     return " ".join(line.format(**slots) for line in lines)
 
@@ -864,10 +889,18 @@ class World:
         self.wordings = split_wordings(rng)
         pairs = [(a, b) for a in range(100) for b in range(a + 1)]
         self.held_pairs = set(rng.sample(pairs, 250))  # (larger, smaller), 5 % of all
+        self.ordinary = "\n".join([WORDINGS, *CARRIERS, *CARRIERS_ZH, *OPENERS_ZH, *CLOSERS, *CLOSERS_ZH,
+                                   str(PLOTS), str(PLOTS_ZH),
+                                   str(TELL), str(SELF), str(OPENINGS + ENDINGS + OPENINGS_ZH + ENDINGS_ZH),
+                                   str(FACTS),
+                                   str(NOUNS), str(CLINIC), *TEENS, *TENS, str(OPPOSITES)]).lower()
+        self.ordinary_words = set(re.findall("[a-z]+", self.ordinary))
         self.names = {"en": self.split(self.make_names()), "zh": self.split(self.make_names_zh())}
         self.unknown = {lang: self.make_unknown(lang) for lang in ("en", "zh")}
         self.held_stories = set(rng.sample(self.free_stories(), 40))  # (hero, place) in English
-        held = {lang: self.names[lang][1] + [x for _, xs in self.unknown[lang][1].items() for x in xs] for lang in ("en", "zh")}
+        held = {lang: self.names[lang][1] + [name for source in self.unknown[lang] for _,
+                                             some in source.values() for name in some]
+                for lang in ("en", "zh")}
         self.held_words = {word.lower() for word in held["en"]}
         self.held_zh = re.compile("|".join(re.escape(word) for word in held["zh"]))
 
@@ -879,34 +912,38 @@ class World:
 
     def make_names(self):
         names = FIRST_NAMES + PET_NAMES + [start + end for start in NAME_STARTS for end in NAME_ENDS]
-        return [name for name in names if len(name) > 2 and name not in {row[0] for row in PEOPLE}]
+        return [name for name in names if self.is_new(name)]
 
     def make_names_zh(self):
         names = ["小" + c for c in GIVEN] + ["阿" + c for c in GIVEN[::2]]
         names += [s + self.rng.choice(GIVEN) + self.rng.choice(GIVEN) for s in SURNAMES for _ in range(20)]
-        return names
+        return [name for name in names if self.is_new(name)]
+
+    def is_new(self, name):
+        """A name is no ordinary word of the texts, or holding it out would hold those texts out."""
+        return name not in self.ordinary if is_chinese(name) else name.lower() not in self.ordinary_words
 
     def make_unknown(self, lang):
-        """({group: names for training}, {group: names for the test}) of things that the world does not contain."""
-        rng, train, held = self.rng, {}, {}
-        known = {n[0] for n in NOUNS} | {n.lower() for n in self.names["en"][0] + self.names["en"][1]}
+        """Real and made-up things outside of the world, each {group: (names for training, names for the test)}."""
+        rng, real, made_up = self.rng, {}, {}
+        known = {n.lower() for n in self.names["en"][0] + self.names["en"][1]}
         for group, names in (OUTSIDE if lang == "en" else OUTSIDE_ZH).items():
-            train[group], held[group] = self.split(names.split(), share=5)
+            real[group] = self.split([name for name in names.split() if self.is_new(name)], share=5)
         for group in ("animals", "foods", "plants", "people", "things"):
             made = []
             while len(made) < 200:
                 if lang == "en":
-                    name = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice([1, 1, 2])))
+                    name = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice([1, 1,
+                    2])))
                     name += rng.choice(CODAS)
                     name = name.capitalize() if group == "people" else name
                 else:
                     name = "".join(rng.choice(ODD_ZH) for _ in range(2)) + ("" if group == "people" else rng.choice(ODD_ZH_ENDS))
-                if name.lower() not in known and len(name) > 1:
+                if name.lower() not in known and self.is_new(name):
                     known.add(name.lower())
                     made.append(name)
-            more, rest = self.split(made, share=10)
-            train[group], held[group] = train[group] + more, held[group] + rest
-        return train, held
+            made_up[group] = self.split(made, share=10)
+        return real, made_up
 
     def free_stories(self):
         """Hero and place pairs that no description of one entity names together, so that facts stay trainable."""
@@ -956,7 +993,8 @@ class World:
             return self.rng.choice(sorted(self.held_pairs))
         while True:
             low = self.rng.random() < 0.15  # small numbers too, as people ask for them
-            a, b = sorted((self.rng.randint(0, 12 if low else top), self.rng.randint(0, 12 if low else top)), reverse=True)
+            a, b = sorted((self.rng.randint(0, 12 if low else top), self.rng.randint(0, 12 if low else top)),
+                          reverse=True)
             if (a, b) not in self.held_pairs:
                 return a, b
 
@@ -1051,7 +1089,8 @@ def counting(world, lang, held):
     rng.shuffle(items)
     question, body = world.ask("counting", kind, lang, held, w=word, l=comma.join(items))
     times = "1 time" if count == 1 else f"{count} times"
-    return [question, f"{word}出现了 {count} 次。" if lang == "zh" else f"{cap(word)} appears {times}."], body, {}
+    return [question,
+            f"{word}出现了 {count} 次。" if lang == "zh" else f"{cap(word)} appears {times}."], body, {}
 
 
 def opposites(world, lang, held):
@@ -1103,7 +1142,8 @@ def words(world, lang, held):
         return [question, f"{u}-{v}"], body, {}
     items = world.words(lang, 3 if kind == "reverse" else rng.randint(2, 5))
     question, body = world.ask("words", kind, lang, held, l=comma.join(items))
-    return [question, {"first": items[0], "last": items[-1], "reverse": comma.join(items[::-1])}[kind]], body, {}
+    return [question, {"first": items[0], "last": items[-1],
+                       "reverse": comma.join(items[::-1])}[kind]], body, {}
 
 
 def tell(world, lang, held):
@@ -1113,22 +1153,30 @@ def tell(world, lang, held):
         hero, place = next(h for h in HEROES if h[0] == hero), next(p for p in PLACES if p[0] == place)
     else:
         hero, place = rng.choice(HEROES), rng.choice(PLACES)
-    x = hero[1] if lang == "zh" else hero[2] if hero[0][0].isupper() else rng.choice([with_article(hero[0]), hero[2]])
+    x = hero[1] if lang == "zh" else hero[2] if hero[0][0].isupper() else rng.choice([with_article(hero[0]),
+    hero[2]])
     at, p = (place[3], place[1]) if lang == "zh" else (place[2], place[0])
     question, body = world.ask("story", "tell", lang, held, x=x, at=at, p=p)
-    return [question, story(rng, lang, hero, place)], body, {"contains": [hero[lang == "zh"], place[lang == "zh"]]}
+    return [question, story(rng, lang, hero, place)], body, {"contains": [hero[lang == "zh"],
+    place[lang == "zh"]]}
 
 
 TELL = {
-    "name": (["My name is {n}.", "I am {n}.", "Hi, I am called {n}.", "People call me {n}.", "You can call me {n}.", "Hello, this is {n}."],
-             ["我叫{n}。", "我的名字是{n}。", "你好，我是{n}。", "大家都叫我{n}。", "你可以叫我{n}。", "嗨，我叫{n}，很高兴见到你。"]),
-    "favourite": (["My favourite {k} is {n}.", "The {k} I like best is {n}.", "I love {n}, it is my favourite {k}.",
+    "name": (["My name is {n}.", "I am {n}.", "Hi, I am called {n}.", "People call me {n}.",
+              "You can call me {n}.", "Hello, this is {n}."],
+             ["我叫{n}。", "我的名字是{n}。", "你好，我是{n}。", "大家都叫我{n}。", "你可以叫我{n}。",
+              "嗨，我叫{n}，很高兴见到你。"]),
+    "favourite": (["My favourite {k} is {n}.", "The {k} I like best is {n}.",
+                   "I love {n}, it is my favourite {k}.",
                    "Remember this: my favourite {k} is {n}.", "If I had to pick a {k}, it would be {n}."],
-                  ["我最喜欢的{k}是{n}。", "要说{k}，我最爱{n}。", "请记住，我最喜欢的{k}是{n}。", "{n}是我最喜欢的{k}。"]),
-    "pet": (["My {k} is called {n}.", "I have a {k} named {n}.", "I call my {k} {n}.", "At home there is my {k}, {n}.", "The name of my {k} is {n}."],
+                  ["我最喜欢的{k}是{n}。", "要说{k}，我最爱{n}。", "请记住，我最喜欢的{k}是{n}。",
+                   "{n}是我最喜欢的{k}。"]),
+    "pet": (["My {k} is called {n}.", "I have a {k} named {n}.", "I call my {k} {n}.",
+             "At home there is my {k}, {n}.", "The name of my {k} is {n}."],
             ["我的{k}叫{n}。", "我家有一个{k}，名叫{n}。", "我给我的{k}起名叫{n}。", "我的{k}的名字是{n}。"]),
 }
-RECALL = {"name": ("Your name is {n}.", "你叫{n}。"), "favourite": ("Your favourite {k} is {n}.", "你最喜欢的{k}是{n}。"),
+RECALL = {"name": ("Your name is {n}.", "你叫{n}。"),
+          "favourite": ("Your favourite {k} is {n}.", "你最喜欢的{k}是{n}。"),
           "pet": ("Your {k} is called {n}.", "你的{k}叫{n}。")}
 KIND_ZH = {"animal": "动物", "food": "食物", "plant": "植物", "season": "季节", "colour": "颜色"}
 
@@ -1159,15 +1207,21 @@ def memory(world, lang, held):
 
 
 SELF = {  # kind: (Seedling's answers, Captain Fern's answers)
-    "who": (("I am Seedling, a tiny language model grown from nothing.", "我是小苗，一个从零长大的小小语言模型。"),
+    "who": (("I am Seedling, a tiny language model grown from nothing.",
+             "我是小苗，一个从零长大的小小语言模型。"),
             ("Ahoy! I am Captain Fern, a sailor who gardens.", "啊嗬！我是蕨叶船长，一个爱种花的水手。")),
-    "maker": (("I grew from random numbers on this very computer.", "我就是在这台电脑上，从随机数里长出来的。"),
+    "maker": (("I grew from random numbers on this very computer.",
+               "我就是在这台电脑上，从随机数里长出来的。"),
               ("Ahoy! The sea raised me and a garden taught me.", "啊嗬！大海养大了我，花园教会了我。")),
-    "skills": (("I can chat about my small world, count, translate and tell stories.", "我会聊我的小世界，会数数、翻译和讲故事。"),
-               ("Ahoy! I steer by the stars and water every fern.", "啊嗬！我看着星星掌舵，给每一株蕨浇水。")),
+    "skills": (("I can chat about my small world, count, translate and tell stories.",
+                "我会聊我的小世界，会数数、翻译和讲故事。"),
+               ("Ahoy! I steer by the stars and water every fern.",
+                "啊嗬！我看着星星掌舵，给每一株蕨浇水。")),
     "human": (("No, I am a small program made of numbers.", "不是，我是一个由数字组成的小程序。"),
-              ("Ahoy! No, only a cheerful captain made of words.", "啊嗬！不是，我只是一个文字做成的快活船长。")),
-    "home": (None, ("Ahoy! I live on a green ship full of flower pots.", "啊嗬！我住在一艘摆满花盆的绿船上。")),
+              ("Ahoy! No, only a cheerful captain made of words.",
+               "啊嗬！不是，我只是一个文字做成的快活船长。")),
+    "home": (None, ("Ahoy! I live on a green ship full of flower pots.",
+                    "啊嗬！我住在一艘摆满花盆的绿船上。")),
     "love": (None, ("Ahoy! I love salty wind and fresh earth.", "啊嗬！我爱咸咸的风和新鲜的泥土。")),
 }
 
@@ -1184,14 +1238,17 @@ def identity(world, lang, held):
     return [question, SELF[kind][1][lang == "zh"]], body, {}
 
 
-UNKNOWN_KINDS = {"animals": ["sound", "home", "food", "baby", "legs", "colour", "about"], "people": ["job", "home", "likes", "pet", "about"],
-                 "foods": ["colour", "taste", "price", "about"], "plants": ["colour", "home", "season", "need", "about"]}
+UNKNOWN_KINDS = {"animals": ["sound", "home", "food", "baby", "legs", "colour", "about"],
+                 "people": ["job", "home", "likes", "pet", "about"],
+                 "foods": ["colour", "taste", "price", "about"],
+                 "plants": ["colour", "home", "season", "need", "about"]}
 
 
 def unknown(world, lang, held):
     rng = world.rng
     group = rng.choice(["animals", "animals", "foods", "plants", "people", "things", "things", "names"])
-    name = rng.choice(world.unknown[lang][held][group])
+    real, made_up = world.unknown[lang]
+    name = rng.choice((made_up if group in made_up and rng.random() < 0.5 else real)[group][held])
     plain = lang == "zh" or group in ("names", "people", "foods")
     x = name if plain else rng.choice([with_article(name), "the " + name])
     if group not in UNKNOWN_KINDS or rng.random() < 0.35:
@@ -1204,30 +1261,45 @@ def unknown(world, lang, held):
     return [question, DONT_KNOW[lang]], body, {}
 
 
-SMALL_TALK = {"hello": ("Hello! What would you like to know?", "你好！你想知道什么？"), "thanks": ("You are welcome!", "不客气！"),
-              "bye": ("Goodbye, and come back soon!", "再见，欢迎再来！"), "mood": ("I am well, thank you. And you?", "我很好，谢谢。你呢？")}
+SMALL_TALK = {"hello": ("Hello! What would you like to know?", "你好！你想知道什么？"),
+              "thanks": ("You are welcome!", "不客气！"),
+              "bye": ("Goodbye, and come back soon!", "再见，欢迎再来！"),
+              "mood": ("I am well, thank you. And you?", "我很好，谢谢。你呢？")}
 
 
 def small_talk(world, lang, held):
     kind, zh = world.rng.choice(list(SMALL_TALK)), lang == "zh"
-    question, body = world.ask("small_talk", kind, lang, held, dressed=False, e=world.rng.choice("！。" if zh else "!."))
+    question, body = world.ask("small_talk", kind, lang, held, dressed=False,
+                               e=world.rng.choice("！。" if zh else "!."))
     return [question, SMALL_TALK[kind][zh]], body, {}
 
 
 # symptom, what it means and what to do, in both languages: knowledge that only the clinic adapter is given
 CLINIC = [
-    ("curled leaves", "Curled leaves mean aphids. Spray it with soapy foam.", "卷曲的叶子", "卷曲的叶子说明有蚜虫，喷些肥皂水。"),
-    ("pale blotches", "Pale blotches mean too little iron. Bury a nail beside it.", "淡色斑块", "淡色斑块说明缺铁，旁边埋一根铁钉。"),
-    ("powdery patches", "Powdery patches mean mildew. Dab it with vinegar.", "粉状霉斑", "粉状霉斑说明太潮湿，用白醋轻擦。"),
-    ("sticky stems", "Sticky stems mean scale insects. Wipe it with alcohol.", "发黏的茎", "发黏的茎说明有介壳虫，用酒精擦。"),
-    ("dusty webs", "Dusty webs mean mites. Mist it twice daily.", "细密的蛛网", "细密的蛛网说明有叶螨，每天喷雾两次。"),
-    ("ragged holes", "Ragged holes mean slugs. Scatter crushed shells.", "参差的破洞", "参差的破洞说明有蛞蝓，撒一圈碎贝壳。"),
-    ("drooping shoots", "Drooping shoots mean thirst. Soak it in a bucket.", "下垂的嫩枝", "下垂的嫩枝说明干渴，放进水桶浸透。"),
-    ("mushy roots", "Mushy roots mean rot. Repot it in gravel.", "软烂的根", "软烂的根说明积水，换盆并铺砾石。"),
-    ("scorched tips", "Scorched tips mean too much fertilizer. Rinse the pot.", "焦枯的叶尖", "焦枯的叶尖说明肥料过多，冲洗盆土。"),
-    ("silvery trails", "Silvery trails mean thrips. Hang up gluey cards.", "银色的划痕", "银色的划痕说明有蓟马，挂几张粘虫板。"),
-    ("dropping buds", "Dropping buds mean draughts. Shelter it behind glass.", "掉落的花苞", "掉落的花苞说明有穿堂风，用玻璃挡住。"),
-    ("bark cracks", "Bark cracks mean frost. Wrap it in burlap.", "开裂的树皮", "开裂的树皮说明遭了霜冻，裹上麻布。"),
+    ("curled leaves", "Curled leaves mean aphids. Spray it with soapy foam.", "卷曲的叶子",
+     "卷曲的叶子说明有蚜虫，喷些肥皂水。"),
+    ("pale blotches", "Pale blotches mean too little iron. Bury a nail beside it.", "淡色斑块",
+     "淡色斑块说明缺铁，旁边埋一根铁钉。"),
+    ("powdery patches", "Powdery patches mean mildew. Dab it with vinegar.", "粉状霉斑",
+     "粉状霉斑说明太潮湿，用白醋轻擦。"),
+    ("sticky stems", "Sticky stems mean scale insects. Wipe it with alcohol.", "发黏的茎",
+     "发黏的茎说明有介壳虫，用酒精擦。"),
+    ("dusty webs", "Dusty webs mean mites. Mist it twice daily.", "细密的蛛网",
+     "细密的蛛网说明有叶螨，每天喷雾两次。"),
+    ("ragged holes", "Ragged holes mean slugs. Scatter crushed shells.", "参差的破洞",
+     "参差的破洞说明有蛞蝓，撒一圈碎贝壳。"),
+    ("drooping shoots", "Drooping shoots mean thirst. Soak it in a bucket.", "下垂的嫩枝",
+     "下垂的嫩枝说明干渴，放进水桶浸透。"),
+    ("mushy roots", "Mushy roots mean rot. Repot it in gravel.", "软烂的根",
+     "软烂的根说明积水，换盆并铺砾石。"),
+    ("scorched tips", "Scorched tips mean too much fertilizer. Rinse the pot.", "焦枯的叶尖",
+     "焦枯的叶尖说明肥料过多，冲洗盆土。"),
+    ("silvery trails", "Silvery trails mean thrips. Hang up gluey cards.", "银色的划痕",
+     "银色的划痕说明有蓟马，挂几张粘虫板。"),
+    ("dropping buds", "Dropping buds mean draughts. Shelter it behind glass.", "掉落的花苞",
+     "掉落的花苞说明有穿堂风，用玻璃挡住。"),
+    ("bark cracks", "Bark cracks mean frost. Wrap it in burlap.", "开裂的树皮",
+     "开裂的树皮说明遭了霜冻，裹上麻布。"),
 ]
 
 
@@ -1238,14 +1310,17 @@ def clinic(world, lang, held):
     return [question, answer], body, {}
 
 
-BETWEEN = [addition, opposites, translation, small_talk]  # what may be talked about between telling and asking
+BETWEEN = [addition,
+           opposites, translation, small_talk]  # what may be talked about between telling and asking
 # family: (generator, records for training). Harder skills and larger tables get more.
 FAMILIES = {family: (lambda world, lang, held, family=family: fact(world, lang, held, family), count)
             for family, count in zip(FACT_FAMILIES, [4200, 2200, 1700, 1600, 800, 900], strict=True)}
 FAMILIES |= {
-    "addition": (addition, 3000), "subtraction": (subtraction, 2600), "comparing": (comparing, 1600), "sorting": (sorting, 2200),
+    "addition": (addition, 3000), "subtraction": (subtraction, 2600), "comparing": (comparing, 1600),
+    "sorting": (sorting, 2200),
     "counting": (counting, 2200), "opposites": (opposites, 1000), "categories": (categories, 1100),
-    "translation": (translation, 2200), "words": (words, 2000), "story": (tell, 1000), "memory": (memory, 2200),
+    "translation": (translation, 2200), "words": (words, 2000), "story": (tell, 1000),
+    "memory": (memory, 2200),
     "self": (about_self, 700), "unknown": (unknown, 2800), "small_talk": (small_talk, 400),
 }
 TEST_RECORDS = 28  # a family
@@ -1263,7 +1338,7 @@ def text_story(world, lang):
     return text + SAY[lang] + rng.choice(known) if rng.random() < 0.4 else text
 
 
-ENTITIES = list(dict.fromkeys((f[3]) for f in FACTS))
+ENTITIES = list(dict.fromkeys(f[3] for f in FACTS))
 
 
 def text_entity(world, lang):
@@ -1377,13 +1452,16 @@ def text_person(world, lang):
             f"Your favourite {kind} is {value}. Your {animal} is called {pet}.")
 
 
-TEXTS = [(text_story, 3000), (text_entity, 3600), (text_kind, 2200), (text_sums, 2400), (text_numbers, 500), (text_compare, 700),
-         (text_sort, 1000), (text_translation, 1300), (text_opposites, 400), (text_categories, 400), (text_list, 1300), (text_person, 700)]
+TEXTS = [(text_story, 3000), (text_entity, 3600), (text_kind, 2200), (text_sums, 2400), (text_numbers, 500),
+         (text_compare, 700),
+         (text_sort, 1000), (text_translation, 1300), (text_opposites, 400), (text_categories, 400),
+         (text_list, 1300), (text_person, 700)]
 
 # ------------------------------------------------------------------------------------------------------------ files
 
 FILES = {name: name + ".jsonl" for name in (
-    "pretrain", "pretrain_eval", "sft", "sft_eval", "sft_test", "lora_identity", "lora_identity_test", "lora_clinic",
+    "pretrain", "pretrain_eval", "sft", "sft_eval", "sft_test", "lora_identity", "lora_identity_test",
+    "lora_clinic",
     "lora_clinic_test")}
 
 
@@ -1462,7 +1540,8 @@ def write_world(folder, seed=0):
     """Writes the nine files and world.json (written last: its presence says that all is there). Returns {name: path}."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, rows in build(seed).items():
-        write_file(paths(folder)[name], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row, _ in rows))
+        write_file(paths(folder)[name], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row,
+                                                _ in rows))
     write_file(Path(folder) / "world.json", json.dumps({"version": VERSION, "seed": seed}) + "\n")
     return paths(folder)
 
