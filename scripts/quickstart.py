@@ -12,6 +12,7 @@ in out/quickstart: the world, the models, logs/, scores_*.json, loss.png, report
 import argparse
 import base64
 import html
+import importlib.util
 import json
 import os
 import shlex
@@ -444,6 +445,9 @@ def print_report(out: Path, report: dict, before: dict) -> None:
 
 def main() -> None:
     args = parse_args()
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit("error: this Python has no torch: bash scripts/quickstart.sh makes one that has, or "
+                         "pip install -r requirements.txt")
     out, state = args.out_dir, State(args.out_dir)
     recorded = state.data["minutes"]
     if recorded is None and out.exists() and any(out.iterdir()):
@@ -490,5 +494,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\nStopped. To go on: {shown([python(), *sys.argv])}", file=sys.stderr)
+        again = [word for word in sys.argv if word != "--fresh"]
+        print(f"\nStopped. To go on: {shown([python(), *again])}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,0 +1,454 @@
+"""eval_model.py and scoring.py: what a person sees, with a tiny random model and the real tokenizer."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval_model
+import scoring
+from model.lora import apply_lora, lora_parameters, save_lora
+from model.transformer import CausalLM, ModelConfig, ModelError
+from model.weights import load_tokenizer, save_model
+
+ROOT = Path(eval_model.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A chat model, the same weights as a base model, and two adapters that change every answer."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = load_tokenizer(ROOT / "model" / "tokenizer")
+    torch.manual_seed(0)
+    # Weights large enough that answers differ with what was asked
+    model = CausalLM(
+        ModelConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=64,
+            max_position_embeddings=128,
+            initializer_range=0.3,
+            vocab_size=len(tokenizer),
+        )
+    )
+    save_model(
+        model, folder / "chat", tokenizer, training={"stage": "full_sft", "arguments": {"max_seq_len": 64}}
+    )
+    save_model(
+        model, folder / "base", tokenizer, training={"stage": "pretrain", "arguments": {"max_seq_len": 64}}
+    )
+    apply_lora(model, rank=4)
+    for name in ("lora_a", "lora_b"):
+        for parameter in lora_parameters(model):
+            torch.nn.init.normal_(parameter, std=0.5)
+        save_lora(model, folder / name)
+    return folder
+
+
+def run(home, capsys, *flags, model="chat", stdin=None, monkeypatch=None):
+    """stdout and stderr of eval_model with these flags, in this process."""
+    if stdin is not None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    eval_model.main(eval_model.parse_args(["--load_from", str(home / model), *map(str, flags)]))
+    return capsys.readouterr()
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def turns(*texts, **more):
+    roles = ("user", "assistant")
+    return {"conversations": [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)], **more}
+
+
+def script(*flags, stdin="", env=None):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "eval_model.py"), *map(str, flags)],
+        input=stdin,
+        text=True,
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | (env or {}),
+        timeout=60,
+    )
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_prompt_gives_the_answer_alone_on_stdout(home, capsys):
+    first = run(home, capsys, "--prompt", "Hi", "--max_new_tokens", 8, "--seed", 3)
+    assert first.out.strip() and "tokens/s" not in first.out and "tokens/s" in first.err
+    assert run(home, capsys, "--prompt", "Hi", "--max_new_tokens", 8, "--seed", 3).out == first.out
+    assert run(home, capsys, "--prompt", "Hi", "--max_new_tokens", 8, "--seed", 4).out != first.out
+
+
+def test_adapter_changes_the_answer_and_a_base_model_continues(home, capsys):
+    greedy = ("--prompt", "Hi", "--max_new_tokens", 8, "--temperature", 0)
+    answers = [
+        run(home, capsys, *greedy).out,
+        run(home, capsys, *greedy, "--lora", home / "lora_a").out,
+        run(home, capsys, *greedy, "--lora", "lora_b").out,  # beside the model
+        run(home, capsys, *greedy, model="base").out,
+    ]
+    assert len(set(answers)) == 4
+    assert run(home, capsys, *greedy, "--plain").out == answers[3]
+
+
+def test_builtin_prompts_are_all_answered(home, capsys):
+    out = run(home, capsys, "--prompts", "--max_new_tokens", 2).out
+    assert all(f"> {prompt}\n" in out for prompt in eval_model.PROMPTS)
+
+
+def test_streaming_shows_no_half_characters(home, capsys):
+    """The streamed text is the decoded text, and no piece of it ends in the mark of a broken character."""
+    speaker = eval_model.Speaker(eval_model.parse_args(["--load_from", str(home / "chat")]))
+    text = "你好，龘靐！ a 🦊 fox"
+    ids = speaker.tokenizer(text)["input_ids"]
+    assert any("\ufffd" in speaker.decode([i]) for i in ids)  # some characters are split over tokens
+    speaker.generate = lambda *_: iter(torch.tensor([[i] for i in [*ids, speaker.stop[0], 7]]))
+    pieces = [piece for piece, _ in speaker.stream([1])]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    speaker.generate = lambda *_: iter(
+        torch.tensor([[i] for i in ids[:-6]])
+    )  # ends anywhere: nothing is lost
+    assert "".join(piece for piece, _ in speaker.stream([1])) == speaker.decode(ids[:-6])
+
+
+# ---------------------------------------------------------------- the conversation
+
+
+def test_chat_obeys_every_command(home, capsys, monkeypatch):
+    lines = [
+        "hi",
+        "/help",
+        "/nonsense",
+        "/lora",
+        "/lora lora_b",
+        "hi",
+        "/lora none",
+        "/lora missing",
+        "/temperature 0",
+        "/temperature hot",
+        "/system Be kind.",
+        "",
+        "hello",
+        "/reset",
+        "/quit",
+        "never asked",
+    ]
+    got = run(
+        home,
+        capsys,
+        "--lora",
+        home / "lora_a",
+        home / "lora_b",
+        "--max_new_tokens",
+        4,
+        "--seed",
+        1,
+        stdin="\n".join(lines),
+        monkeypatch=monkeypatch,
+    )
+    for text in (
+        eval_model.COMMANDS,
+        "unknown command /nonsense",
+        f"on: {home / 'lora_a'}",
+        "(temperature 0)",
+        f"{home / 'lora_b'}: 14 layers adapted",
+        "(no adapter)",
+        "not 'hot'",
+        "system message: Be kind.",
+        "conversation is forgotten",
+    ):
+        assert text in got.out, text
+    assert got.err.count("tokens/s") == 3  # three questions, nothing after /quit
+    assert got.err.count("error: missing") == 1
+
+
+def test_a_switch_that_fails_leaves_the_adapter_on(home):
+    speaker = eval_model.Speaker(
+        eval_model.parse_args(["--load_from", str(home / "chat"), "--lora", str(home / "lora_a")])
+    )
+    ids = torch.tensor([[5, 6, 7]])
+    before = speaker.model(ids).logits
+    with pytest.raises(ModelError):
+        speaker.switch("missing")
+    assert speaker.adapter == home / "lora_a" and torch.equal(speaker.model(ids).logits, before)
+    speaker.switch(None)
+    assert not torch.equal(speaker.model(ids).logits, before)
+
+
+def test_chat_remembers_and_forgets(home, capsys, monkeypatch):
+    """What was said is in the next prompt; beyond the trained length the oldest goes, and the system message stays."""
+    speaker = eval_model.Speaker(
+        eval_model.parse_args(["--load_from", str(home / "chat"), "--max_new_tokens", "4"])
+    )
+    seen = []
+    monkeypatch.setattr(
+        speaker, "say", lambda ids, seed: seen.append(speaker.tokenizer.decode(ids)) or "fine"
+    )
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("my name is Mia\nmy dog is Rex\n" + "and I have a cat too\n" * 4)
+    )
+    eval_model.chat(speaker, [{"role": "system", "content": "Be kind."}])
+    assert "Mia" in seen[1] and "fine" in seen[1] and "Mia" not in seen[-1]
+    assert all("Be kind." in prompt and prompt.endswith("<|im_start|>assistant\n") for prompt in seen)
+    assert "are forgotten" in capsys.readouterr().err
+
+
+def test_base_model_continues_each_line(home, capsys, monkeypatch):
+    got = run(
+        home,
+        capsys,
+        "--max_new_tokens",
+        3,
+        model="base",
+        stdin="once upon\n/system x\n",
+        monkeypatch=monkeypatch,
+    )
+    assert "continues what you write" in got.err and "no system message" in got.out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as on Linux and macOS")
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(home):
+    flags = [
+        "--load_from",
+        home / "chat",
+        "--max_new_tokens",
+        110,
+        "--temperature",
+        1,
+        "--repetition_penalty",
+        1.1,
+    ]
+    code = (
+        "import sys, eval_model, time\nsay = eval_model.Speaker.stream\n"
+        "def slow(self, ids, seed=None):\n    for x in say(self, ids, seed):\n        time.sleep(0.05); yield x\n"
+        "eval_model.Speaker.stream = slow\neval_model.main(eval_model.parse_args(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, flags)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdin.write(b"hi\n")
+    process.stdin.flush()
+    process.stdout.read(5)  # the answer is on its way
+    process.send_signal(2)
+    out, err = process.communicate(b"/temperature 0\n/quit\n", timeout=30)
+    assert b" ..." in out and b"(temperature 0)" in out and process.returncode == 0, err
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def test_scoring_counts_what_the_model_answers(home, capsys, tmp_path):
+    """References are made from the model's own greedy answers, so the right scores are known."""
+    questions = ["a", "what is this?", "你好", "one more question that is a little longer than the others"]
+    own = [
+        run(home, capsys, "--prompt", q, "--temperature", 0, "--max_new_tokens", 12).out.strip()
+        for q in questions
+    ]
+    data = write(
+        tmp_path / "test.jsonl",
+        turns(questions[0], own[0], family="exact"),
+        turns(questions[1], "no", family="exact"),
+        turns(questions[1], "x", answers=["no", own[1]], family="several"),
+        turns(questions[2], "x", contains=[own[2][:3], own[2][-2:]], family="parts"),
+        turns(questions[2], "x", contains=[own[2][:3], "absent"], family="parts"),
+    )
+    more = write(tmp_path / "plain.jsonl", turns(questions[3], own[3]))
+    samples = write(tmp_path / "samples.jsonl", {"prompt": questions[0]})
+    out = run(
+        home,
+        capsys,
+        "--data_path",
+        data,
+        more,
+        samples,
+        "--json",
+        tmp_path / "new" / "s.json",
+        "--max_new_tokens",
+        12,
+        "--batch_size",
+        3,
+    ).out
+    result = json.loads((tmp_path / "new" / "s.json").read_text(encoding="utf-8"))
+    assert result["scores"] == {"exact": 0.5, "several": 1, "parts": 0.5, "plain": 1, "all": 4 / 6}
+    assert result["n"] == {"exact": 2, "several": 1, "parts": 2, "plain": 1, "all": 6}
+    assert result["tokens_per_second"] > 0 and "bits per byte" in out
+    low, high = result["intervals"]["all"]
+    assert low < 4 / 6 < high
+    assert result["answers"][-1] == {
+        "prompt": questions[0],
+        "reference": None,
+        "answer": own[0],
+        "ok": None,
+        "family": "samples",
+        "file": str(samples),
+    }
+
+
+def test_loss_and_bits_per_byte_are_those_of_the_words(home, capsys, tmp_path):
+    text = "A fox sleeps. 狐狸。"
+    data = write(tmp_path / "t.jsonl", {"text": text}, {"text": "And so on."})
+    run(home, capsys, "--data_path", data, "--json", tmp_path / "s.json", "--limit", 1)
+    result = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+    speaker = eval_model.Speaker(eval_model.parse_args(["--load_from", str(home / "base")]))
+    ids = torch.tensor([speaker.tokenizer(text + "<|endoftext|>")["input_ids"]])
+    loss = speaker.model(ids, labels=ids)
+    first = len(speaker.decode(ids[0, :1].tolist()).encode())  # nothing predicts the first token
+    assert result["loss"] == pytest.approx(loss.loss.item(), rel=1e-4)
+    nats_per_byte = loss.loss_sum.item() / (len(text.encode()) - first)
+    assert result["bits_per_byte"] == pytest.approx(nats_per_byte / 0.6931472, rel=1e-4)
+
+
+def test_multiple_choice_by_likelihood(home, capsys, tmp_path):
+    """Against log-likelihoods summed by hand from the logits."""
+    choices = ["yes", "a much longer answer than the other", "不"]
+    data = write(
+        tmp_path / "mc.jsonl", *({"question": "Is it?", "choices": choices, "answer": i} for i in range(3))
+    )
+    out = run(home, capsys, "--data_path", data, "--json", tmp_path / "s.json").out
+    result = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+    assert result["scores"]["mc"] == pytest.approx(1 / 3)  # the same choice wins three times, right once
+    assert "not told from chance (0.333)" in out
+    assert result["multiple_choice"]["mc"]["raw"] == pytest.approx(1 / 3)
+
+    speaker = eval_model.Speaker(eval_model.parse_args(["--load_from", str(home / "chat")]))
+    start, logs = speaker.encode([{"role": "user", "content": "Is it?"}]), []
+    for choice in choices:
+        ids = start + speaker.tokenizer(choice + "<|im_end|>")["input_ids"]
+        log = speaker.model(torch.tensor([ids])).logits.log_softmax(-1)[0]
+        logs.append(sum(log[i - 1, ids[i]].item() for i in range(len(start), len(ids))))
+    per_byte = [log / len(choice.encode()) for log, choice in zip(logs, choices, strict=True)]
+    assert {a["answer"] for a in result["answers"]} == {choices[per_byte.index(max(per_byte))]}
+
+
+def test_sums_compare_the_final_number():
+    question = scoring.parse_question(
+        {"question": "?", "answer": "so 2 + 1,232\n#### 1,234"}, Path("g.jsonl")
+    )
+    for answer, right in (
+        ("#### 1234", True),
+        ("it is 1,234.00 dollars", True),
+        ("1234 and 7", False),
+        ("", False),
+    ):
+        question.answer = answer
+        question.judge()
+        assert question.ok is right, answer
+
+
+def test_wilson_interval():
+    assert scoring.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-3)
+    assert scoring.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+    assert scoring.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_bad_records_are_shown_and_skipped(home, capsys, tmp_path):
+    data = tmp_path / "t.jsonl"
+    lines = [
+        "{broken",
+        json.dumps(turns("a", "b")),
+        '{"question": "q", "choices": ["x"], "answer": 1}',
+        '{"odd": 1}',
+        '{"question": "q", "answer": "nothing counted"}',
+    ]
+    data.write_text("\n".join(lines), encoding="utf-8")
+    got = run(home, capsys, "--data_path", data, "--max_new_tokens", 2)
+    for number in (1, 3, 4):
+        assert f"{data}:{number}: " in got.err
+    assert "all" in got.out
+
+
+def test_questions_too_long_for_the_model_are_wrong_and_do_not_stop_the_rest(home, capsys, tmp_path):
+    data = write(tmp_path / "t.jsonl", turns("word " * 300, "b"), turns("a", "b"))
+    got = run(home, capsys, "--data_path", data, "--max_new_tokens", 2)
+    assert "1 questions are too long" in got.err and "0.000" in got.out
+
+
+# ---------------------------------------------------------------- mistakes, and speed
+
+
+def test_mistakes_are_one_line_and_a_nonzero_exit(home, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    out = tmp_path / "s.json"
+    out.write_text("kept", encoding="utf-8")
+    cases = [
+        (["--load_from", tmp_path / "nowhere"], "no model at"),
+        (["--load_from", home / "chat", "--lora", tmp_path / "nowhere", "--prompt", "x"], "nowhere"),
+        (["--load_from", home / "chat", "--data_path", empty, "--json", out], "empty"),
+        (["--load_from", home / "base", "--system", "x", "--prompt", "y"], "base model"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((["--load_from", home / "chat", "--device", "cuda"], "--device cuda"))
+    for flags, words in cases:
+        done = script(*flags)
+        assert done.returncode == 2 and done.stdout == "", flags
+        assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1, (
+            done.stderr
+        )
+    assert out.read_text(encoding="utf-8") == "kept"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--prompt", "a", "--prompts"],
+        ["--limit", "3"],
+        ["--json", "x"],
+        ["--top_p", "0"],
+        ["--temperature", "-1"],
+        ["--system", "x", "--plain"],
+        ["--bogus"],
+        ["--prompt", "x", "--lora", "a", "b"],
+        ["--max_new_tokens", "0"],
+    ],
+)
+def test_impossible_flags_are_refused_before_anything_is_loaded(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        eval_model.parse_args(["--load_from", "x", *flags])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_no_model_yet_names_the_command_that_makes_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(eval_model, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        eval_model.parse_args([])
+    assert "python trainer/train_full_sft.py" in capsys.readouterr().err
+
+
+def test_help_is_quick_grouped_and_shows_defaults():
+    began = time.perf_counter()
+    done = script("--help")
+    assert time.perf_counter() - began < 1.5
+    assert (
+        "choosing words:" in done.stdout
+        and "(default: 256)" in done.stdout
+        and "(default: 0.9)" in done.stdout
+    )
+
+
+def test_piped_chat_as_a_script_in_chinese(home):
+    done = script(
+        "--load_from", home / "chat", "--max_new_tokens", 3, stdin="你好\n/quit\n", env={"LC_ALL": "C"}
+    )
+    assert done.returncode == 0 and "tokens/s" in done.stderr and "Traceback" not in done.stderr
