@@ -10,7 +10,7 @@ The tokenizer in model/tokenizer, which every stage uses unless told otherwise, 
     python trainer/train_tokenizer.py --out_dir model/tokenizer --data_path \
         ../shared/data/pretrain_en.jsonl ../shared/data/pretrain_zh.jsonl \
         ../shared/data/sft_en.jsonl ../shared/data/sft_zh.jsonl \
-        out/world/pretrain.jsonl out/world/sft.jsonl --weights 0.8 1 2.8 1.2 1 1
+        out/world/pretrain.jsonl out/world/sft.jsonl --weights 0.65 1 3.2 1.35 1 0.15
 
 The weights say how often each file is read: chats more often than books, because there are fewer of them and
 they are what a model will read and write. The texts are held in memory, and a few hundred MB teach all there
