@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--data_path", nargs="+", type=Path, metavar="FILE", help="score these files and exit")
     ask.add_argument("--system", metavar="TEXT", help="system message")
     score = parser.add_argument_group("scoring, with --data_path")
-    score.add_argument("--limit", type=int, metavar="N", help="only the first N records of each file")
+    score.add_argument("--limit", type=int, metavar="N", help="only N records of each file, evenly spread")
     score.add_argument("--batch_size", type=int, default=32, metavar="N", help="answers decoded together")
     score.add_argument("--json", type=Path, metavar="FILE", help="write the scores and every answer here")
     words = parser.add_argument_group("choosing words")

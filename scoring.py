@@ -102,28 +102,31 @@ def parse_question(record: dict, file: Path) -> Question:
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """The usable records of a file; the first bad ones are shown. Raises DataError where none is usable."""
+    """The usable records of a file, or `limit` of them; bad ones are shown. Raises DataError for none."""
     questions, report = [], Report()
     for _, line, record in read_records([path], report=report):
         try:
             questions.append(parse_question(record, Path(path)))
         except DataError as error:
             report.add(path, line, str(error))
-        if len(questions) == limit:
-            break
     if not questions:
         raise DataError(f"{path}: no record to score in it (first problem: {report.first.get(str(path))})")
-    return questions
+    return [questions[i] for i in spread(len(questions), limit)]
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """Indices of `limit` out of `count` records, evenly over the file, which may be sorted by family."""
+    return list(range(count)) if not limit or limit >= count else [i * count // limit for i in range(limit)]
 
 
 def forced_loss(speaker, path: Path, kind: str) -> tuple[float, int, int]:
     """Loss of a file's own words, each predicted from the true words before: (sum in nats, tokens, bytes)."""
     longest = min(speaker.model.config.max_position_embeddings, LONGEST)
     dataset = (SFTDataset if kind == "chat" else PretrainDataset)(path, speaker.tokenizer, longest)
-    count = min(len(dataset), speaker.args.limit or len(dataset))
-    samples = sorted(range(count), key=dataset.lengths.__getitem__)  # less padding
+    samples = spread(len(dataset), speaker.args.limit)
+    samples.sort(key=dataset.lengths.__getitem__)  # less padding
     loss = 0.0
-    for i in range(0, count, speaker.args.batch_size):
+    for i in range(0, len(samples), speaker.args.batch_size):
         rows = [[sample] for sample in samples[i:i + speaker.args.batch_size]]
         batch = collate(dataset, rows, speaker.stop[0])
         batch = {name: tensor.to(speaker.device) for name, tensor in batch.items() if tensor is not None}

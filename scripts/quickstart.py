@@ -41,7 +41,7 @@ ADAPTERS = ("lora_identity", "lora_clinic")
 PARENT = {"full_sft": "pretrain", "lora_identity": "full_sft", "lora_clinic": "full_sft"}
 DATA = {"full_sft": "sft"}  # the file of the world; the others are named as their stage
 SCORED_AFTER_PRETRAIN = 200  # questions of a test: a model that never saw a chat gets none right
-SCORED_PER_MINUTE = 2000  # so that a trial of a few seconds doesn't spend minutes on scoring
+SCORED_PER_MINUTE = 600  # so that a trial of a few seconds doesn't spend minutes on scoring
 START, SCORE = 5, 10  # seconds: Python, torch and the tokenizer; scoring a stage
 
 
@@ -129,7 +129,7 @@ def python() -> str:
 def write_samples(out: Path) -> None:
     """Three prompts that every stage answers, out of the test files: a story, who are you, an ill plant."""
     prompts = []
-    for file, word in (("sft", "story"), ("lora_identity", "you"), ("lora_clinic", "")):
+    for file, word in (("sft", "story"), ("lora_identity", "name"), ("lora_clinic", "")):
         lines = (out / "world" / f"{file}_test.jsonl").read_text(encoding="utf-8").splitlines()
         asked = [json.loads(line)["conversations"] for line in lines]
         asked = [turns[0]["content"] for turns in asked if len(turns) == 2]

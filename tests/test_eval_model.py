@@ -191,7 +191,7 @@ def test_a_switch_that_fails_leaves_the_adapter_on(home):
 
 
 def test_chat_remembers_and_forgets(home, capsys, monkeypatch):
-    """What was said is in the next prompt; beyond the trained length the oldest goes, and the system message stays."""
+    """What was said is in the next prompt; beyond the trained length the oldest turns go."""
     speaker = eval_model.Speaker(
         eval_model.parse_args(["--load_from", str(home / "chat"), "--max_new_tokens", "4"])
     )
@@ -235,7 +235,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(home):
     ]
     code = (
         "import sys, eval_model, time\nsay = eval_model.Speaker.stream\n"
-        "def slow(self, ids, seed=None):\n    for x in say(self, ids, seed):\n        time.sleep(0.05); yield x\n"
+        "def slow(self, ids, seed=None):\n"
+        "    for x in say(self, ids, seed):\n        time.sleep(0.05); yield x\n"
         "eval_model.Speaker.stream = slow\neval_model.main(eval_model.parse_args(sys.argv[1:]))"
     )
     process = subprocess.Popen(
@@ -306,7 +307,7 @@ def test_scoring_counts_what_the_model_answers(home, capsys, tmp_path):
 def test_loss_and_bits_per_byte_are_those_of_the_words(home, capsys, tmp_path):
     text = "A fox sleeps. 狐狸。"
     data = write(tmp_path / "t.jsonl", {"text": text}, {"text": "And so on."})
-    run(home, capsys, "--data_path", data, "--json", tmp_path / "s.json", "--limit", 1)
+    run(home, capsys, "--data_path", data, "--json", tmp_path / "s.json", "--limit", 1)  # the first
     result = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
     speaker = eval_model.Speaker(eval_model.parse_args(["--load_from", str(home / "base")]))
     ids = torch.tensor([speaker.tokenizer(text + "<|endoftext|>")["input_ids"]])
@@ -352,6 +353,12 @@ def test_sums_compare_the_final_number():
         question.answer = answer
         question.judge()
         assert question.ok is right, answer
+
+
+def test_a_limit_spreads_over_the_file(tmp_path):
+    data = write(tmp_path / "t.jsonl", *(turns("q", str(i)) for i in range(10)))
+    assert [question.reference for question in scoring.read_questions(data, 4)] == ["0", "2", "5", "7"]
+    assert len(scoring.read_questions(data, 11)) == len(scoring.read_questions(data)) == 10
 
 
 def test_wilson_interval():
