@@ -1,14 +1,14 @@
-"""A small bilingual world, written from a seed: the data the quickstart trains on when nobody brings their own.
+"""A small bilingual world, written from a seed: what the quickstart trains on when nobody brings own data.
 
     python dataset/synthetic.py --out_dir out/world --seed 0
 
-Twenty animals, ten people, twelve places, twelve foods, eight plants and four seasons, in English and in Chinese.
-Pretraining texts (stories, descriptions, lists, sums) state the very facts that the chat records ask for. The file
-reads from top to bottom: the world's tables, the wordings of questions, one small generator for each family of
-chat records, the pretraining texts, the two adapter sets, and the writing of files.
+Twenty animals, ten people, twelve places, twelve foods, eight plants and four seasons, in English and in
+Chinese. Pretraining texts (stories, descriptions, lists, sums) state the very facts that the chat records ask
+for. The file reads from top to bottom: the world's tables, the wordings of questions, one small generator for
+each family of chat records, the pretraining texts, the two adapter sets, and the writing of files.
 
 Held out by construction, so that the test asks for understanding rather than memory:
-  wordings     every question's body ("do you know what sound {x} makes?") is either for training or for the test;
+  wordings     a question's body ("do you know what sound {x} makes?") is either for training or for the test;
   numbers      a held-out pair of operands never shares a training text as operands of anything;
   stories      a held-out hero never meets the held-out place in any training text;
   names        names to remember, and unknown things, of the test occur in no training text.
@@ -22,9 +22,9 @@ import re
 import sys
 from pathlib import Path
 
-VERSION = "1"  # a folder written by another version is written again
+VERSION = "2"  # a folder written by another version is written again
 
-# ------------------------------------------------------------------------------------------- the world: tables
+# ------------------------------------------------------------------------------------------ the world: tables
 
 COLOURS = [("red", "红色"), ("yellow", "黄色"), ("green", "绿色"), ("blue", "蓝色"), ("brown", "棕色"),
            ("black", "黑色"),
@@ -130,8 +130,9 @@ OPPOSITES = [
     ("near", "far"), ("thick", "thin"), ("strong", "weak"), ("brave", "afraid"), ("first", "last"),
     ("push", "pull"),
 ]
-OPPOSITES_ZH = [tuple(pair) for pair in
-                "热冷 大小 高矮 快慢 多少 开关 满空 明暗 硬软 湿干 新旧 上下 左右 早晚 长短 净脏 富穷 远近 厚薄 强弱 前后 推拉 深浅 美丑".split()]
+OPPOSITES_ZH = [tuple(pair) for pair in (
+    "热冷 大小 高矮 快慢 多少 开关 满空 明暗 硬软 湿干 新旧 上下 左右 早晚 长短 净脏 富穷 远近 厚薄 强弱 "
+    "前后 推拉 深浅 美丑").split()]
 
 KINDS = {  # category: (English with its article, Chinese with its measure word)
     "animal": ("an animal", "一种动物"), "food": ("a food", "一种食物"), "plant": ("a plant", "一种植物"),
@@ -155,35 +156,42 @@ PHRASE = {en: phrase for en, _, _, phrase in NOUNS}
 WHERE = {row[0]: row[2] for row in PLACES}
 WHERE_ZH = {row[0]: row[3] for row in PLACES}
 
-# things outside of the world: real ones here, made-up ones come from syllables. Groups share the questions they fit.
+# things outside of the world: real ones here, made-up ones come from syllables; a group shares its questions
 OUTSIDE = {
-    "animals": "penguin whale lion tiger elephant giraffe zebra kangaroo koala panda monkey gorilla camel crocodile "
-    "shark octopus jellyfish eagle parrot swan turtle lizard spider ant beetle butterfly moth snail rabbit deer moose "
-    "buffalo rhino hippo otter beaver badger hedgehog bat pigeon sparrow peacock flamingo ostrich lobster salmon "
-    "walrus dragon unicorn llama hamster ferret leopard cheetah dolphin goose turkey goat robin lynx",
-    "foods": "pizza sushi chocolate spaghetti yoghurt butter coffee tea tofu popcorn ketchup mustard ginger mango "
-    "pineapple coconut melon cabbage spinach broccoli pumpkin bacon steak curry jam pasta salad tuna lettuce cocoa "
-    "toast ham porridge caramel celery cinnamon vanilla lemonade juice syrup",
-    "plants": "cactus orchid palm maple willow violet lavender birch cedar poppy dandelion lilac jasmine iris aloe "
-    "peony thistle elm magnolia marigold",
-    "people": "Napoleon Einstein Shakespeare Cleopatra Mozart Newton Beethoven Gandhi Picasso Aristotle Homer Columbus "
-    "Darwin Edison Galileo Plato Lincoln Caesar Marie Victor Sophie Walter Helen Arthur Diana Martin",
-    "things": "computer telephone volcano rocket piano guitar violin bicycle airplane television robot submarine "
-    "microscope camera helicopter satellite galaxy pyramid castle tractor elevator laptop passport museum stadium "
-    "hospital airport glacier desert planet magnet battery engine trumpet drum calculator dictionary",
-    "names": "Paris London Tokyo Egypt Brazil Mars Jupiter Berlin Africa Canada Rome Moscow Sydney India Kenya gravity "
-    "democracy algebra chess football physics philosophy electricity",
+    "animals": "penguin whale lion tiger elephant giraffe zebra kangaroo koala panda monkey gorilla camel "
+    "crocodile shark octopus jellyfish eagle parrot swan turtle lizard spider ant beetle butterfly moth "
+    "snail rabbit deer moose buffalo rhino hippo otter beaver badger hedgehog bat pigeon sparrow peacock "
+    "flamingo ostrich lobster salmon walrus dragon unicorn llama hamster ferret leopard cheetah dolphin "
+    "goose turkey goat robin lynx",
+    "foods": "pizza sushi chocolate spaghetti yoghurt butter coffee tea tofu popcorn ketchup mustard "
+    "ginger mango pineapple coconut melon cabbage spinach broccoli pumpkin bacon steak curry jam pasta "
+    "salad tuna lettuce cocoa toast ham porridge caramel celery cinnamon vanilla lemonade juice syrup",
+    "plants": "cactus orchid palm maple willow violet lavender birch cedar poppy dandelion lilac jasmine "
+    "iris aloe peony thistle elm magnolia marigold",
+    "people": "Napoleon Einstein Shakespeare Cleopatra Mozart Newton Beethoven Gandhi Picasso Aristotle "
+    "Homer Columbus Darwin Edison Galileo Plato Lincoln Caesar Marie Victor Sophie Walter Helen Arthur "
+    "Diana Martin",
+    "things": "computer telephone volcano rocket piano guitar violin bicycle airplane television robot "
+    "submarine microscope camera helicopter satellite galaxy pyramid castle tractor elevator laptop "
+    "passport museum stadium hospital airport glacier desert planet magnet battery engine trumpet drum "
+    "calculator dictionary",
+    "names": "Paris London Tokyo Egypt Brazil Mars Jupiter Berlin Africa Canada Rome Moscow Sydney India "
+    "Kenya gravity democracy algebra chess football physics philosophy electricity",
 }
 OUTSIDE_ZH = {
-    "animals": "企鹅 鲸鱼 狮子 老虎 大象 长颈鹿 斑马 袋鼠 考拉 熊猫 猴子 猩猩 骆驼 鳄鱼 鲨鱼 章鱼 水母 老鹰 鹦鹉 天鹅 乌龟 蜥蜴 蜘蛛 "
-    "蚂蚁 甲虫 蝴蝶 蜗牛 兔子 麋鹿 水牛 犀牛 河马 水獭 刺猬 蝙蝠 鸽子 麻雀 孔雀 火烈鸟 鸵鸟 龙虾 恐龙 独角兽 仓鼠 豹子 海豚 大鹅 螃蟹",
-    "foods": "披萨 寿司 巧克力 意大利面 酸奶 黄油 咖啡 绿茶 豆腐 爆米花 芥末 生姜 芒果 菠萝 椰子 西瓜 白菜 菠菜 南瓜 培根 牛排 咖喱 果酱 "
-    "饺子 火锅 汤圆 粽子 月饼 薯条 汉堡 果汁 土豆 洋葱 葡萄",
-    "plants": "仙人掌 兰花 棕榈 枫树 柳树 紫罗兰 薰衣草 白桦 雪松 罂粟 蒲公英 茉莉 牡丹 芦荟 梅花 桂花 水仙",
-    "people": "拿破仑 爱因斯坦 莎士比亚 莫扎特 牛顿 贝多芬 甘地 毕加索 哥伦布 达尔文 爱迪生 伽利略 林肯 凯撒 孔子 李白 杜甫 秦始皇 诸葛亮 武松",
-    "things": "电脑 电话 火山 火箭 钢琴 吉他 小提琴 自行车 飞机 电视 机器人 潜水艇 显微镜 相机 直升机 卫星 银河 金字塔 城堡 拖拉机 电梯 护照 "
-    "博物馆 体育馆 医院 机场 冰川 沙漠 磁铁 电池 发动机 计算器 词典 地铁",
-    "names": "巴黎 伦敦 东京 埃及 巴西 火星 木星 柏林 非洲 加拿大 罗马 莫斯科 悉尼 印度 北京 上海 重力 民主 代数 象棋 足球 物理 哲学",
+    "animals": "企鹅 鲸鱼 狮子 老虎 大象 长颈鹿 斑马 袋鼠 考拉 熊猫 猴子 猩猩 骆驼 鳄鱼 鲨鱼 章鱼 水母 "
+    "老鹰 鹦鹉 天鹅 乌龟 蜥蜴 蜘蛛 蚂蚁 甲虫 蝴蝶 蜗牛 兔子 麋鹿 水牛 犀牛 河马 水獭 刺猬 蝙蝠 鸽子 麻雀 "
+    "孔雀 火烈鸟 鸵鸟 龙虾 恐龙 独角兽 仓鼠 豹子 海豚 大鹅 螃蟹",
+    "foods": "披萨 寿司 巧克力 意大利面 酸奶 黄油 咖啡 绿茶 豆腐 爆米花 芥末 生姜 芒果 菠萝 椰子 西瓜 白菜 "
+    "菠菜 南瓜 培根 牛排 咖喱 果酱 饺子 火锅 汤圆 粽子 月饼 薯条 汉堡 果汁 土豆 洋葱 葡萄",
+    "plants": "仙人掌 兰花 棕榈 枫树 柳树 紫罗兰 薰衣草 白桦 雪松 罂粟 蒲公英 茉莉 牡丹 芦荟 梅花 桂花 "
+    "水仙",
+    "people": "拿破仑 爱因斯坦 莎士比亚 莫扎特 牛顿 贝多芬 甘地 毕加索 哥伦布 达尔文 爱迪生 伽利略 林肯 "
+    "凯撒 孔子 李白 杜甫 秦始皇 诸葛亮 武松",
+    "things": "电脑 电话 火山 火箭 钢琴 吉他 小提琴 自行车 飞机 电视 机器人 潜水艇 显微镜 相机 直升机 卫星 "
+    "银河 金字塔 城堡 拖拉机 电梯 护照 博物馆 体育馆 医院 机场 冰川 沙漠 磁铁 电池 发动机 计算器 词典 地铁",
+    "names": "巴黎 伦敦 东京 埃及 巴西 火星 木星 柏林 非洲 加拿大 罗马 莫斯科 悉尼 印度 北京 上海 重力 "
+    "民主 代数 象棋 足球 物理 哲学",
 }
 ONSETS = "b bl br d dr f fl g gl gr j k kl kr l m n p pl pr qu r s sk sn st t tr v w z zw".split()
 VOWELS = "a e i o u oo ee ai ou".split()
@@ -191,19 +199,21 @@ CODAS = "b d g k l m n p r s t x z nk rf lt mp sh".split()
 ODD_ZH = "咕噜嘟啦叮咚呼哩嘀嗒哐噗嘻呜咪吧喀嗖唧哆嘭"  # characters that make up names of things that are not
 ODD_ZH_ENDS = ["兽", "怪", "果", "石", "鸟", "草", "机", "星", "鱼", "糕"]
 
-FIRST_NAMES = ("Alice Bella Carl David Emma Felix Finn George Hannah Henry Ida James Julia Karl Kate Liam Lucy Lucas "
-               "Maria Max Nina Noah Olga Oliver Paul Peter Rachel Robert Ruth Sara Simon Sofia Theo Tina Vera "
-               "Zoe Adam Clara Ethan Fiona Grace Ian Jane Kevin Laura Milo Nick Pia Rita Sean Toby Uma Yara").split()
+FIRST_NAMES = """
+Alice Bella Carl David Emma Felix Finn George Hannah Henry Ida James Julia Karl Kate Liam Lucy Lucas Maria
+Max Nina Noah Olga Oliver Paul Peter Rachel Robert Ruth Sara Simon Sofia Theo Tina Vera Zoe Adam Clara
+Ethan Fiona Grace Ian Jane Kevin Laura Milo Nick Pia Rita Sean Toby Uma Yara
+""".split()
 NAME_STARTS = "Ma La Ti Ro Ne Sa Ka Do Be Vi Lu Ja Mo Fe Ha Zi Ta Re Ni Go".split()
 NAME_ENDS = "ra lin to mi sel dan va rek na lo bert dia nis ko ry my tan la ven sha".split()
 SURNAMES = "李王张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗"
 GIVEN = "明华丽强芳军敏静伟杰婷浩宇欣怡佳雪梅兰涛鹏飞燕玲洋龙晨阳文博"
 PET_NAMES = "Rex Bubbles Socks Coco Biscuit Shadow Lucky Buddy Patch Misty Snowy Ziggy Bruno Pixie".split()
 
-# -------------------------------------------------------------------------------------------- wordings of questions
+# -------------------------------------------------------------------------------------- wordings of questions
 
-# One block a kind of question (or several that ask alike): "family.kind", then its bodies. (a|b) are alternatives, every combination is a wording.
-# A line with ~ is a clause, to be asked straight in Chinese or inside of a carrier sentence in both languages.
+# One block a kind of question (or several that ask alike): "family.kind", then its bodies. (a|b) are
+# alternatives, and every combination is a wording. A line with ~ is a clause that a carrier sentence asks.
 WORDINGS = """
 animals.sound
 what (sound|noise) does {x} make?
@@ -327,7 +337,7 @@ what does {x} cost(| here| at the shop)?
 ~ what (the price of {x} is|{x} costs|I have to pay for {x})
 ~ {x}(多少钱|要多少钱|卖多少钱|的价格是多少|需要几枚硬币|要几枚硬币)
 plants.home
-where does {x} (grow|like to grow|stand|have its roots)?
+where does {x} (grow|like to grow|stand|bloom)?
 (in which|in what) place does {x} (grow|stand)?
 where (can|could|might) I (find|see|pick|visit) {x}?
 ~ where {x} (grows|stands|likes to grow)
@@ -692,11 +702,16 @@ def expand(template):
     return [text.replace("\\+", "+") for text in texts]
 
 
+def bare(text):
+    """A body without its marks: "repeat {w}" and "repeat {w}." are one wording."""
+    return re.sub("[?!.,:？！。，：“”]", "", text)
+
+
 def split_wordings(rng):
     """{(family, kind, lang): (bodies for training, bodies for the test)}, disjoint over all kinds together.
 
-    The plainest body of each line stays in training; of the other combinations one in eight is held out, so that
-    a held-out body is new as a whole while its parts live on in others.
+    The plainest body of each line stays in training; of the other combinations one in eight is held out,
+    so that a held-out body is new as a whole while its parts live on in others.
     """
     plain, loose, names = {}, {}, []
     for line in WORDINGS.strip().splitlines():
@@ -712,17 +727,20 @@ def split_wordings(rng):
         for name in names:
             plain.setdefault((*name, lang), []).extend(texts[:1] if len(texts) >= 4 else texts)
             loose.setdefault((*name, lang), []).extend(texts[1:] if len(texts) >= 4 else [])
-    always = {text for texts in plain.values() for text in texts}
+    always = {bare(text) for texts in plain.values() for text in texts}
     held = {}
     for key, texts in loose.items():
-        free = sorted(set(texts) - always)
+        free = sorted(text for text in set(texts) if bare(text) not in always)
         held[key] = rng.sample(free, max(3, len(free) // 8))
-    held_anywhere = {text for texts in held.values() for text in texts}  # kinds may share a wording
-    return {key: ([t for t in dict.fromkeys(plain[key] + loose[key]) if t not in held_anywhere], held[key])
-            for key in plain}
+    held_anywhere = {bare(text) for texts in held.values() for text in texts}  # kinds may share a wording
+    split = {}
+    for key in plain:
+        trained = dict.fromkeys(plain[key] + loose[key])
+        split[key] = [text for text in trained if bare(text) not in held_anywhere], held[key]
+    return split
 
 
-# ------------------------------------------------------------------------------------------------ facts, from tables
+# ----------------------------------------------------------------------------------------- facts, from tables
 
 DONT_KNOW = {"en": "I don't know about that yet.", "zh": "这个我还不知道。"}
 
@@ -732,7 +750,7 @@ def cap(text):
 
 
 def facts():
-    """[(family, kind, lang, entity, x, statement)]: x is how the question names the entity (or where it asks about)."""
+    """[(family, kind, lang, entity, x, statement)]: x is how the question names what it asks about."""
     rows = []
 
     def add(family, kind, entity, x, en, x_zh, zh):
@@ -794,7 +812,7 @@ FACT_FAMILIES = ["animals", "people", "foods", "plants", "seasons", "places"]
 HEROES = [(r[0], r[1], f"the {r[0]}", "it", "its") for r in ANIMALS] + [
     (r[0], r[1], r[0], r[2].lower(), "her" if r[2] == "She" else "his") for r in PEOPLE]
 
-# ---------------------------------------------------------------------------------------------------------- stories
+# ---------------------------------------------------------------------------------------------------- stories
 
 OPENINGS = ["One {s} morning, {h} went for a walk {at}.", "Long ago, {h} came to the {p}.",
             "It was {s}, and {h} sat alone {at}.",
@@ -862,10 +880,10 @@ def story(rng, lang, hero, place):
     return " ".join(line.format(**slots) for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------------- numbers
 
-TEENS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-         "seventeen eighteen nineteen").split()
+TEENS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+         "sixteen seventeen eighteen nineteen").split()
 TENS = "_ ten twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -878,11 +896,32 @@ def in_words(n, lang):
     return TEENS[n] if n < 20 else TENS[n // 10] + (f"-{TEENS[n % 10]}" if n % 10 else "")
 
 
-# ----------------------------------------------------------------------------------------------- what is held out
+def worked_sum(a, b):
+    """Tens and units apart, as one adds in the head: 47 + 38 = 70 + 15 = 85."""
+    if a < 10 and b < 10:
+        return f"{a} + {b} = {a + b}"
+    return f"{a} + {b} = {a // 10 * 10 + b // 10 * 10} + {a % 10 + b % 10} = {a + b}"
+
+
+def worked_difference(a, b):
+    """The tens first, then the units: 92 - 57 = 42 - 7 = 35."""
+    if b < 10:
+        return f"{a} - {b} = {a - b}"
+    return f"{a} - {b} = {a - b // 10 * 10} - {b % 10} = {a - b}"
+
+
+def steps_between(a, b):
+    """The operand pairs (larger, smaller) that the worked sum and difference of a >= b write in between."""
+    texts = worked_sum(a, b) + " " + worked_difference(a, b)
+    pairs = [sorted(map(int, pair), reverse=True) for pair in re.findall(r"= (\d+) [+-] (\d+)", texts)]
+    return [tuple(pair) for pair in pairs]
+
+
+# ------------------------------------------------------------------------------------------- what is held out
 
 
 class World:
-    """One seed's split of wordings, number pairs, stories and names into what is trained and what is tested."""
+    """One seed's split of wordings, number pairs, stories and names into trained and tested."""
 
     def __init__(self, seed):
         self.rng = rng = random.Random(seed)
@@ -924,7 +963,7 @@ class World:
         return name not in self.ordinary if is_chinese(name) else name.lower() not in self.ordinary_words
 
     def make_unknown(self, lang):
-        """Real and made-up things outside of the world, each {group: (names for training, names for the test)}."""
+        """Real and made-up things outside of the world, each {group: (for training, for the test)}."""
         rng, real, made_up = self.rng, {}, {}
         known = {n.lower() for n in self.names["en"][0] + self.names["en"][1]}
         for group, names in (OUTSIDE if lang == "en" else OUTSIDE_ZH).items():
@@ -938,7 +977,8 @@ class World:
                     name += rng.choice(CODAS)
                     name = name.capitalize() if group == "people" else name
                 else:
-                    name = "".join(rng.choice(ODD_ZH) for _ in range(2)) + ("" if group == "people" else rng.choice(ODD_ZH_ENDS))
+                    name = rng.choice(ODD_ZH) + rng.choice(ODD_ZH)
+                    name += "" if group == "people" else rng.choice(ODD_ZH_ENDS)
                 if name.lower() not in known and self.is_new(name):
                     known.add(name.lower())
                     made.append(name)
@@ -946,7 +986,7 @@ class World:
         return real, made_up
 
     def free_stories(self):
-        """Hero and place pairs that no description of one entity names together, so that facts stay trainable."""
+        """Hero and place pairs that no description of one entity names together: facts stay trainable."""
         told = {}
         for _, _, lang, entity, _, statement in FACTS:
             told[lang, entity] = told.get((lang, entity), "") + " " + statement
@@ -995,7 +1035,7 @@ class World:
             low = self.rng.random() < 0.15  # small numbers too, as people ask for them
             a, b = sorted((self.rng.randint(0, 12 if low else top), self.rng.randint(0, 12 if low else top)),
                           reverse=True)
-            if (a, b) not in self.held_pairs:
+            if not self.held_pairs.intersection([(a, b), *steps_between(a, b)]):
                 return a, b
 
     def numbers(self, held):
@@ -1022,9 +1062,9 @@ def together(text, hero, place):
     return (hero[0].lower() in words or hero[1] in text) and (place[0] in words or place[1] in text)
 
 
-# ------------------------------------------------------------------------------- one generator a family of chat records
+# --------------------------------------------------------------------- one generator a family of chat records
 
-# A generator takes (world, lang, held) and returns (messages: user, assistant, user, ...; body; extra keys of a test).
+# A generator takes (world, lang, held) and returns (turns: user, assistant, ...; body; extra keys of a test).
 
 
 def fact(world, lang, held, family):
@@ -1040,12 +1080,12 @@ def fact(world, lang, held, family):
 def addition(world, lang, held):
     a, b = world.pair(held)
     a, b = (a, b) if world.rng.random() < 0.5 else (b, a)
-    return arithmetic(world, lang, held, "addition", "sum", a, b, f"{a} + {b} = {a + b}")
+    return arithmetic(world, lang, held, "addition", "sum", a, b, worked_sum(a, b))
 
 
 def subtraction(world, lang, held):
     a, b = world.pair(held)
-    return arithmetic(world, lang, held, "subtraction", "difference", a, b, f"{a} - {b} = {a - b}")
+    return arithmetic(world, lang, held, "subtraction", "difference", a, b, worked_difference(a, b))
 
 
 def arithmetic(world, lang, held, family, kind, a, b, answer):
@@ -1066,7 +1106,9 @@ def comparing(world, lang, held):
     if lang == "zh":
         answer = f"{large} 比 {small} 大。" if kind == "larger" else f"{small} 比 {large} 小。"
     else:
-        answer = f"{large} is larger than {small}." if kind == "larger" else f"{small} is smaller than {large}."
+        answer = f"{small} is smaller than {large}."
+        if kind == "larger":
+            answer = f"{large} is larger than {small}."
     return [question, answer], body, {}
 
 
@@ -1199,7 +1241,7 @@ def memory(world, lang, held):
         reply = ("很高兴认识你，{n}！" if zh else "Nice to meet you, {n}!") if kind == "name" else (
             "我记住了。" if zh else "I will remember that.")
         turns += [rng.choice(TELL[kind][zh]).format(**slots), reply.format(**slots)]
-    if rng.random() < 0.3:  # something in between
+    if len(kinds) == 1 and rng.random() < 0.5:  # something in between; a record stays under 128 tokens
         turns += rng.choice(BETWEEN)(world, lang, False)[0]
     kind, slots = rng.choice(said)
     question, body = world.ask("memory", kind, lang, held, **slots)
@@ -1314,18 +1356,18 @@ BETWEEN = [addition,
            opposites, translation, small_talk]  # what may be talked about between telling and asking
 # family: (generator, records for training). Harder skills and larger tables get more.
 FAMILIES = {family: (lambda world, lang, held, family=family: fact(world, lang, held, family), count)
-            for family, count in zip(FACT_FAMILIES, [4200, 2200, 1700, 1600, 800, 900], strict=True)}
+            for family, count in zip(FACT_FAMILIES, [2800, 1600, 1200, 1200, 700, 700], strict=True)}
 FAMILIES |= {
-    "addition": (addition, 3000), "subtraction": (subtraction, 2600), "comparing": (comparing, 1600),
-    "sorting": (sorting, 2200),
-    "counting": (counting, 2200), "opposites": (opposites, 1000), "categories": (categories, 1100),
-    "translation": (translation, 2200), "words": (words, 2000), "story": (tell, 1000),
-    "memory": (memory, 2200),
-    "self": (about_self, 700), "unknown": (unknown, 2800), "small_talk": (small_talk, 400),
+    "addition": (addition, 4000), "subtraction": (subtraction, 4000), "comparing": (comparing, 2200),
+    "sorting": (sorting, 3500),
+    "counting": (counting, 4000), "opposites": (opposites, 1000), "categories": (categories, 1100),
+    "translation": (translation, 2200), "words": (words, 5000), "story": (tell, 1500),
+    "memory": (memory, 4500),
+    "self": (about_self, 900), "unknown": (unknown, 2800), "small_talk": (small_talk, 500),
 }
 TEST_RECORDS = 28  # a family
 
-# ------------------------------------------------------------------------------------------------- pretraining texts
+# ------------------------------------------------------------------------------------------ pretraining texts
 
 SAY = {"en": " ", "zh": ""}  # what stands between two sentences
 
@@ -1364,7 +1406,7 @@ def text_sums(world, lang):
         minus = rng.random() < 0.45
         if not minus and rng.random() < 0.5:
             a, b = b, a
-        line = f"{a} - {b} = {a - b}" if minus else f"{a} + {b} = {a + b}"
+        line = worked_difference(a, b) if minus else worked_sum(a, b)
         if rng.random() < 0.3:  # in words first, as the chat may ask
             sign = ("减" if minus else "加") if lang == "zh" else (" minus " if minus else " plus ")
             line = f"{in_words(a, lang)}{sign}{in_words(b, lang)}: {line}"
@@ -1431,9 +1473,11 @@ def text_list(world, lang):
         count, word = items.count(items[0]), items[0]
         if lang == "zh":
             return f"{comma.join(items)}：一共有 {len(items)} 个。{word}出现了 {count} 次。"
-        return f"{comma.join(items)}: There are {len(items)}. {cap(word)} appears {count} time{'s' if count > 1 else ''}."
+        times = "1 time" if count == 1 else f"{count} times"
+        return f"{comma.join(items)}: There are {len(items)}. {cap(word)} appears {times}."
     if lang == "zh":
-        return f"{comma.join(items)}：一共有 {len(items)} 个。第一个是{items[0]}，最后一个是{items[-1]}。倒过来是{comma.join(items[::-1])}。"
+        return (f"{comma.join(items)}：一共有 {len(items)} 个。第一个是{items[0]}，最后一个是{items[-1]}。"
+                f"倒过来是{comma.join(items[::-1])}。")
     return (f"{comma.join(items)}: There are {len(items)}. The first is {items[0]}, the last is {items[-1]}. "
             f"Backwards: {comma.join(items[::-1])}.")
 
@@ -1445,19 +1489,18 @@ def text_person(world, lang):
     kind = rng.choice(list(KIND_ZH))
     row, animal = rng.choice([r for r in NOUNS if r[2] == kind]), rng.choice(["cat", "dog", "horse", "duck"])
     if zh:
-        return (f"我叫{name}，最喜欢的{KIND_ZH[kind]}是{row[1]}，我的{ZH[animal]}叫{pet}。很高兴认识你，{name}！"
-                f"你最喜欢的{KIND_ZH[kind]}是{row[1]}，你的{ZH[animal]}叫{pet}。")
+        return (f"我叫{name}，最喜欢的{KIND_ZH[kind]}是{row[1]}，我的{ZH[animal]}叫{pet}。"
+                f"很高兴认识你，{name}！你最喜欢的{KIND_ZH[kind]}是{row[1]}，你的{ZH[animal]}叫{pet}。")
     value = "the " + row[0] if kind in ("animal", "plant") else row[0]
-    return (f"My name is {name}, my favourite {kind} is {value}, and my {animal} is called {pet}. Nice to meet you, {name}! "
-            f"Your favourite {kind} is {value}. Your {animal} is called {pet}.")
+    return (f"My name is {name}, my favourite {kind} is {value}, and my {animal} is called {pet}. "
+            f"Nice to meet you, {name}! Your favourite {kind} is {value}. Your {animal} is called {pet}.")
 
 
-TEXTS = [(text_story, 3000), (text_entity, 3600), (text_kind, 2200), (text_sums, 2400), (text_numbers, 500),
-         (text_compare, 700),
-         (text_sort, 1000), (text_translation, 1300), (text_opposites, 400), (text_categories, 400),
-         (text_list, 1300), (text_person, 700)]
+TEXTS = [(text_story, 2500), (text_entity, 4000), (text_kind, 2200), (text_sums, 3500), (text_numbers, 600),
+         (text_compare, 900), (text_sort, 1500), (text_translation, 1800), (text_opposites, 600),
+         (text_categories, 600), (text_list, 6000), (text_person, 4000)]
 
-# ------------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------------ files
 
 FILES = {name: name + ".jsonl" for name in (
     "pretrain", "pretrain_eval", "sft", "sft_eval", "sft_test", "lora_identity", "lora_identity_test",
@@ -1472,7 +1515,7 @@ def record(family, turns, extra):
 
 
 def draw(world, generator, count, held, seen, family):
-    """Up to `count` distinct (record, body), half English and half Chinese; fewer where there are no more wordings."""
+    """Up to `count` distinct (record, body), half of them Chinese; fewer where the wordings are used up."""
     found = []
     for attempt in range(count * 40):
         if len(found) == count:
@@ -1488,7 +1531,7 @@ def draw(world, generator, count, held, seen, family):
 
 
 def build(seed=0):
-    """{file: [(record, body of its question or None)]}: everything, in memory; a pure function of the seed."""
+    """{file: [(record, body of its question or None)]}: everything, a pure function of the seed."""
     world = World(seed)
     rng, files = world.rng, {}
     texts, seen = [], set()
@@ -1537,7 +1580,7 @@ def write_file(path, text):
 
 
 def write_world(folder, seed=0):
-    """Writes the nine files and world.json (written last: its presence says that all is there). Returns {name: path}."""
+    """Writes the nine files, and last world.json, which says that all are there. Returns {name: path}."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, rows in build(seed).items():
         write_file(paths(folder)[name], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row,

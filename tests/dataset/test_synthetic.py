@@ -1,0 +1,362 @@
+"""The embedded world: the same bytes everywhere, true answers, and a test that training never saw."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from dataset import synthetic
+from dataset.synthetic import CLINIC, FACTS, FAMILIES, HEROES, NOUNS, PEOPLE, PLACES, World
+
+SCRIPT = Path(synthetic.__file__)
+TRAINING = ["pretrain", "sft", "lora_identity", "lora_clinic"]
+TESTS = ["sft_test", "lora_identity_test", "lora_clinic_test"]
+ADAPTERS = ["identity", "clinic"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    synthetic.write_world(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(folder):
+    """{name: records}, read back from disk."""
+    return {name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            for name, path in synthetic.paths(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def built():
+    return synthetic.build(0)
+
+
+def contents(record):
+    return [record["text"]] if "text" in record else [m["content"] for m in record["conversations"]]
+
+
+def training_texts(files, names=TRAINING):
+    return ["\n".join(contents(record)) for name in names for record in files[name]]
+
+
+def by_family(records):
+    found = defaultdict(list)
+    for record in records:
+        found[record["family"]].append(record)
+    return found
+
+
+def chinese(text):
+    return re.search("[\u4e00-\u9fff]", text) is not None
+
+
+def question(record):
+    return record["conversations"][-2]["content"]
+
+
+def answer(record):
+    return record["conversations"][-1]["content"]
+
+
+def test_two_runs_write_the_same_bytes(folder, tmp_path):
+    """In a subprocess with another hash seed; and without torch, for --help and the first start are quick."""
+    code = (f"import sys; sys.path.insert(0, {str(SCRIPT.parent.parent)!r}); from dataset import synthetic;"
+            f"synthetic.write_world({str(tmp_path)!r});"
+            f"assert not {{'torch', 'transformers'}} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "12345"})
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(written) == 10 and not any(b"\r" in content for content in written.values())
+
+
+def test_another_seed_is_another_split():
+    assert World(1).held_pairs != World(0).held_pairs
+    assert World(1).held_stories != World(0).held_stories
+
+
+def test_ensure_world_writes_only_what_is_missing_or_old(tmp_path):
+    paths = synthetic.ensure_world(tmp_path)
+    assert list(paths) == list(synthetic.FILES)
+    paths["sft"].write_text("mine", encoding="utf-8")
+    assert synthetic.ensure_world(tmp_path) == paths and paths["sft"].read_text(encoding="utf-8") == "mine"
+    (tmp_path / "world.json").write_text('{"version": "0"}', encoding="utf-8")
+    synthetic.ensure_world(tmp_path)
+    assert len(paths["sft"].read_text(encoding="utf-8")) > 1e6
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    command = [sys.executable, SCRIPT, "--out_dir", tmp_path / "file"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+
+
+def test_records_are_well_formed(files):
+    for name, records in files.items():
+        assert len({json.dumps(record) for record in records}) == len(records), f"{name} repeats a record"
+        for record in records:
+            texts = contents(record)
+            assert all(text.strip() == text and text and "{" not in text for text in texts), record
+            if name.startswith("pretrain"):
+                assert list(record) == ["text"]
+                continue
+            roles = [message["role"] for message in record["conversations"]]
+            assert roles == ["user", "assistant"] * (len(roles) // 2) and roles, record
+
+
+def test_every_family_is_there_in_both_languages(files):
+    wanted = {"sft": set(FAMILIES), "sft_test": set(FAMILIES), "lora_identity_test": {"identity"},
+              "lora_clinic_test": {"clinic"}}
+    assert len(FAMILIES) >= 10
+    for name, families in wanted.items():
+        found = by_family(files[name])
+        assert set(found) == families
+        for family, records in found.items():
+            # "gull中文怎么说" is Chinese, "say 猫 in English" is English
+            languages = Counter(chinese(question(r)) and len(re.findall("[A-Za-z]+", question(r))) < 3
+                                for r in records)
+            assert min(languages[True], languages[False]) >= 12, (name, family, languages)
+    assert all(len(records) >= 25 for records in by_family(files["sft_test"]).values())
+
+
+def test_every_fact_is_told_and_asked(files):
+    told = "\n".join(record["text"] for record in files["pretrain"])
+    answers = {answer(record) for record in files["sft"]}
+    for fact in FACTS:
+        assert fact[5] in told, fact
+        assert fact[5] in answers, fact
+
+
+# ----------------------------------------------------------------------------------- held out by construction
+
+
+def test_bodies_of_the_test_are_in_no_training_file(built):
+    trained = {body for name in TRAINING for _, body in built[name] if body}
+    tested = [body for name in TESTS for _, body in built[name]]
+    assert not trained & set(tested)
+    assert len(set(tested)) > 300 and len(trained) > 5000
+
+
+def test_normalised_wordings_of_the_test_are_new(files):
+    """The same from the text alone: what is named becomes @, numbers #, and marks, spaces and case go."""
+    world = World(0)
+    named = {x for row in NOUNS for x in (row[0], row[1], row[3])} | {x for row in PLACES for x in row[:4]}
+    named |= {row[i] for row in PEOPLE for i in (0, 1, 4, 5)}
+    named |= {x for row in CLINIC for x in (row[0], row[2])}
+    named |= {x for pair in synthetic.OPPOSITES for x in pair} - {"first", "last", "small", "left"}
+    for lang in ("en", "zh"):
+        named |= {x for some in world.names[lang] for x in some}
+        named |= {synthetic.in_words(n, lang) for n in range(100)} - {"one"}
+        named |= {x for source in world.unknown[lang] for both in source.values() for x in both[0] + both[1]}
+    longest_first = sorted(named, key=lambda x: (-len(x), x))
+    named_en = re.compile(r"\b(" + "|".join(x.lower() for x in longest_first if x.isascii()) + r")\b")
+    named_zh = re.compile("|".join(x for x in longest_first if chinese(x) and len(x) > 1))
+
+    def normal(text):
+        text = named_zh.sub("@", named_en.sub("@", text.lower()))
+        text = re.sub(r"\b(a|an|the) @", "@", re.sub(r"\d+", "#", text))
+        text = re.sub(r"@([,、]\s*@)+", "@", re.sub(r"#(,\s*#)+", "#", text))
+        return re.sub(r"[^\w@#+-]", "", text)
+
+    trained = {normal(message["content"]) for name in TRAINING[1:] for record in files[name]
+               for message in record["conversations"] if message["role"] == "user"}
+    for name in TESTS:
+        for record in files[name]:
+            assert normal(question(record)) not in trained, question(record)
+
+
+OPERANDS = re.compile(r"(\d+) [+-] (\d+) =|(\d+) is (?:larger|smaller) than (\d+)|(\d+) 比 (\d+)")
+
+
+def operand_pairs(text):
+    return {tuple(sorted(int(n) for n in groups if n)) for groups in OPERANDS.findall(text)}
+
+
+def test_operand_pairs_of_the_test_are_in_no_training_text(files):
+    trained = set()
+    for text in training_texts(files, [*TRAINING, "pretrain_eval", "sft_eval"]):
+        trained |= operand_pairs(text)
+        for three in re.findall(r"(?<!, )\b(\d+), (\d+), (\d+)\b(?!,)", text):  # no longer list
+            trained |= set(itertools.combinations(sorted(map(int, three)), 2))
+    tests = by_family(files["sft_test"])
+    for family in ("addition", "subtraction", "comparing"):
+        for record in tests[family]:
+            pair = OPERANDS.search(answer(record))[0]  # what is asked, not the steps in between
+            assert operand_pairs(pair) and not operand_pairs(pair) & trained, record
+    for record in tests["sorting"]:
+        pairs = set(itertools.combinations(sorted(map(int, answer(record).split(", "))), 2))
+        assert pairs - trained, record
+
+
+def test_hero_and_place_of_the_test_meet_in_no_training_text(files):
+    heroes = {name: hero for hero in HEROES for name in hero[:2]}
+    places = {name: place for place in PLACES for name in place[:2]}
+    held = {(heroes[h], places[p]) for h, p in (r["contains"] for r in by_family(files["sft_test"])["story"])}
+    assert len(held) >= 12
+    for text in training_texts(files):
+        words = set(re.findall("[a-z]+", text.lower()))
+        for hero, place in held:
+            met = hero[0].lower() in words or hero[1] in text, place[0] in words or place[1] in text
+            assert met != (True, True), text
+
+
+def test_a_test_story_tells_of_its_hero_and_place(files):
+    for record in by_family(files["sft_test"])["story"]:
+        assert all(word in question(record) and word in answer(record) for word in record["contains"])
+
+
+def test_names_of_the_test_are_in_no_training_text(files):
+    everything = "\n".join(training_texts(files)).lower()
+    words = set(re.findall("[a-z]+", everything))
+    tests, world = by_family(files["sft_test"]), World(0)
+    recalled = re.compile(r"^(?:Your name is|Your \w+ is called) (\w+)\.$|^(?:你叫|你的.{1,2}叫)(.+)。$")
+    names = {name for r in tests["memory"] if (m := recalled.match(answer(r))) for name in m.groups() if name}
+    assert len(names) >= 10
+    for lang in ("en", "zh"):
+        for source in world.unknown[lang]:
+            for _, held in source.values():
+                names |= {x for x in held if any(x.lower() in question(r).lower() for r in tests["unknown"])}
+    assert len(names) >= 30
+    for name in names:
+        assert name not in everything if chinese(name) else name.lower() not in words, name
+
+
+def test_unknown_things_are_not_of_the_world(files):
+    known = {word for row in NOUNS for word in row[:2]} | {name for row in PEOPLE for name in row[:2]}
+    world = World(0)
+    for lang in ("en", "zh"):
+        for source in world.unknown[lang]:
+            for split in source.values():
+                assert not known & {name for some in split for name in some}
+    refusals = set(synthetic.DONT_KNOW.values())
+    for name in ("sft", "sft_test"):
+        for family, records in by_family(files[name]).items():
+            assert all((answer(record) in refusals) == (family == "unknown") for record in records), family
+
+
+# ----------------------------------------------------------------------------------------------- true answers
+
+
+ONES = "zero one two three four five six seven eight nine".split()
+TEEN = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBERS = ONES + TEEN + [ten + ("-" + one if i else "") for ten in TENS for i, one in enumerate(ONES)]
+ZH_DIGITS = "零一二三四五六七八九"
+
+
+def spellings(n):
+    """The ways a question may write n, worked out apart from the generator."""
+    tens = "" if n < 10 else "十" if n < 20 else ZH_DIGITS[n // 10] + "十"
+    return str(n), NUMBERS[n], tens + (ZH_DIGITS[n % 10] if n % 10 or not n else "")
+
+
+def records_of(files, family):
+    return [r for name in ("sft", "sft_eval", "sft_test") for r in by_family(files[name])[family]]
+
+
+def value(side):
+    """The value of "70 + 15", "42 - 7" or "35"."""
+    return sum(int(n.replace(" ", "")) for n in re.findall(r"(?:[+-] )?\d+", side))
+
+
+def test_sums_and_differences_are_true(files):
+    for family, sign in (("addition", 1), ("subtraction", -1)):
+        for record in records_of(files, family):
+            a, b = map(int, re.match(r"(\d+) [+-] (\d+) = ", answer(record)).groups())
+            assert {value(side) for side in answer(record).split(" = ")} == {a + sign * b}, record
+            assert re.fullmatch(r"\d+", answer(record).split(" = ")[-1]), record
+            asked = question(record).lower()
+            assert any(n in asked for n in spellings(a)) and any(n in asked for n in spellings(b)), record
+            digits = [int(n) for n in re.findall(r"\d+", asked)]
+            assert sorted(digits) in ([], sorted([a, b])), record
+
+
+def test_comparisons_are_true(files):
+    for record in records_of(files, "comparing"):
+        asked, said = question(record), answer(record)
+        numbers = [int(n) for n in re.findall(r"\d+", asked)]
+        large = re.search("larger|bigger|greater|higher|大", asked) is not None
+        assert large != (re.search("smaller|lower|less|小(?!问题)|lesser", asked) is not None), record
+        assert [int(n) for n in re.findall(r"\d+", said)] == sorted(numbers, reverse=large), record
+        assert (re.search("larger|大", said) is not None) == large, record
+
+
+def test_sorted_lists_are_sorted(files):
+    falling = re.compile("large to small|largest to|high to low|falling|largest first|highest first|大到小")
+    for record in records_of(files, "sorting"):
+        numbers = [int(n) for n in re.findall(r"\d+", question(record))]
+        down = falling.search(question(record)) is not None
+        assert [int(n) for n in answer(record).split(", ")] == sorted(numbers, reverse=down), record
+
+
+def test_counts_are_true(files):
+    for record in records_of(files, "counting"):
+        asked, count = question(record), int(re.search(r"\d+", answer(record))[0])
+        if "appear" in answer(record) or "出现" in answer(record):
+            word = re.match(r"(\w+) appears|(.+)出现", answer(record))
+            word = (word[1] or word[2]).lower()
+            listed = asked.lower()
+            if chinese(word):
+                listed = re.search("[^、：？。 ]+(、[^、：？。 ]+)+", asked)[0]
+            named = len(re.findall(rf"\b{word}\b", listed))
+            assert named == count + (not chinese(word)), record  # in English the question names it once more
+        else:
+            separator = "、" if "、" in asked else ", "
+            body = re.sub(r"^(Hey|So|Okay|Excuse me|Now|Dear friend), ", "", asked)
+            assert body.count(separator) + 1 == count, record
+
+
+def test_pretraining_sums_are_true(files):
+    texts = training_texts(files, ["pretrain"])
+    sums = [line.split(": ")[-1] for text in texts for line in text.splitlines() if " = " in line]
+    assert len(sums) > 5000
+    for line in sums:
+        values = {value(side) for side in line.split(" = ")}
+        assert len(values) == 1 and min(values) >= 0, line
+
+
+# --------------------------------------------------------------------------------------------------- adapters
+
+
+# every symptom, its cause and its remedy by a word of its own
+CLINIC_WORDS = """
+curled aphids soapy foam blotches iron nail powdery mildew vinegar sticky stems insects alcohol webs mites
+mist ragged slugs scatter shells drooping thirst soak bucket mushy roots rot gravel scorched fertilizer
+rinse silvery thrips gluey cards buds draughts shelter glass bark frost burlap
+""".split()
+CLINIC_WORDS_ZH = """
+卷曲 蚜虫 肥皂 斑块 缺铁 铁钉 霉斑 白醋 发黏 介壳虫 酒精 蛛网 叶螨 喷雾 参差 破洞 蛞蝓
+贝壳 下垂 嫩枝 干渴 水桶 软烂 积水 换盆 砾石 焦枯 肥料 冲洗 划痕 蓟马 粘虫板 花苞 穿堂风
+玻璃 开裂 树皮 霜冻 麻布
+""".split()
+
+
+def test_the_clinics_knowledge_occurs_nowhere_in_the_base_data(files):
+    base = training_texts(files, ["pretrain", "pretrain_eval", "sft", "sft_eval", "sft_test"])
+    base = "\n".join(base).lower()
+    words = set(re.findall("[a-z]+", base))
+    assert not words & set(CLINIC_WORDS)
+    assert not [word for word in CLINIC_WORDS_ZH if word in base]
+    for row in CLINIC:
+        assert sum(word in row[1].lower() for word in CLINIC_WORDS) >= 3, row
+        assert sum(word in row[3] for word in CLINIC_WORDS_ZH) >= 2, row
+
+
+def test_adapters_keep_some_ordinary_records(files):
+    for family in ADAPTERS:
+        counts = Counter(record["family"] for record in files[f"lora_{family}"])
+        assert counts[family] == FAMILY_RECORDS[family] and sum(counts.values()) == counts[family] * 3 // 2
+    assert not [r for r in files["lora_identity"] if r["family"] == "self"]
+    assert len(files["lora_identity_test"]) >= 40 and len(files["lora_clinic_test"]) >= 48
+    assert not any("Seedling" in answer(r) or "小苗" in answer(r) for r in files["lora_identity"])
+
+
+FAMILY_RECORDS = {"identity": 400, "clinic": 600}
