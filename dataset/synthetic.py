@@ -22,14 +22,15 @@ import re
 import sys
 from pathlib import Path
 
-VERSION = "2"  # a folder written by another version is written again
+VERSION = "3"  # a folder written by another version is written again
 
 # ------------------------------------------------------------------------------------------ the world: tables
 
-COLOURS = [("red", "红色"), ("yellow", "黄色"), ("green", "绿色"), ("blue", "蓝色"), ("brown", "棕色"),
-           ("black", "黑色"),
-           ("white", "白色"), ("grey", "灰色"), ("pink", "粉色"), ("orange", "橙色"), ("purple", "紫色"),
-           ("golden", "金色")]
+COLOURS = [
+    ("red", "红色"), ("yellow", "黄色"), ("green", "绿色"), ("blue", "蓝色"), ("brown", "棕色"),
+    ("black", "黑色"), ("white", "白色"), ("grey", "灰色"), ("pink", "粉色"), ("orange", "橙色"),
+    ("purple", "紫色"), ("golden", "金色"),
+]
 
 # name, where (with its preposition), and what stands there
 PLACES = [
@@ -219,7 +220,7 @@ animals.sound
 what (sound|noise) does {x} make?
 what does {x} (say|sound like)?
 (which|what) (sound|noise|call) (comes from|do you hear from) {x}?
-how does {x} (sound|call)?
+how does {x} sound?
 (name|give me) the (sound|noise|call) of {x}.
 ~ what (sound|noise|call) {x} makes
 ~ what {x} (says|sounds like)
@@ -262,8 +263,8 @@ animals.about foods.about plants.about
 what is {x}?
 tell me (about|something about|a little about) {x}.
 (describe|explain) {x}(| to me| for me).
-what (do|can) you (know|say|tell me) about {x}?
-(have you heard|did you hear) (of|about) {x}?
+what (do you know|can you say|can you tell me|have you heard) about {x}?
+(have you heard|did you ever hear) (of|about) {x}?
 ~ what {x} is(| like)
 ~ {x}是(什么|什么东西|怎样的)
 (介绍一下|说说|讲讲|描述一下|聊聊|说一说){x}(|吧)。
@@ -301,8 +302,8 @@ people.about
 who is {x}?
 tell me (about|something about|a little about) {x}.
 (describe|introduce) {x}(| to me| for me).
-what (do|can) you (know|say|tell me) about {x}?
-(have you heard|did you hear) (of|about) {x}?
+what (do you know|can you say|can you tell me|have you heard) about {x}?
+(have you heard|did you ever hear) (of|about) {x}?
 ~ who {x} is
 ~ {x}是(谁|什么人|怎样的人)
 (介绍一下|说说|讲讲|描述一下|聊聊|说一说){x}(|吧)。
@@ -399,9 +400,9 @@ what (can|could|might) (I|we|you) (see|find|visit) {at}?
 ~ what (I|we|you) can (see|find) {at}
 ~ {at}(有什么|能看到什么|能找到什么|可以看到什么|都有什么|有什么东西)
 addition.sum
-what (is|does|makes) {a} plus {b}?
+what (is|makes) {a} plus {b}?
 what is {a} \\+ {b}?
-how much (is|are|makes) {a} (plus|and) {b}?
+how much (is|are) {a} (plus|and) {b}?
 (add|sum up) {a} and {b}(| for me).
 (calculate|compute|work out) {a} (plus|\\+) {b}(| for me).
 what (is|do you get for|do you get from) the sum of {a} and {b}?
@@ -415,7 +416,7 @@ I have {a} (coins|nuts|books|eggs) and get {b} more. How many (are there|do I ha
 {a}(和|与){b}(的和是多少|加起来是多少|一共是多少)？
 我有{a}(枚硬币，又得到{b}枚|个苹果，又得到{b}个|本书，又得到{b}本)，(一共有多少|现在有多少)？
 subtraction.difference
-what (is|does|makes) {a} minus {b}?
+what (is|makes) {a} minus {b}?
 what is {a} - {b}?
 how much is {a} (minus|less) {b}?
 (take|subtract) {b} from {a}(| for me).
@@ -481,7 +482,6 @@ what is the (opposite|reverse|contrary) of {x}?
 (name|give me|tell me|say) the (opposite|reverse|contrary) of {x}.
 (which|what) word (means|is) the (opposite|reverse|contrary) of {x}?
 (what|which word) is (opposite|contrary) to {x}?
-if something is not {x}, (what|how) is it then?
 ~ what the (opposite|reverse|contrary) of {x} is
 ~ (which|what) word means the (opposite|contrary) of {x}
 ~ {x}的(反义词|反面|相反词|对立面)(是什么|是哪个字|是哪个)
@@ -617,8 +617,8 @@ what is {x}?
 what (does|could|might) {x} (mean|be)?
 tell me (about|something about|a little about) {x}.
 (describe|explain) {x}(| to me| for me).
-what (do|can) you (know|say|tell me) about {x}?
-(have you heard|did you hear) (of|about) {x}?
+what (do you know|can you say|can you tell me|have you heard) about {x}?
+(have you heard|did you ever hear) (of|about) {x}?
 how does {x} (work|look|come about)?
 ~ what {x} is(| like)
 ~ {x}(是什么|是什么东西|是怎样的|有什么用|怎么样|在哪里)
@@ -672,20 +672,25 @@ what (helps|works|is good) against {s}(| on my {x})?
 ~ {s}(是怎么回事|怎么治|怎么办|是什么引起的|怎么处理|说明什么)
 """
 
-CARRIERS = ["can you tell me {c}?", "could you tell me {c}?", "do you know {c}?", "please tell me {c}.",
-            "tell me {c}.",
-            "I would like to know {c}.", "I want to know {c}.", "remind me {c}.", "I forgot {c}.",
-            "do you remember {c}?"]
-CARRIERS_ZH = ["{c}？", "你知道{c}吗？", "请告诉我{c}。", "我想知道{c}。", "能告诉我{c}吗？", "告诉我{c}。",
-               "我忘了{c}。",
-               "你还记得{c}吗？", "你能说说{c}吗？"]
+CARRIERS = [
+    "can you tell me {c}?", "could you tell me {c}?", "do you know {c}?", "do you remember {c}?",
+    "tell me {c}.", "please tell me {c}.", "I would like to know {c}.", "I want to know {c}.",
+    "remind me {c}.", "I forgot {c}.",
+]
+CARRIERS_ZH = [
+    "{c}？", "你知道{c}吗？", "请告诉我{c}。", "我想知道{c}。", "能告诉我{c}吗？", "告诉我{c}。",
+    "我忘了{c}。", "你还记得{c}吗？", "你能说说{c}吗？",
+]
 # what may stand before and after a body; after , and : the body goes on in lower case
-OPENERS = ["Hey, ", "Hello! ", "Quick question: ", "So, ", "Okay, ", "Good morning! ", "Excuse me, ",
-           "I am curious: ",
-           "One more thing: ", "Hi! ", "Now, ", "Dear friend, "]
+OPENERS = [
+    "Hey, ", "Hello! ", "Quick question: ", "So, ", "Okay, ", "Good morning! ", "Excuse me, ", "Hi! ",
+    "Now, ", "I am curious: ", "One more thing: ", "Dear friend, ",
+]
 CLOSERS = [" Thanks!", " Thank you.", " I am curious.", " Please help me.", " I need to know."]
-OPENERS_ZH = ["请问，", "你好，", "嗨，", "我想问，", "那么，", "请教一下，", "对了，", "早上好！",
-              "小问题：", "朋友，"]
+OPENERS_ZH = [
+    "请问，", "你好，", "嗨，", "我想问，", "那么，", "请教一下，", "对了，", "早上好！", "小问题：",
+    "朋友，",
+]
 CLOSERS_ZH = ["谢谢！", "谢谢你。", "我很好奇。", "帮帮我吧。", "我想知道。"]
 
 
@@ -840,12 +845,11 @@ PLOTS = [  # what happens, and what comes of it; {f} is a friend, {o} something 
      "{F} built a little house, and there was room for two."),
 ]
 ENDINGS = ["From that day on, life was a little brighter.", "That night {h} slept very well.",
-           "{H} laughed, and all was well again.",
-           "{H} never forgot that day.", "Then it was time to go home, slowly and happily.",
+           "{H} laughed, and all was well again.", "{H} never forgot that day.",
+           "Then it was time to go home, slowly and happily.",
            "And that is how the best day of the year ended."]
 OPENINGS_ZH = ["{s}的一个早晨，{h}来到{at}散步。", "很久以前，{h}来到了{p}。", "那是{s}，{h}独自坐在{at}。",
-               "每天{h}都在{at}寻找新鲜事。",
-               "{h}在{at}早早醒来。", "一个安静的{s}傍晚，{h}在{at}。"]
+               "每天{h}都在{at}寻找新鲜事。", "{h}在{at}早早醒来。", "一个安静的{s}傍晚，{h}在{at}。"]
 PLOTS_ZH = [
     ("{h}在石头下面发现了一把银钥匙。", "钥匙打开了一扇小门，门后的桌上放着{o}。"),
     ("{h}遇见了{f}，{f}正在找丢失的围巾。", "大家一起找，终于在树枝上找到了。"),
@@ -861,8 +865,8 @@ PLOTS_ZH = [
     ("下雪了，一切都变得又白又静。", "{f}搭了一座小屋，正好够两个住。"),
 ]
 ENDINGS_ZH = ["从那天起，日子变得更明亮了。", "那一夜，{h}睡得很香。", "{h}笑了，一切都好了。",
-              "{h}永远忘不了那一天。",
-              "然后该回家了，慢慢地，快快乐乐地。", "这一年最好的一天就这样结束了。"]
+              "{h}永远忘不了那一天。", "然后该回家了，慢慢地，快快乐乐地。",
+              "这一年最好的一天就这样结束了。"]
 
 
 def story(rng, lang, hero, place):
@@ -928,18 +932,18 @@ class World:
         self.wordings = split_wordings(rng)
         pairs = [(a, b) for a in range(100) for b in range(a + 1)]
         self.held_pairs = set(rng.sample(pairs, 250))  # (larger, smaller), 5 % of all
-        self.ordinary = "\n".join([WORDINGS, *CARRIERS, *CARRIERS_ZH, *OPENERS_ZH, *CLOSERS, *CLOSERS_ZH,
-                                   str(PLOTS), str(PLOTS_ZH),
-                                   str(TELL), str(SELF), str(OPENINGS + ENDINGS + OPENINGS_ZH + ENDINGS_ZH),
-                                   str(FACTS),
-                                   str(NOUNS), str(CLINIC), *TEENS, *TENS, str(OPPOSITES)]).lower()
+        prose = [OPENINGS, PLOTS, ENDINGS, OPENINGS_ZH, PLOTS_ZH, ENDINGS_ZH, TELL, SELF, CLINIC,
+                 FACTS, NOUNS, CARRIERS, CARRIERS_ZH, OPENERS, OPENERS_ZH, CLOSERS, CLOSERS_ZH,
+                 TEENS, TENS, OPPOSITES]
+        self.ordinary = WORDINGS + str(prose).lower()
         self.ordinary_words = set(re.findall("[a-z]+", self.ordinary))
         self.names = {"en": self.split(self.make_names()), "zh": self.split(self.make_names_zh())}
         self.unknown = {lang: self.make_unknown(lang) for lang in ("en", "zh")}
         self.held_stories = set(rng.sample(self.free_stories(), 40))  # (hero, place) in English
-        held = {lang: self.names[lang][1] + [name for source in self.unknown[lang] for _,
-                                             some in source.values() for name in some]
-                for lang in ("en", "zh")}
+        held = {lang: list(self.names[lang][1]) for lang in ("en", "zh")}
+        for lang, names in held.items():
+            for source in self.unknown[lang]:
+                names += [name for _, some in source.values() for name in some]
         self.held_words = {word.lower() for word in held["en"]}
         self.held_zh = re.compile("|".join(re.escape(word) for word in held["zh"]))
 
@@ -1195,12 +1199,12 @@ def tell(world, lang, held):
         hero, place = next(h for h in HEROES if h[0] == hero), next(p for p in PLACES if p[0] == place)
     else:
         hero, place = rng.choice(HEROES), rng.choice(PLACES)
-    x = hero[1] if lang == "zh" else hero[2] if hero[0][0].isupper() else rng.choice([with_article(hero[0]),
-    hero[2]])
+    x = hero[2] if hero[0] == hero[2] or rng.random() < 0.5 else with_article(hero[0])  # Mia, the fox, a fox
+    x = hero[1] if lang == "zh" else x
     at, p = (place[3], place[1]) if lang == "zh" else (place[2], place[0])
     question, body = world.ask("story", "tell", lang, held, x=x, at=at, p=p)
-    return [question, story(rng, lang, hero, place)], body, {"contains": [hero[lang == "zh"],
-    place[lang == "zh"]]}
+    contains = [hero[lang == "zh"], place[lang == "zh"]]
+    return [question, story(rng, lang, hero, place)], body, {"contains": contains}
 
 
 TELL = {
@@ -1352,18 +1356,16 @@ def clinic(world, lang, held):
     return [question, answer], body, {}
 
 
-BETWEEN = [addition,
-           opposites, translation, small_talk]  # what may be talked about between telling and asking
+BETWEEN = [addition, opposites, translation, small_talk]  # talked about between telling and asking
 # family: (generator, records for training). Harder skills and larger tables get more.
 FAMILIES = {family: (lambda world, lang, held, family=family: fact(world, lang, held, family), count)
             for family, count in zip(FACT_FAMILIES, [2800, 1600, 1200, 1200, 700, 700], strict=True)}
 FAMILIES |= {
     "addition": (addition, 4000), "subtraction": (subtraction, 4000), "comparing": (comparing, 2200),
-    "sorting": (sorting, 3500),
-    "counting": (counting, 4000), "opposites": (opposites, 1000), "categories": (categories, 1100),
-    "translation": (translation, 2200), "words": (words, 5000), "story": (tell, 1500),
-    "memory": (memory, 4500),
-    "self": (about_self, 900), "unknown": (unknown, 2800), "small_talk": (small_talk, 500),
+    "sorting": (sorting, 3500), "counting": (counting, 4000), "opposites": (opposites, 1000),
+    "categories": (categories, 1100), "translation": (translation, 2200), "words": (words, 5000),
+    "story": (tell, 1500), "memory": (memory, 4500), "self": (about_self, 900), "unknown": (unknown, 2800),
+    "small_talk": (small_talk, 500),
 }
 TEST_RECORDS = 28  # a family
 
