@@ -66,7 +66,7 @@ class ModelConfig:
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.qk_norm and self.attention_bias:
             raise ModelError("no standard class has both qk_norm and attention_bias: choose one")
-        rope_frequencies(self, "meta")  # raises for rotary settings that are unknown or incomplete
+        rope_frequencies(self, "cpu")  # raises for rotary settings that are unknown or incomplete
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
