@@ -153,7 +153,7 @@ def _lines(file) -> Iterator[tuple[int, object]]:
         if len(raw) > MAX_LINE:
             while raw and not raw.endswith(b"\n"):
                 raw = file.readline(MAX_LINE)
-            raw = DataError(f"the line is over {MAX_LINE >> 20} MiB; cut its text into several records")
+            raw = DataError(f"the line is longer than {MAX_LINE >> 20} MiB; cut it into several records")
         yield line, raw
 
 
