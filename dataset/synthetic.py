@@ -22,7 +22,7 @@ import re
 import sys
 from pathlib import Path
 
-VERSION = "3"  # a folder written by another version is written again
+VERSION = "4"  # a folder written by another version is written again
 
 # ------------------------------------------------------------------------------------------ the world: tables
 
@@ -1036,9 +1036,9 @@ class World:
         if held:
             return self.rng.choice(sorted(self.held_pairs))
         while True:
-            low = self.rng.random() < 0.15  # small numbers too, as people ask for them
-            a, b = sorted((self.rng.randint(0, 12 if low else top), self.rng.randint(0, 12 if low else top)),
-                          reverse=True)
+            # Small numbers too, as people ask for them, and small beside large, as in the last step of a sum.
+            top_a, top_b = self.rng.choices([(top, top), (12, 12), (top, 9)], [65, 15, 20])[0]
+            a, b = sorted((self.rng.randint(0, top_a), self.rng.randint(0, top_b)), reverse=True)
             if not self.held_pairs.intersection([(a, b), *steps_between(a, b)]):
                 return a, b
 
@@ -1122,21 +1122,30 @@ def sorting(world, lang, held):
     return [question, ", ".join(map(str, sorted(three, reverse=kind == "down")))], body, {}
 
 
+def counted(items, lang, word=None):
+    """Counts aloud, all items or those that are `word`: fox 1, cow 1, fox 2. Fox appears 2 times."""
+    count, aloud = 0, []
+    for item in items:
+        count += word in (None, item)
+        aloud.append(f"{item} {count}")
+    if lang == "zh":
+        return "、".join(aloud) + (f"。{word}出现了 {count} 次。" if word else f"。一共有 {count} 个。")
+    total = f"{cap(word)} appears {count} time{'s' * (count != 1)}." if word else f"There are {count}."
+    return f"{', '.join(aloud)}. {total}"
+
+
 def counting(world, lang, held):
     rng, kind = world.rng, world.rng.choice(["items", "times"])
     comma = "、" if lang == "zh" else ", "
     if kind == "items":
         items = world.words(lang, rng.randint(2, 6))
         question, body = world.ask("counting", kind, lang, held, l=comma.join(items))
-        count = len(items)
-        return [question, f"一共有 {count} 个。" if lang == "zh" else f"There are {count}."], body, {}
+        return [question, counted(items, lang)], body, {}
     count, (word, other, third) = rng.randint(1, 4), world.words(lang, 3)
     items = [word] * count + [rng.choice([other, third]) for _ in range(rng.randint(1, 3))]
     rng.shuffle(items)
     question, body = world.ask("counting", kind, lang, held, w=word, l=comma.join(items))
-    times = "1 time" if count == 1 else f"{count} times"
-    return [question,
-            f"{word}出现了 {count} 次。" if lang == "zh" else f"{cap(word)} appears {times}."], body, {}
+    return [question, counted(items, lang, word)], body, {}
 
 
 def opposites(world, lang, held):
@@ -1359,12 +1368,12 @@ def clinic(world, lang, held):
 BETWEEN = [addition, opposites, translation, small_talk]  # talked about between telling and asking
 # family: (generator, records for training). Harder skills and larger tables get more.
 FAMILIES = {family: (lambda world, lang, held, family=family: fact(world, lang, held, family), count)
-            for family, count in zip(FACT_FAMILIES, [2800, 1600, 1200, 1200, 700, 700], strict=True)}
+            for family, count in zip(FACT_FAMILIES, [2900, 1600, 1200, 1200, 900, 700], strict=True)}
 FAMILIES |= {
-    "addition": (addition, 4000), "subtraction": (subtraction, 4000), "comparing": (comparing, 2200),
-    "sorting": (sorting, 3500), "counting": (counting, 4000), "opposites": (opposites, 1000),
+    "addition": (addition, 4500), "subtraction": (subtraction, 5000), "comparing": (comparing, 3200),
+    "sorting": (sorting, 5500), "counting": (counting, 4000), "opposites": (opposites, 1500),
     "categories": (categories, 1100), "translation": (translation, 2200), "words": (words, 5000),
-    "story": (tell, 1500), "memory": (memory, 4500), "self": (about_self, 900), "unknown": (unknown, 2800),
+    "story": (tell, 1500), "memory": (memory, 4800), "self": (about_self, 900), "unknown": (unknown, 2800),
     "small_talk": (small_talk, 500),
 }
 TEST_RECORDS = 28  # a family
@@ -1471,16 +1480,12 @@ def text_list(world, lang):
     rng, comma = world.rng, "、" if lang == "zh" else ", "
     items = world.words(lang, rng.randint(2, 5))
     if rng.random() < 0.5:
-        items = [rng.choice(items[:2]) for _ in range(rng.randint(2, 6))]
-        count, word = items.count(items[0]), items[0]
-        if lang == "zh":
-            return f"{comma.join(items)}：一共有 {len(items)} 个。{word}出现了 {count} 次。"
-        times = "1 time" if count == 1 else f"{count} times"
-        return f"{comma.join(items)}: There are {len(items)}. {cap(word)} appears {times}."
+        items = [rng.choice(items[:3]) for _ in range(rng.randint(2, 6))]
+        return f"{comma.join(items)}{'：' if lang == 'zh' else ': '}{counted(items, lang, items[0])}"
     if lang == "zh":
-        return (f"{comma.join(items)}：一共有 {len(items)} 个。第一个是{items[0]}，最后一个是{items[-1]}。"
+        return (f"{comma.join(items)}：{counted(items, lang)}第一个是{items[0]}，最后一个是{items[-1]}。"
                 f"倒过来是{comma.join(items[::-1])}。")
-    return (f"{comma.join(items)}: There are {len(items)}. The first is {items[0]}, the last is {items[-1]}. "
+    return (f"{comma.join(items)}: {counted(items, lang)} The first is {items[0]}, the last is {items[-1]}. "
             f"Backwards: {comma.join(items[::-1])}.")
 
 
@@ -1499,7 +1504,7 @@ def text_person(world, lang):
 
 
 TEXTS = [(text_story, 2500), (text_entity, 4000), (text_kind, 2200), (text_sums, 3500), (text_numbers, 600),
-         (text_compare, 900), (text_sort, 1500), (text_translation, 1800), (text_opposites, 600),
+         (text_compare, 2500), (text_sort, 3500), (text_translation, 1800), (text_opposites, 600),
          (text_categories, 600), (text_list, 6000), (text_person, 4000)]
 
 # ------------------------------------------------------------------------------------------------------ files
