@@ -22,7 +22,7 @@ import re
 import sys
 from pathlib import Path
 
-VERSION = "4"  # a folder written by another version is written again
+VERSION = "5"  # a folder written by another version is written again
 
 # ------------------------------------------------------------------------------------------ the world: tables
 
@@ -1329,32 +1329,33 @@ def small_talk(world, lang, held):
     return [question, SMALL_TALK[kind][zh]], body, {}
 
 
-# symptom, what it means and what to do, in both languages: knowledge that only the clinic adapter is given
+# Symptom, cause and cure, in both languages: knowledge that only the clinic adapter is given. Its words are
+# the world's, because a frozen embedding tells words apart only where it has met them; what they say is new.
 CLINIC = [
-    ("curled leaves", "Curled leaves mean aphids. Spray it with soapy foam.", "卷曲的叶子",
-     "卷曲的叶子说明有蚜虫，喷些肥皂水。"),
-    ("pale blotches", "Pale blotches mean too little iron. Bury a nail beside it.", "淡色斑块",
-     "淡色斑块说明缺铁，旁边埋一根铁钉。"),
-    ("powdery patches", "Powdery patches mean mildew. Dab it with vinegar.", "粉状霉斑",
-     "粉状霉斑说明太潮湿，用白醋轻擦。"),
-    ("sticky stems", "Sticky stems mean scale insects. Wipe it with alcohol.", "发黏的茎",
-     "发黏的茎说明有介壳虫，用酒精擦。"),
-    ("dusty webs", "Dusty webs mean mites. Mist it twice daily.", "细密的蛛网",
-     "细密的蛛网说明有叶螨，每天喷雾两次。"),
-    ("ragged holes", "Ragged holes mean slugs. Scatter crushed shells.", "参差的破洞",
-     "参差的破洞说明有蛞蝓，撒一圈碎贝壳。"),
-    ("drooping shoots", "Drooping shoots mean thirst. Soak it in a bucket.", "下垂的嫩枝",
-     "下垂的嫩枝说明干渴，放进水桶浸透。"),
-    ("mushy roots", "Mushy roots mean rot. Repot it in gravel.", "软烂的根",
-     "软烂的根说明积水，换盆并铺砾石。"),
-    ("scorched tips", "Scorched tips mean too much fertilizer. Rinse the pot.", "焦枯的叶尖",
-     "焦枯的叶尖说明肥料过多，冲洗盆土。"),
-    ("silvery trails", "Silvery trails mean thrips. Hang up gluey cards.", "银色的划痕",
-     "银色的划痕说明有蓟马，挂几张粘虫板。"),
-    ("dropping buds", "Dropping buds mean draughts. Shelter it behind glass.", "掉落的花苞",
-     "掉落的花苞说明有穿堂风，用玻璃挡住。"),
-    ("bark cracks", "Bark cracks mean frost. Wrap it in burlap.", "开裂的树皮",
-     "开裂的树皮说明遭了霜冻，裹上麻布。"),
+    ("black tips", "It comes from cold wind: put it behind the house.",
+     "黑色的枝", "那是风冷，把它放到屋后面。"),
+    ("soft berries", "It comes from quiet rain: bring it to the library.",
+     "软的浆果", "那是雨水多，把它送到图书馆里。"),
+    ("grey tips", "It comes from salty air: give it sweet milk.",
+     "灰色的枝", "那是空气咸，给它甜牛奶。"),
+    ("dry seeds", "It comes from hot ground: give it cold soup.",
+     "干的种子", "那是地上热，给它冷的米饭。"),
+    ("thin tips", "It comes from poor ground: bring it old grain.",
+     "薄的枝", "那是地上穷，给它旧谷粒。"),
+    ("wet seeds", "It comes from early snow: put a lantern behind it.",
+     "湿的种子", "那是雪来得早，给它一个灯笼。"),
+    ("purple tips", "It comes from hungry bees: sing to it at midnight.",
+     "紫色的枝", "那是蜜蜂饿了，给它一个歌手。"),
+    ("golden berries", "It comes from loud crows: put an old hat on it.",
+     "金色的浆果", "那是乌鸦多，给它一个旧帽子。"),
+    ("closed seeds", "It comes from sad days: tell it two jokes.",
+     "关着的种子", "那是它饿了，给它讲笑话。"),
+    ("orange tips", "It comes from dark days: push it into the sunlight.",
+     "橙色的枝", "那是水深，把它推到阳光里。"),
+    ("small berries", "It comes from hungry mice: bring a cat at night.",
+     "小的浆果", "那是老鼠饿了，给它一个猫朋友。"),
+    ("hard seeds", "It comes from a late spring: wait for warm rain.",
+     "硬的种子", "那是春天来得晚，给它温暖的雨水。"),
 ]
 
 

@@ -78,16 +78,17 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float,
                      weight_decay: float) -> list[torch.optim.Optimizer]:
     """Optimizers over the parameters that train (`requires_grad`), and over no other.
 
-    Decay pulls matrices towards zero and leaves gains and biases alone: they are few, and scale what follows.
-    With "muon" the matrices inside the blocks go to Muon; the embedding is a lookup table, not a map between
-    spaces, and stays with AdamW.
+    Decay pulls matrices towards zero. It leaves gains and biases alone, which are few and scale what follows, and
+    the embedding, which is a lookup table: the rows of words that a stage never meets would shrink until nothing
+    could tell them apart any more, and a later stage or adapter could not learn to say them.
+    With "muon" the matrices inside the blocks go to Muon, the rest stays with AdamW.
     """
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     hidden = [p for n, p in trained if p.ndim == 2 and ".layers." in n] if name == "muon" else []
     taken = {id(p) for p in hidden}
-    matrices = [p for _, p in trained if p.ndim >= 2 and id(p) not in taken]
-    vectors = [p for _, p in trained if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    decayed = [p for n, p in trained if p.ndim >= 2 and id(p) not in taken and "embed" not in n]
+    spared = [p for n, p in trained if p.ndim < 2 or "embed" in n]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     groups = [g for g in groups if g["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:

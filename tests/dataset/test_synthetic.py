@@ -328,27 +328,14 @@ def test_pretraining_sums_are_true(files):
 
 
 # every symptom, its cause and its remedy by a word of its own
-CLINIC_WORDS = """
-curled aphids soapy foam blotches iron nail powdery mildew vinegar sticky stems insects alcohol webs mites
-mist ragged slugs scatter shells drooping thirst soak bucket mushy roots rot gravel scorched fertilizer
-rinse silvery thrips gluey cards buds draughts shelter glass bark frost burlap
-""".split()
-CLINIC_WORDS_ZH = """
-卷曲 蚜虫 肥皂 斑块 缺铁 铁钉 霉斑 白醋 发黏 介壳虫 酒精 蛛网 叶螨 喷雾 参差 破洞 蛞蝓
-贝壳 下垂 嫩枝 干渴 水桶 软烂 积水 换盆 砾石 焦枯 肥料 冲洗 划痕 蓟马 粘虫板 花苞 穿堂风
-玻璃 开裂 树皮 霜冻 麻布
-""".split()
-
-
 def test_the_clinics_knowledge_occurs_nowhere_in_the_base_data(files):
     base = training_texts(files, ["pretrain", "pretrain_eval", "sft", "sft_eval", "sft_test"])
     base = "\n".join(base).lower()
-    words = set(re.findall("[a-z]+", base))
-    assert not words & set(CLINIC_WORDS)
-    assert not [word for word in CLINIC_WORDS_ZH if word in base]
-    for row in CLINIC:
-        assert sum(word in row[1].lower() for word in CLINIC_WORDS) >= 3, row
-        assert sum(word in row[3] for word in CLINIC_WORDS_ZH) >= 2, row
+    for symptom, answer_en, symptom_zh, answer_zh in CLINIC:
+        cause, cure = re.fullmatch("It comes from (.+): (.+)[.]", answer_en).groups()
+        cause_zh, cure_zh = re.fullmatch("那是(.+)，(.+)。", answer_zh).groups()
+        for words in (symptom, cause, cure, symptom_zh, cause_zh, cure_zh):
+            assert words not in base, words
 
 
 def test_adapters_keep_some_ordinary_records(files):
