@@ -78,9 +78,9 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float,
                      weight_decay: float) -> list[torch.optim.Optimizer]:
     """Optimizers over the parameters that train (`requires_grad`), and over no other.
 
-    Decay pulls matrices towards zero. It leaves gains and biases alone, which are few and scale what follows, and
-    the embedding, which is a lookup table: the rows of words that a stage never meets would shrink until nothing
-    could tell them apart any more, and a later stage or adapter could not learn to say them.
+    Decay pulls matrices towards zero. It leaves gains and biases alone, which are few and scale what follows,
+    and the embedding, which is a lookup table: the rows of words that a stage never meets would shrink until
+    nothing could tell them apart, and no later stage or adapter could learn to say them.
     With "muon" the matrices inside the blocks go to Muon, the rest stays with AdamW.
     """
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
