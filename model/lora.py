@@ -63,6 +63,22 @@ class LoRALinear(nn.Linear):
         return (y + self.lora(x)).to(y.dtype)
 
 
+@torch.no_grad()
+def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The nearest product B A of two thin matrices, by truncated SVD (Eckart & Young 1936).
+
+    matrix (out, in) -> B (out, rank), A (rank, in), and the share of the energy kept: the sum of sigma^2 over
+    the `rank` largest singular values, divided by that over all. B and A each carry sqrt(sigma), the largest
+    first. A zero matrix loses nothing: 1. Raises ModelError for a rank that the matrix can't have.
+    """
+    if not 0 < rank <= min(matrix.shape):
+        raise ModelError(f"rank must be from 1 to {min(matrix.shape)}, not {rank}")
+    u, sigma, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
+    root, energy = sigma[:rank].sqrt(), sigma.square()
+    kept = (energy[:rank].sum() / energy.sum()).item() if energy.any() else 1.0
+    return u[:, :rank] * root, root[:, None] * vh[:rank], kept
+
+
 def _inject(linear: nn.Linear, rank: int, alpha: float | None, dropout: float) -> None:
     linear.lora = LoRA(linear.in_features, linear.out_features, rank, alpha, dropout, linear.weight.device)
     linear.lora.train(linear.training)  # born in training mode, it would drop out in an eval() model
