@@ -1,0 +1,133 @@
+"""merge_lora.py: the adapted model's logits from a directory that knows nothing of LoRA."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from model.lora import LoRA, apply_lora, load_lora, lora_parameters, save_lora
+from model.transformer import CausalLM, ModelConfig
+from model.weights import load_model, load_tokenizer, save_model
+from scripts import merge_lora
+
+SCRIPT = Path(merge_lora.__file__)
+SHAPE = dict(vocab_size=6400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64, initializer_range=0.1)
+IDS = torch.randint(0, 6400, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def adapter(model, path, seed=1, targets="all-linear"):
+    apply_lora(model, rank=4, alpha=8, target_modules=targets)
+    torch.manual_seed(seed)
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_lora(model, path)
+
+
+@pytest.fixture
+def home(tmp_path):
+    """base/ with the real tokenizer, and lora/ with an adapter of it."""
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(**SHAPE))
+    tokenizer = load_tokenizer(SCRIPT.parents[1] / "model" / "tokenizer")
+    save_model(model, tmp_path / "base", tokenizer,
+               training={"stage": "pretrain", "arguments": {"max_seq_len": 48}})
+    adapter(model, tmp_path / "lora")
+    return tmp_path
+
+
+def merge(home, *flags, lora="lora"):
+    flags = ["--load_from", home / "base", "--lora", home / lora, "--out_dir", home / "merged", *flags]
+    merge_lora.main(merge_lora.parse_args([str(flag) for flag in flags]))
+    return load_model(home / "merged")
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def adapted(home, lora="lora"):
+    model = load_model(home / "base")
+    load_lora(model, home / lora)
+    return logits(model)
+
+
+def test_merged_logits_equal_the_adapted_models_here_and_in_transformers(home):
+    merged, expected = merge(home), adapted(home)
+    assert (logits(load_model(home / "base")) - expected).abs().max() > 0.1
+    assert (logits(merged) - expected).abs().max() < 1e-5
+    theirs = AutoModelForCausalLM.from_pretrained(home / "merged").eval()
+    assert (logits(theirs) - expected).abs().max() < 1e-5
+
+
+def test_nothing_of_lora_is_left_and_the_folder_is_complete(home):
+    merged = merge(home)
+    assert not any(isinstance(module, LoRA) for module in merged.modules())
+    assert merged.state_dict().keys() == load_model(home / "base").state_dict().keys()
+    ours, theirs = (AutoTokenizer.from_pretrained(home / name) for name in ("merged", "base"))
+    assert ours.get_vocab() == theirs.get_vocab() and ours.chat_template == theirs.chat_template is not None
+    training = json.loads((home / "merged" / "training.json").read_text())
+    # eval_model.py speaks plain text with a pretrained model, and keeps within max_seq_len
+    assert training["stage"] == "merge_lora" and training["arguments"]["max_seq_len"] == 48
+
+
+def test_an_adapter_that_peft_made(home):
+    model = AutoModelForCausalLM.from_pretrained(home / "base")
+    theirs = get_peft_model(model, LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "up_proj"])).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    theirs.save_pretrained(home / "theirs")
+    assert (logits(merge(home, lora="theirs")) - logits(theirs)).abs().max() < 1e-5
+
+
+def test_the_base_decides_the_precision_and_the_rounding_is_told(home, capsys):
+    merge(home)
+    assert "rounded" not in capsys.readouterr().out
+    half = load_model(home / "base", dtype=torch.bfloat16)
+    save_model(half, home / "base", load_tokenizer(home / "base"))
+    merge(home, "--overwrite")
+    out = capsys.readouterr().out
+    assert json.loads((home / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    lost = float(out.split("rounded to bfloat16: by ")[1].split("%")[0]) / 100
+    exact = merge(home, "--overwrite", "--dtype", "float32").state_dict()
+    base = load_model(home / "base").state_dict()
+    names = [name for name in base if "proj" in name]
+    rounding = sum((exact[name] - exact[name].bfloat16()).square().sum() for name in names).sqrt()
+    update = sum((exact[name] - base[name]).square().sum() for name in names).sqrt()
+    assert 0 < lost == pytest.approx((rounding / update).item(), abs=6e-4)
+
+
+def test_neither_base_nor_adapter_nor_other_files_are_written_over(home, refused):
+    before = {file: file.read_bytes() for file in home.rglob("*") if file.is_file()}
+    flags = ["--load_from", home / "base", "--lora", home / "lora", "--out_dir"]
+    for out, words in (("base", "is the base"), ("lora", "adapter"), (".", "--overwrite")):
+        refused(merge_lora, [*flags, home / out], words)
+        if out != ".":
+            refused(merge_lora, [*flags, home / out, "--overwrite"], words)
+    assert before == {file: file.read_bytes() for file in home.rglob("*") if file.is_file()}
+
+
+def test_mistakes_are_one_line(home, refused):
+    other = CausalLM(ModelConfig(**{**SHAPE, "hidden_size": 64}))
+    save_model(other, home / "other", load_tokenizer(home / "base"))
+    adapter(load_model(home / "base"), home / "head", targets="lm_head")
+    for base, lora, words in (("base", "nowhere", "nowhere"), ("nowhere", "lora", "nowhere"),
+                              ("base", "head", "shared"), ("other", "lora", "lora")):
+        flags = ["--load_from", home / base, "--lora", home / lora, "--out_dir", home / "m"]
+        refused(merge_lora, flags, words)
+    assert not (home / "m").exists()
+
+
+def test_help_answers_without_torch():
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['x', '--help']; " \
+           f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--load_from" in done.stdout
