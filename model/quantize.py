@@ -1,0 +1,227 @@
+"""NF4: frozen weights in 4 bits, the base under QLoRA's adapters (Dettmers et al. 2023, arXiv:2305.14314).
+
+    model = quantize_model(load_model("out/full_sft"))  # then apply_lora, freeze_all_but_lora, train
+    print(memory_line(model))                            # ..., 4.127 bits each
+
+Weights are close to normal, so the 16 values that 4 bits can name are quantiles of a normal distribution,
+scaled to [-1, 1]. Each block of 64 weights is stored as 64 codes and one scale, its largest absolute value:
+
+    [0.5, -1.0, 0.05, ...]  ->  absmax 1.0  ->  nearest values 0.44, -1.0, 0.08, ...  ->  codes 12, 0, 8, ...
+
+Double quantization stores the scales in 8 bits too, 256 of them to one float32: 4 + 8/64 + 32/(64 * 256) =
+4.127 bits a weight instead of 4.5. Codes and constants are those of bitsandbytes, bit for bit.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.transformer import ModelError, matmul_dtype
+
+BLOCK = 64  # weights to a scale
+NESTED_BLOCK = 256  # scales to a scale of scales
+
+NF4 = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0])
+
+
+def _dynamic_code() -> torch.Tensor:
+    """The 256 values of the signed 8-bit "dynamic" code (Dettmers 2015, arXiv:1511.04561), in order.
+
+    Seven decades, the largest up to 1 with 64 values, each smaller one with half as many, of both signs; and
+    0 and 1.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        middles = 10.0 ** (decade - 6) * (edges[:-1] + edges[1:]) / 2
+        values += middles.tolist() + (-middles).tolist()
+    return torch.tensor(sorted(values))
+
+
+DYNAMIC = _dynamic_code()
+# Both weights of a byte at once, the first in its upper half: 256 pairs of float32, each seen as one int64,
+# because one look-up of 8 bytes is several times as fast as two of 4.
+PAIRS = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), dim=1).view(torch.int64).flatten()
+
+
+def _nearest(x: torch.Tensor, values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (n,) float32 -> which of `values` is nearest to x / absmax (n,) uint8; absmax (n / block,)."""
+    n = x.numel()
+    x = F.pad(x, (0, -n % block)).view(-1, block)
+    absmax = x.abs().amax(dim=1)
+    # Times the reciprocal and not divided, as bitsandbytes does: the last bit can decide.
+    x = (x * (1 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+    values = values.to(x.device)
+    return torch.bucketize(x, (values[1:] + values[:-1]) / 2).to(torch.uint8).flatten()[:n], absmax
+
+
+def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight, n values -> codes (n / 2,) uint8, the first of two in the upper half; absmax (n / 64,)."""
+    codes, absmax = _nearest(weight.detach().flatten().float(), NF4, BLOCK)
+    codes = F.pad(codes, (0, codes.numel() % 2), value=7).view(-1, 2)  # an odd one's neighbour: 7 is zero
+    return codes[:, 0] << 4 | codes[:, 1], absmax
+
+
+def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, shape, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of quantize_nf4, as far as there is one: a tensor of that shape and dtype."""
+    n = math.prod(shape)
+    if short := -codes.numel() % (BLOCK // 2):  # the last block is not full
+        codes = F.pad(codes, (0, short))
+    weight = PAIRS.to(codes.device).index_select(0, codes.int()).view(torch.float32)
+    return (weight.view(-1, BLOCK) * absmax[:, None]).to(dtype).flatten()[:n].view(shape)
+
+
+def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scales (n,) float32 -> codes (n,) uint8, nested_absmax (n / 256,) and offset () float32.
+
+    The offset is the mean, taken off first: scales are all positive, and half of the code's values are not.
+    """
+    offset = absmax.mean()
+    return *_nearest(absmax - offset, DYNAMIC, NESTED_BLOCK), offset
+
+
+def dequantize_absmax(codes, nested_absmax, offset) -> torch.Tensor:
+    """The inverse of quantize_absmax: (n,) float32."""
+    scales = nested_absmax.repeat_interleave(NESTED_BLOCK)[:codes.numel()]
+    return DYNAMIC.to(codes.device).index_select(0, codes.int()) * scales + offset
+
+
+class _MatMul(torch.autograd.Function):
+    """F.linear over a quantized weight: for the backward pass the 4 bits are kept and dequantized again."""
+
+    @staticmethod
+    def forward(ctx, x, bias, shape, *stored):
+        ctx.save_for_backward(*stored)
+        ctx.shape = shape
+        return F.linear(x, _dense(shape, x.dtype, *stored), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight = _dense(ctx.shape, grad.dtype, *ctx.saved_tensors)
+        return grad @ weight, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def _dense(shape, dtype, codes, absmax, *nested) -> torch.Tensor:
+    return dequantize_nf4(codes, dequantize_absmax(absmax, *nested) if nested else absmax, shape, dtype)
+
+
+class NF4Linear(nn.Module):
+    """y = W x + b with W in 4 bits, frozen: (..., in) -> (..., out) in the compute dtype, autocast's or x's.
+
+    codes (out * in / 2,) uint8, and absmax (out * in / 64,): float32, or with double quantization uint8 in
+    units of nested_absmax (out * in / 64 / 256,) float32, around nested_offset () float32.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, double_quant: bool = True,
+                 device=None):
+        super().__init__()
+        self.in_features, self.out_features, self.double_quant = in_features, out_features, double_quant
+        n = in_features * out_features
+        blocks = math.ceil(n / BLOCK)
+
+        # Parameters and not buffers: those DDP would send to every rank in every step.
+        def frozen(*size, dtype=torch.float32):
+            return nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+
+        self.codes = frozen(math.ceil(n / 2), dtype=torch.uint8)
+        self.absmax = frozen(blocks, dtype=torch.uint8 if double_quant else torch.float32)
+        if double_quant:
+            self.nested_absmax = frozen(math.ceil(blocks / NESTED_BLOCK))
+            self.nested_offset = frozen()
+        self.bias = frozen(out_features) if bias else None
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear, double_quant: bool = True) -> "NF4Linear":
+        """The quantized form of a linear layer; its bias is kept as it is."""
+        weight = linear.weight
+        new = cls(linear.in_features, linear.out_features, double_quant=double_quant, device=weight.device)
+        codes, absmax = quantize_nf4(weight)
+        new.codes.copy_(codes)
+        if double_quant:
+            for parameter, value in zip(new._stored()[1:], quantize_absmax(absmax), strict=True):
+                parameter.copy_(value)
+        else:
+            new.absmax.copy_(absmax)
+        if linear.bias is not None:
+            new.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        return new.train(linear.training)
+
+    def _stored(self) -> list[nn.Parameter]:
+        names = ("codes", "absmax", "nested_absmax", "nested_offset")
+        return [getattr(self, name) for name in names if name in self._parameters]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """W as a new dense tensor (out, in)."""
+        return _dense((self.out_features, self.in_features), dtype, *self._stored())
+
+    def forward(self, x):
+        dtype = matmul_dtype(x)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return _MatMul.apply(x.to(dtype), bias, (self.out_features, self.in_features), *self._stored())
+
+    def _apply(self, fn, recurse=True):
+        """What model.to(...) calls. The constants follow to a device, but no cast may round them."""
+        exact = [(parameter, parameter.data) for parameter in self._stored()]
+        super()._apply(fn, recurse)
+        for parameter, data in exact:
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (f"in_features={self.in_features}, out_features={self.out_features}, "
+                f"bias={self.bias is not None}, double_quant={self.double_quant}")
+
+
+def quantize_model(model: nn.Module, double_quant: bool = True) -> nn.Module:
+    """Every nn.Linear but lm_head becomes an NF4Linear, in place; embedding, norms and head stay as they are.
+
+    Raises ModelError, the model untouched: LoRA is there already, nothing to quantize, weights that are no
+    numbers.
+    """
+    linears = {name: module for name, module in model.named_modules()
+               if type(module) is nn.Linear and name.split(".")[-1] not in ("", "lm_head")}
+    if any(".lora." in name for name in linears):
+        raise ModelError("quantize the model before apply_lora, not after: adapters stay as they are")
+    if not linears:
+        there = "its linear layers are quantized already" if _quantized(model) else "it has no linear layers"
+        raise ModelError(f"nothing to quantize: {there}")
+    for name, linear in linears.items():
+        if not linear.weight.isfinite().all():
+            raise ModelError(f"can't quantize {name}: its weights hold NaN or infinity")
+    for name in list(linears):
+        model.set_submodule(name, NF4Linear.from_linear(linears.pop(name), double_quant))  # frees the old one
+    return model
+
+
+def _quantized(model: nn.Module) -> list[NF4Linear]:
+    return [module for module in model.modules() if isinstance(module, NF4Linear)]
+
+
+def _weights_and_bytes(model: nn.Module) -> tuple[int, int]:
+    layers = _quantized(model)
+    if not layers:
+        raise ModelError("the model has no quantized layer: call quantize_model first")
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return weights, sum(stored.nbytes for layer in layers for stored in layer._stored())
+
+
+def bits_per_parameter(model: nn.Module) -> float:
+    """Bits that a quantized weight takes, its share of the constants included: 4.127, or 4.5 without double
+    quantization. Raises ModelError where nothing is quantized."""
+    weights, size = _weights_and_bytes(model)
+    return 8 * size / weights
+
+
+def memory_line(model: nn.Module) -> str:
+    """What quantization saved, for a person to read. Raises ModelError where nothing is quantized."""
+    weights, size = _weights_and_bytes(model)
+    return (f"{weights:,} weights in NF4: {size / 2**20:.1f} MiB, {8 * size / weights:.3f} bits each "
+            f"({2 * weights / 2**20:.1f} MiB in bfloat16)")
