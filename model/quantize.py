@@ -12,6 +12,8 @@ Double quantization stores the scales in 8 bits too, 256 of them to one float32:
 4.127 bits a weight instead of 4.5. Codes and constants are those of bitsandbytes, bit for bit.
 """
 
+import functools
+import json
 import math
 
 import torch
@@ -22,6 +24,7 @@ from model.transformer import ModelError, matmul_dtype
 
 BLOCK = 64  # weights to a scale
 NESTED_BLOCK = 256  # scales to a scale of scales
+_STATE = "quant_state.bitsandbytes__nf4"  # the key of what bitsandbytes stores besides tensors, as JSON
 
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -68,8 +71,25 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes[:, 0] << 4 | codes[:, 1], absmax
 
 
+@functools.cache
+def _kernels(device: torch.device):
+    """bitsandbytes' operators, one fast kernel each, where they run: on a GPU with bitsandbytes installed."""
+    if device.type != "cuda":
+        return None
+    try:
+        import bitsandbytes  # noqa: F401
+
+        codes, absmax = quantize_nf4(torch.ones(BLOCK, device=device))
+        torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, "nf4", (1, BLOCK), torch.float32)
+    except Exception:  # not installed, or not built for this GPU: PyTorch computes the same, only slower
+        return None
+    return torch.ops.bitsandbytes
+
+
 def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, shape, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of quantize_nf4, as far as there is one: a tensor of that shape and dtype."""
+    if kernels := _kernels(codes.device):
+        return kernels.dequantize_4bit(codes, absmax, BLOCK, "nf4", shape, dtype)
     n = math.prod(shape)
     if short := -codes.numel() % (BLOCK // 2):  # the last block is not full
         codes = F.pad(codes, (0, short))
@@ -92,23 +112,48 @@ def dequantize_absmax(codes, nested_absmax, offset) -> torch.Tensor:
     return DYNAMIC.to(codes.device).index_select(0, codes.int()) * scales + offset
 
 
-class _MatMul(torch.autograd.Function):
-    """F.linear over a quantized weight: for the backward pass the 4 bits are kept and dequantized again."""
-
-    @staticmethod
-    def forward(ctx, x, bias, shape, *stored):
-        ctx.save_for_backward(*stored)
-        ctx.shape = shape
-        return F.linear(x, _dense(shape, x.dtype, *stored), bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight = _dense(ctx.shape, grad.dtype, *ctx.saved_tensors)
-        return grad @ weight, *[None] * (len(ctx.needs_input_grad) - 1)
-
-
 def _dense(shape, dtype, codes, absmax, *nested) -> torch.Tensor:
     return dequantize_nf4(codes, dequantize_absmax(absmax, *nested) if nested else absmax, shape, dtype)
+
+
+# y = x W^T + b as one operator, opaque to torch.compile, with a backward of its own that dequantizes again.
+# Autograd would keep every dense weight for the backward pass; so would the compiler, seeing two equal
+# computations in one graph. `stored` are the tensors of NF4Linear._stored.
+
+
+@torch.library.custom_op("seedling::nf4_linear", mutates_args=())
+def nf4_linear(x: torch.Tensor, stored: list[torch.Tensor], bias: torch.Tensor | None,
+               out_features: int) -> torch.Tensor:
+    return F.linear(x, _dense((out_features, x.size(-1)), x.dtype, *stored), bias)
+
+
+@torch.library.custom_op("seedling::nf4_linear_backward", mutates_args=())
+def nf4_linear_backward(grad: torch.Tensor, stored: list[torch.Tensor], in_features: int) -> torch.Tensor:
+    return grad @ _dense((grad.size(-1), in_features), grad.dtype, *stored)
+
+
+@nf4_linear.register_fake
+def _(x, stored, bias, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@nf4_linear_backward.register_fake
+def _(grad, stored, in_features):
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _setup_context(ctx, inputs, output):
+    x, stored, _, _ = inputs
+    ctx.save_for_backward(*stored)
+    ctx.in_features = x.size(-1)
+
+
+def _backward(ctx, grad):
+    stored = list(ctx.saved_tensors)
+    return nf4_linear_backward(grad, stored, ctx.in_features), [None] * len(stored), None, None
+
+
+nf4_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 class NF4Linear(nn.Module):
@@ -164,7 +209,7 @@ class NF4Linear(nn.Module):
     def forward(self, x):
         dtype = matmul_dtype(x)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return _MatMul.apply(x.to(dtype), bias, (self.out_features, self.in_features), *self._stored())
+        return nf4_linear(x.to(dtype), self._stored(), bias, self.out_features)
 
     def _apply(self, fn, recurse=True):
         """What model.to(...) calls. The constants follow to a device, but no cast may round them."""
@@ -225,3 +270,81 @@ def memory_line(model: nn.Module) -> str:
     weights, size = _weights_and_bytes(model)
     return (f"{weights:,} weights in NF4: {size / 2**20:.1f} MiB, {8 * size / weights:.3f} bits each "
             f"({2 * weights / 2**20:.1f} MiB in bfloat16)")
+
+
+# --- on disk: the format of transformers with bitsandbytes ------------------------------------------------
+
+
+def quantization_config(model: nn.Module) -> dict | None:
+    """What config.json says about the quantized layers of the model; None where there are none."""
+    layers = _quantized(model)
+    if not layers:
+        return None
+    return {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": layers[0].double_quant, "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_compute_dtype": "float32",  # bitsandbytes takes it for "as the input"
+            "llm_int8_skip_modules": [n for n, module in model.named_modules() if type(module) is nn.Linear]}
+
+
+def to_bitsandbytes(model: nn.Module, tensors: dict) -> dict:
+    """A state dict of the model -> what transformers stores: NAME.weight, NAME.weight.absmax, ..."""
+    tensors = dict(tensors)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, NF4Linear):
+            continue
+        weight = f"{name}.weight"
+        tensors[weight] = tensors.pop(f"{name}.codes")[:, None]
+        tensors[f"{weight}.absmax"] = tensors.pop(f"{name}.absmax")
+        tensors[f"{weight}.quant_map"] = NF4.clone()
+        state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "float32",
+                 "shape": [layer.out_features, layer.in_features]}
+        if layer.double_quant:
+            tensors[f"{weight}.nested_absmax"] = tensors.pop(f"{name}.nested_absmax")
+            tensors[f"{weight}.nested_quant_map"] = DYNAMIC.clone()
+            state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32",
+                      "nested_offset": tensors.pop(f"{name}.nested_offset").item()}
+        tensors[f"{weight}.{_STATE}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return tensors
+
+
+def from_bitsandbytes(model: nn.Module, tensors: dict) -> dict:
+    """The inverse: -> a state dict, and what `tensors` hold in 4 bits becomes an NF4Linear of the model.
+
+    The new layers are on the meta device. Raises ModelError for another code, block size or shape, and for
+    what is missing or damaged; the shapes of the tensors themselves are left to the caller.
+    """
+    tensors = dict(tensors)
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    for key in [key for key in tensors if ".weight.quant_state." in key]:
+        name, kind = key.split(".weight.", 1)
+        if kind != _STATE:
+            raise ModelError(f"{name} is quantized as {kind.removeprefix('quant_state.')}; only NF4 is read")
+        if name not in linears:
+            raise ModelError(f"{name} is quantized, but is no linear layer of the model")
+        linear = linears[name]
+        try:
+            state = json.loads(bytes(tensors.pop(key).tolist()))
+            constants = {"quant_map": NF4}
+            found = {"blocksize": state["blocksize"], "shape": list(state["shape"])}
+            wanted = {"blocksize": BLOCK, "shape": [linear.out_features, linear.in_features]}
+            nested = "nested_blocksize" in state
+            if nested:
+                constants["nested_quant_map"] = DYNAMIC
+                found["nested_blocksize"] = state["nested_blocksize"]
+                wanted["nested_blocksize"] = NESTED_BLOCK
+                tensors[f"{name}.nested_offset"] = torch.tensor(float(state["nested_offset"]))
+                tensors[f"{name}.nested_absmax"] = tensors.pop(f"{name}.weight.nested_absmax")
+            for constant, table in constants.items():
+                same = torch.equal(tensors.pop(f"{name}.weight.{constant}"), table)
+                found[constant], wanted[constant] = "standard" if same else "its own", "standard"
+            tensors[f"{name}.absmax"] = tensors.pop(f"{name}.weight.absmax")
+            tensors[f"{name}.codes"] = tensors.pop(f"{name}.weight").flatten().view(torch.uint8)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{name}: its 4-bit weight is incomplete or damaged ({error})") from None
+        if wrong := [f"{key} {found[key]}, not {wanted[key]}" for key in wanted if found[key] != wanted[key]]:
+            raise ModelError(f"{name}: its 4-bit weight can't be read: {', '.join(wrong)}")
+        layer = NF4Linear(linear.in_features, linear.out_features, linear.bias is not None, nested, "meta")
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        model.set_submodule(name, layer.train(linear.training))
+    return tensors

@@ -19,6 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from model.quantize import from_bitsandbytes, quantization_config, to_bitsandbytes
 from model.transformer import CausalLM, ModelConfig, ModelError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -42,8 +43,10 @@ def config_from_dict(raw: dict, where: Path) -> ModelConfig:
         raise ModelError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported, only silu")
     if raw.get("mlp_bias") or (family in ("Llama", "Qwen3") and raw.get("attention_bias")):
         raise ModelError(f"{where}: biases on the output projections are not supported")
-    if raw.get("quantization_config"):
-        raise ModelError(f"{where}: the weights are quantized; use the unquantized model")
+    quantized = raw.get("quantization_config") or {}
+    if quantized and quantized.get("bnb_4bit_quant_type", quantized.get("quant_method")) != "nf4":
+        raise ModelError(f"{where}: of quantized weights only bitsandbytes' NF4 is read; use the unquantized "
+                         "model")
 
     # transformers 5 keeps it all in rope_parameters; before, there were rope_theta and rope_scaling.
     rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
@@ -148,6 +151,10 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM
 
     with torch.device("meta"):  # shapes without memory, so that a wrong file costs nothing
         model = CausalLM(config).to(dtype or torch.float32)
+    try:
+        tensors = from_bitsandbytes(model, tensors)  # those layers that the file holds in 4 bits
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
     tensors = _check(tensors, model, path)
     model.to_empty(device=device)
     model.tie_weights()  # to_empty gave each its own memory
@@ -157,7 +164,7 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM
 
 def _check(tensors: dict, model: CausalLM, path: Path) -> dict:
     """The tensors that the model wants, complete and in shape. Raises ModelError."""
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wanted = model.state_dict()
     # Rotary tables that old files carry: we compute them from the config.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
@@ -169,12 +176,14 @@ def _check(tensors: dict, model: CausalLM, path: Path) -> dict:
         if names:
             more = f" and {len(names) - 1} like it" if len(names) > 1 else ""
             raise ModelError(f"{path} {problem} {min(names)}{more}: the weights don't fit the config")
-    for name, shape in wanted.items():
+    for name, blank in wanted.items():
         tensor = tensors[name]
-        if tensor.shape != shape:
-            raise ModelError(f"{path}: {name} is {list(tensor.shape)}, the config asks for {list(shape)}")
-        if not tensor.is_floating_point():
-            raise ModelError(f"{path}: {name} holds {tensor.dtype}; quantized weights are not read")
+        if tensor.shape != blank.shape:
+            shapes = f"is {list(tensor.shape)}, the config asks for {list(blank.shape)}"
+            raise ModelError(f"{path}: {name} {shapes}")
+        floats = tensor.is_floating_point() and blank.is_floating_point()  # those are cast
+        if tensor.dtype != blank.dtype and not floats:
+            raise ModelError(f"{path}: {name} holds {tensor.dtype}; of quantized weights only NF4 is read")
     return tensors
 
 
@@ -294,6 +303,7 @@ def _one_line(error: Exception) -> str:
 def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = None) -> None:
     """Writes a Hugging Face directory: weights, configs, tokenizer, training.json.
 
+    What is quantized is written as transformers with bitsandbytes writes it, and opens there.
     Never half-written: all files go to a temporary folder beside `path` first. A new folder then appears in
     one rename; in a folder that exists each file is replaced in one rename, config.json and training.json
     last, and what else lies there (metrics.jsonl, checkpoints/) stays. Raises ModelError where adapters are
@@ -303,10 +313,12 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
     if path.is_file():
         raise ModelError(f"{path} is a file; a model is saved as a folder")
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = to_bitsandbytes(model, tensors)
     with torch.device("meta"):
         plain = CausalLM(model.config).state_dict()
-    if tensors.keys() != plain.keys():
-        surplus = min(tensors.keys() ^ plain.keys())
+    names = {name for name in tensors if ".weight." not in name}  # without the constants of 4-bit weights
+    if names != plain.keys():
+        surplus = min(names ^ plain.keys())
         raise ModelError(f"can't save a plain model because of {surplus}: merge adapters, or save them alone")
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]  # the same memory as the embedding, which the config says
@@ -314,6 +326,8 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
 
     tokens = _special_tokens(tokenizer)
     config = config_to_dict(model.config) | tokens | {"dtype": dtype, "torch_dtype": dtype}
+    if quantized := quantization_config(model):
+        config["quantization_config"] = quantized
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -192,6 +192,44 @@ def test_one_compiled_graph():
     torch.compiler.reset()
 
 
+def test_compiled_code_keeps_no_dense_weight_either():
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    kept = []
+
+    def look(graph, inputs):
+        (outputs,) = next(node.args for node in graph.graph.nodes if node.op == "output")
+        kept.extend(node.meta["val"] for node in outputs)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=look, bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+                           partition_fn=min_cut_rematerialization_partition)
+    layer, x = Q.NF4Linear.from_linear(linear(64, 64)), torch.randn(1, 64, requires_grad=True)
+    torch.compile(layer, backend=backend, fullgraph=True)(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(1, 64) @ layer.dequantize())
+    assert kept and sum(t.nbytes for t in kept) < 64 * 64
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_the_operator_keeps_the_rules_of_pytorch(double_quant):
+    layer = Q.NF4Linear.from_linear(linear(bias=True), double_quant)
+    x = torch.randn(2, 3, 40, requires_grad=True)
+    torch.library.opcheck(Q.nf4_linear, (x, layer._stored(), layer.bias, 48))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_kernels_of_bitsandbytes_give_the_same_bits(monkeypatch, double_quant):
+    """Its CPU kernel through the very call that a GPU takes."""
+    layer = Q.NF4Linear.from_linear(linear(64, 128), double_quant)
+    ours = [layer.dequantize(dtype) for dtype in DTYPES]
+    assert Q._kernels(torch.device("cpu")) is None
+    monkeypatch.setattr(Q, "_kernels", lambda device: torch.ops.bitsandbytes)
+    for dtype, expected in zip(DTYPES, ours, strict=True):
+        assert torch.equal(layer.dequantize(dtype), expected)
+
+
 def test_bad_input_is_one_line():
     def fails(match, model):
         with pytest.raises(ModelError, match=match) as error:

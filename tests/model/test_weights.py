@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model import weights
+from model.quantize import NF4Linear, quantize_model
 from model.transformer import CausalLM, ModelConfig, ModelError
 from model.weights import load_model, load_tokenizer, save_model
 
@@ -264,7 +265,10 @@ def assert_refused(path, words):
     ({"hidden_act": "gelu"}, "gelu"),
     ({"mlp_bias": True}, "biases"),
     ({"attention_bias": True}, "biases"),
-    ({"quantization_config": {"bits": 4}}, "quantized"),
+    ({"quantization_config": {"bits": 4}}, "only bitsandbytes' NF4"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "only bitsandbytes' NF4"),
+    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True,
+                              "bnb_4bit_quant_type": "fp4"}}, "only bitsandbytes' NF4"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}, "rope_scaling": ...}, "between layers"),
@@ -328,6 +332,100 @@ def test_weights_that_are_no_floats(folder):
     tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
     save_file(tensors, folder / "model.safetensors")
     assert_refused(folder, "int8")
+
+
+# --- 4-bit weights ---
+
+# Multiples of 64: bitsandbytes' CPU kernels misread rows that end inside a block.
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+
+
+def quantize_with_transformers(plain, folder, double_quant, dtype):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                  bnb_4bit_use_double_quant=double_quant)
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings, dtype=dtype)
+    model.save_pretrained(folder)
+    return model.train()  # in eval() bitsandbytes repacks the weights for a bfloat16 kernel
+
+
+def read_tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("double_quant", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_a_quantized_model_goes_both_ways(family, double_quant, dtype, tmp_path):
+    plain = ours(**WIDE, **FAMILIES[family][0], tie_word_embeddings=family == "Qwen2")
+    save_model(plain, tmp_path / "plain")
+    twin = quantize_with_transformers(tmp_path / "plain", tmp_path / "theirs", double_quant, dtype)
+    read = load_model(tmp_path / "theirs")
+    assert sum(isinstance(module, NF4Linear) for module in read.modules()) == 7
+    if dtype == torch.float32:
+        assert_equal_logits(read, twin)
+    # What we write is what they wrote, name for name and bit for bit,
+    save_model(read, tmp_path / "again")
+    before, after = read_tensors(tmp_path / "theirs"), read_tensors(tmp_path / "again")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if ".quant_state." in name:  # whose "dtype" is that which the weights had before
+            before_state, after_state = (json.loads(bytes(t.tolist())) for t in (tensor, after[name]))
+            assert before_state | {"dtype": 0} == after_state | {"dtype": 0}
+        elif tensor.dtype == torch.uint8 or ".weight." in name:
+            assert torch.equal(tensor, after[name]), name
+    # and what we quantized opens there.
+    if dtype == torch.float32:
+        quantize_model(plain, double_quant)
+        save_model(plain, tmp_path / "ours")
+        assert_equal_logits(load_model(tmp_path / "ours"), plain, tolerance=1e-9)
+        assert_equal_logits(open_with_transformers(tmp_path / "ours").train(), plain)
+
+
+@pytest.fixture
+def quantized_folder(tmp_path):
+    save_model(quantize_model(ours(num_hidden_layers=1)), tmp_path / "m")
+    return tmp_path / "m"
+
+
+STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+
+
+def as_bytes(text):
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"up_proj.weight": None}, "up_proj: its 4-bit weight is incomplete"),
+    ({"up_proj.weight.absmax": None}, "up_proj: its 4-bit weight is incomplete"),
+    ({"up_proj.weight.nested_absmax": None}, "up_proj: its 4-bit weight is incomplete"),
+    ({"up_proj.weight.quant_state.bitsandbytes__nf4": None}, "unknown .*up_proj.weight.absmax"),
+    ({"up_proj.weight.quant_state.bitsandbytes__nf4": as_bytes("{")}, "incomplete or damaged"),
+    ({"up_proj.weight.quant_state.bitsandbytes__nf4": as_bytes("[1]")}, "incomplete or damaged"),
+    ({"up_proj.weight.quant_state.bitsandbytes__nf4": torch.ones(3)}, "incomplete or damaged"),
+    ({"up_proj.weight.quant_state.bitsandbytes__fp4": as_bytes("{}")}, "bitsandbytes__fp4; only NF4"),
+    ({"other.weight.quant_state.bitsandbytes__nf4": as_bytes("{}")}, "other is quantized, but is no linear"),
+    ({"up_proj.weight": torch.zeros(5, 1, dtype=torch.uint8)}, r"codes is \[5\], .* asks for \[768\]"),
+    ({"up_proj.weight.absmax": torch.zeros(24)}, "absmax holds torch.float32"),
+    ({"up_proj.weight.quant_map": torch.zeros(16)}, "quant_map its own, not standard"),
+    ({"up_proj.weight.quant_map": torch.zeros(15)}, "quant_map its own, not standard"),
+    ({"blocksize": 128}, "blocksize 128, not 64"),
+    ({"nested_blocksize": 64}, "nested_blocksize 64, not 256"),
+    ({"shape": [1, 2]}, r"shape \[1, 2\], not \[48, 32\]"),
+])
+def test_wrong_or_damaged_4_bit_weights(quantized_folder, changes, words):
+    from safetensors.torch import save_file
+
+    tensors = read_tensors(quantized_folder)
+    for name, value in changes.items():
+        if "weight" not in name:
+            state = json.loads(bytes(tensors[STATE].tolist())) | {name: value}
+            name, value = "up_proj.weight.quant_state.bitsandbytes__nf4", as_bytes(json.dumps(state))
+        tensors["model.layers.0.mlp." + name] = value
+    save_file({k: v for k, v in tensors.items() if v is not None}, quantized_folder / "model.safetensors")
+    assert_refused(quantized_folder, words)
 
 
 # --- saving ---
