@@ -1,0 +1,294 @@
+"""Draw the pictures of docs/lora.md: what low rank is, and how much of our own fine-tuning is of low rank.
+
+    bash scripts/quickstart.sh     # makes what the next line draws: pretrain, full_sft and held-out chats
+    python scripts/draw_lora.py
+    python scripts/draw_lora.py --base out/pretrain --tuned out/full_sft --data_path out/world/sft_eval.jsonl
+
+Several pairs go into one picture: each --tuned was trained from the --base at its place in the list, and
+--data_path is held out from that training. --lora names adapters that were trained on the last --base, at any
+ranks. The numbers are printed, too. The end of docs/lora.md has the command that drew the pictures there.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from trainer.args import ROOT, HelpFormatter, run_script
+
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers (Okabe & Ito 2008)
+LAYER = "self_attn.q_proj.weight"  # of the last block: the layer whose change is drawn
+
+
+def main(args):
+    import torch
+
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    pairs = [load_pair(*paths) for paths in zip(args.base, args.tuned, args.data_path, strict=True)]
+    torch.manual_seed(0)
+    draw_product(args.out_dir / "lora_product.png")
+    draw_change(pairs[-1], args.out_dir / "lora_change.png")
+    draw_energy(pairs, args.out_dir / "lora_energy.png")
+    draw_loss(pairs, args.lora or [], args.out_dir / "lora_loss.png")
+    print(f"saved {args.out_dir}/lora_product.png, lora_change.png, lora_energy.png, lora_loss.png")
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+@dataclass
+class Pair:
+    """A model before and after fine-tuning, and the data that tells how well it went."""
+
+    name: str
+    base: object  # CausalLM
+    tuned: object
+    changes: dict  # {weight: (U, sigma, V^T) of W_tuned - W_base}, for the layers that "all-linear" means
+    dataset: object  # SFTDataset
+    pad: int
+
+
+def load_pair(base_path: Path, tuned_path: Path, data_path: Path) -> Pair:
+    """Raises ModelError and DataError for what can't be read, and for two models that are no pair."""
+    import torch
+
+    from dataset.lm_dataset import SFTDataset
+    from model.transformer import ModelError
+    from model.weights import load_model, load_tokenizer
+
+    base, tuned, tokenizer = load_model(base_path), load_model(tuned_path), load_tokenizer(tuned_path)
+    before, after = base.state_dict(), tuned.state_dict()
+    if {name: w.shape for name, w in before.items()} != {name: w.shape for name, w in after.items()}:
+        raise ModelError(f"{base_path} and {tuned_path} are not of the same shape")
+    linears = [f"{name}.weight" for name, module in base.named_modules()
+               if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    changes = {name: torch.linalg.svd(after[name] - before[name], full_matrices=False) for name in linears}
+    dataset = SFTDataset(data_path, tokenizer, min(2048, base.config.max_position_embeddings))
+    name = f"{base_path.name} → {tuned_path.name}{optimizer_of(tuned_path)}"
+    return Pair(name, base, tuned, changes, dataset, tokenizer.eos_token_id)
+
+
+def optimizer_of(folder: Path) -> str:
+    """As " (muon)", where training.json tells it."""
+    import json
+
+    note = folder / "training.json"
+    training = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    optimizer = training.get("arguments", {}).get("optimizer")
+    return f" ({optimizer})" if optimizer else ""
+
+
+def energy_kept(sigmas) -> list[float]:
+    """Singular values of several matrices -> the share of the sum of sigma^2 at rank 1, 2, ... of each."""
+    import torch
+
+    longest = max(map(len, sigmas))
+    energy = sum(torch.nn.functional.pad(sigma.square(), (0, longest - len(sigma))) for sigma in sigmas)
+    return (energy.cumsum(0) / energy.sum()).tolist()
+
+
+def truncated(svd, rank: int):
+    """The nearest matrix of that rank."""
+    u, sigma, vh = svd
+    return (u[:, :rank] * sigma[:rank]) @ vh[:rank]
+
+
+def cut(pair: Pair, rank: int, rest_too: bool):
+    """The base with the best change of that rank in every linear layer. rest_too: with the norms and the
+    embedding of the tuned model, which no adapter holds."""
+    import copy
+
+    state = dict((pair.tuned if rest_too else pair.base).state_dict())
+    for name, svd in pair.changes.items():
+        state[name] = pair.base.state_dict()[name] + truncated(svd, rank)
+    model = copy.deepcopy(pair.base)
+    model.load_state_dict(state)
+    return model
+
+
+def held_out_loss(pair: Pair, model) -> float:
+    """In nats per supervised token."""
+    import torch
+
+    from dataset.lm_dataset import collate
+
+    order = sorted(range(len(pair.dataset)), key=pair.dataset.lengths.__getitem__)  # by length: less padding
+    loss = 0.0
+    with torch.inference_mode():
+        for i in range(0, len(order), 32):
+            batch = collate(pair.dataset, [[sample] for sample in order[i:i + 32]], pair.pad)
+            batch = {name: tensor for name, tensor in batch.items() if tensor is not None}
+            loss += model(**batch).loss_sum.item()
+    return loss / int(pair.dataset.num_targets.sum())
+
+
+def ranks_up_to(full: int) -> list[int]:
+    return [rank for rank in RANKS if rank < full] + [full]
+
+
+def tell(name: str, what: str, by_rank) -> None:
+    print(f"{name}: {what}: " + ", ".join(f"rank {rank} {value:.3f}" for rank, value in by_rank))
+
+
+# ---------------------------------------------------------------- the pictures
+
+
+def new_figure(width: float, height: float, columns: int, **more):
+    """A matplotlib figure, white also on a dark page, and a list of its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False, **more)[0]
+
+
+def save(figure, path: Path) -> None:
+    """A PNG of 128 colours: a third of the bytes, and no eye tells."""
+    import io
+
+    from PIL import Image  # matplotlib requires it
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
+
+
+def show(ax, matrix, limit: float, title: str) -> None:
+    ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=10)
+
+
+def draw_product(path: Path) -> None:
+    """A 6 x 7 matrix of rank 2 as the product of 6 x 2 and 2 x 7."""
+    import torch
+
+    b = torch.tensor([[1, 0], [2, 1], [0, 1], [1, -1], [-1, 2], [1, 1]])
+    a = torch.tensor([[1, 2, 0, -1, 1, 0, 2], [0, 1, 3, 1, -1, 2, 0]])
+    figure, axes = new_figure(8.2, 2.9, 3, width_ratios=(7, 2, 7))
+    for ax, matrix, title in zip(axes, (b @ a, b, a), ("W: 6 × 7 = 42 numbers", "B: 6 × 2", "A: 2 × 7"),
+                                 strict=True):
+        show(ax, matrix, 9, title)
+        for row, column in torch.cartesian_prod(*map(torch.arange, matrix.shape)).tolist():
+            ax.text(column, row, f"{matrix[row, column]}".replace("-", "−"), ha="center", va="center")
+    for ax, x, sign in zip(axes[1:], (-0.35, -0.1), "=·", strict=True):
+        ax.text(x, 0.5, sign, transform=ax.transAxes, fontsize=22, ha="center", va="center")
+    save(figure, path)
+
+
+def draw_change(pair: Pair, path: Path) -> None:
+    """One layer's change as an image, beside the nearest images of rank 1, 4 and 16."""
+    name = [name for name in pair.changes if name.endswith(LAYER)][-1]
+    svd = pair.changes[name]
+    sigma, kept, corner = svd[1], energy_kept([svd[1]]), slice(0, 48)
+    limit = 3 * truncated(svd, len(sigma)).std().item()
+    figure, axes = new_figure(9, 2.75, 4)
+    show(axes[0], truncated(svd, len(sigma))[corner, corner], limit, "the whole change")
+    for ax, rank in zip(axes[1:], (1, 4, 16), strict=True):
+        title = f"rank {rank}: {kept[min(rank, len(kept)) - 1]:.0%} of the energy"
+        show(ax, truncated(svd, rank)[corner, corner], limit, title)
+    figure.suptitle(f"{name.removesuffix('.weight')}, {pair.name}", fontsize=10)
+    save(figure, path)
+
+
+def draw_energy(pairs: list[Pair], path: Path) -> None:
+    """Left: singular values of one layer's change. Right: the energy that a rank keeps over all layers."""
+    import torch
+
+    first = pairs[0]
+    shapes = {name: first.base.get_parameter(name).shape for name in first.changes}
+    lines = [(pair.name, {name: svd[1] for name, svd in pair.changes.items()}, color, "-")
+             for pair, color in zip(pairs, COLORS * len(pairs), strict=False)]
+    lines.append(("random numbers", {n: torch.linalg.svdvals(torch.randn(s)) for n, s in shapes.items()},
+                  "#777777", ":"))
+    layer = [name for name in shapes if name.endswith(LAYER)][-1]
+    figure, (left, right) = new_figure(9.5, 3.7, 2)
+    for name, sigmas, color, style in lines:
+        sigma, kept = sigmas[layer], energy_kept(list(sigmas.values()))
+        left.plot(range(1, len(sigma) + 1), sigma / sigma[0], style, color=color)
+        right.plot(range(1, len(kept) + 1), kept, style, color=color, label=name)
+        tell(name, "energy kept", [(rank, kept[rank - 1]) for rank in ranks_up_to(len(kept))])
+    layer = layer.removesuffix(".weight").removeprefix("model.")
+    left.set(xlabel="singular value, the largest first", ylabel="size (the largest = 1)", ylim=(0, 1.03))
+    left.set_title(f"one layer: {layer}", fontsize=11)
+    right.set(xlabel="rank kept in every layer", ylabel="share of the energy kept", ylim=(0, 1.03))
+    right.set_title("all linear layers", fontsize=11)
+    right.legend(frameon=False, fontsize=9)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+    save(figure, path)
+
+
+def draw_loss(pairs: list[Pair], adapters: list[Path], path: Path) -> None:
+    """Held-out loss of each change cut to a rank; in the last panel, also of adapters trained at a rank."""
+    figure, axes = new_figure(0.5 + 3.4 * len(pairs), 3.9, len(pairs), sharey=True)
+    for ax, pair in zip(axes, pairs, strict=True):
+        ranks = ranks_up_to(max(len(sigma) for _, sigma, _ in pair.changes.values()))
+        curves = [("the change, cut to a rank", "o-", COLORS[1],
+                   [(rank, held_out_loss(pair, cut(pair, rank, False))) for rank in ranks]),
+                  ("the same, norms and embedding changed in full", "o-", COLORS[0],
+                   [(rank, held_out_loss(pair, cut(pair, rank, True))) for rank in ranks])]
+        if pair is pairs[-1] and adapters:
+            points = sorted(loss_of_adapter(pair, adapter) for adapter in adapters)
+            curves.append(("an adapter trained at that rank", "s-", COLORS[2], points))
+        for name, style, color, points in curves:
+            ax.plot(*zip(*points, strict=True), style, color=color, markersize=4.5, label=name)
+            tell(pair.name, f"loss of {name}", points)
+        for name, model, color in (("before fine-tuning", pair.base, "#999999"),
+                                   ("after full fine-tuning", pair.tuned, "black")):
+            loss = held_out_loss(pair, model)
+            ax.axhline(loss, color=color, linestyle="--", linewidth=1, label=name)
+            print(f"{pair.name}: loss {name} {loss:.3f}")
+        ax.set(xlabel="rank", xscale="log", yscale="log")
+        ax.set_xticks(ranks, ranks)
+        ax.minorticks_off()
+        ax.margins(y=0.1)
+        ax.set_title(pair.name, fontsize=10)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out loss (nats per token)")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False,
+                  fontsize=9)
+    save(figure, path)
+
+
+def loss_of_adapter(pair: Pair, path: Path) -> tuple[int, float]:
+    """(its largest rank, held-out loss of the base with it)."""
+    from model.lora import LoRA, load_lora, remove_lora
+
+    load_lora(pair.base, path)
+    rank = max(module.rank for module in pair.base.modules() if isinstance(module, LoRA))
+    loss = held_out_loss(pair, pair.base)
+    remove_lora(pair.base)
+    return rank, loss
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    made = ROOT / "out" / "quickstart"
+    parser.add_argument("--base", type=Path, nargs="+", metavar="DIR",
+                        help="models before fine-tuning (default: out/quickstart/pretrain)")
+    parser.add_argument("--tuned", type=Path, nargs="+", metavar="DIR",
+                        help="the same after it (default: out/quickstart/full_sft)")
+    parser.add_argument("--data_path", type=Path, nargs="+", metavar="FILE",
+                        help="held-out chats for each (default: out/quickstart/world/sft_eval.jsonl)")
+    parser.add_argument("--lora", type=Path, nargs="+", metavar="DIR",
+                        help="adapters trained on the last --base")
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "pictures", metavar="DIR",
+                        help="where the pictures go")
+    args = parser.parse_args(argv)
+    args.base = args.base or [made / "pretrain"]
+    args.tuned = args.tuned or [made / "full_sft"]
+    args.data_path = args.data_path or [made / "world" / "sft_eval.jsonl"]
+    if not len(args.base) == len(args.tuned) == len(args.data_path):
+        parser.error(f"--base, --tuned and --data_path go together, one of each to a pair: there are "
+                     f"{len(args.base)}, {len(args.tuned)} and {len(args.data_path)}")
+    return args
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
