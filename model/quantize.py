@@ -246,6 +246,26 @@ def quantize_model(model: nn.Module, double_quant: bool = True) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def dequantize_model(model: nn.Module) -> nn.Module:
+    """Every NF4Linear becomes an nn.Linear in float32, in place; what rounding took is lost.
+
+    Raises ModelError, the model untouched, where LoRA is in the way.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    if any(hasattr(layer, "lora") for layer in layers.values()):
+        raise ModelError("dequantize the model before apply_lora or after remove_lora: LoRA would be lost")
+    for name in list(layers):
+        layer = layers.pop(name)
+        with torch.device("meta"):  # no memory for weights that are replaced at once
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        linear.weight = nn.Parameter(layer.dequantize())
+        if layer.bias is not None:
+            linear.bias = nn.Parameter(layer.bias.detach().clone())
+        model.set_submodule(name, linear.train(layer.training))
+    return model
+
+
 def _quantized(model: nn.Module) -> list[NF4Linear]:
     return [module for module in model.modules() if isinstance(module, NF4Linear)]
 

@@ -7,6 +7,7 @@
 No training: B A is the truncated SVD of W_tuned - W_base, which no other matrix of that rank comes nearer to
 (Eckart & Young 1936). --energy gives each layer the least rank that keeps that share of its change. Norms,
 embeddings and biases have no adapter: the table names what they changed by. docs/lora.md has the pictures.
+With a 4-bit BASE and its original as TUNED, the adapter takes back what it can of the quantization.
 
 Writes an adapter in PEFT's format, and energy.json: the table, with the singular values of every layer.
 """
@@ -25,6 +26,7 @@ def main(args):
     import json
 
     from model.lora import apply_lora, save_lora
+    from model.quantize import dequantize_model
     from model.transformer import ModelError
     from model.weights import load_model
 
@@ -32,7 +34,7 @@ def main(args):
         raise ModelError(f"--out_dir {args.out_dir} is one of the two models; name another folder")
     if args.out_dir.is_dir() and any(args.out_dir.iterdir()) and not args.overwrite:
         raise ModelError(f"--out_dir {args.out_dir} holds something; name another folder, or add --overwrite")
-    base, tuned = load_model(args.base), load_model(args.tuned)
+    base, tuned = (dequantize_model(load_model(path)) for path in (args.base, args.tuned))
     check_same_shape(base, tuned, args)
     names = apply_lora(base, 1 if args.rank is None else args.rank, target_modules=args.target_modules)
     rows = [fill(base.get_submodule(name), tuned.get_submodule(name).weight, args) for name in names]

@@ -2,8 +2,11 @@
 
     python scripts/merge_lora.py --load_from out/full_sft --lora out/lora_clinic --out_dir out/clinic
 
-Runs on a CPU: W + (alpha / rank) B A in float32, layer by layer, checked against the adapted model's logits,
-then stored in the precision of the base (--dtype changes that), with the base's tokenizer and chat template.
+Runs on a CPU: W + (alpha / rank) B A in float32, checked against the adapted model's logits, then stored in
+the precision of the base (--dtype changes that), with the base's tokenizer and chat template.
+
+An adapter of QLoRA was trained over a 4-bit base, so that base, dequantized, is what it is merged into,
+whether --load_from holds it in 4 bits or not; the script says how far it is from the unquantized one.
 """
 
 import argparse
@@ -27,6 +30,7 @@ def main(args):
     dtype = getattr(torch, stored_dtype(args.load_from) if args.dtype == "auto" else args.dtype)
     tokenizer = load_tokenizer(args.tokenizer or args.load_from)
     model = load_model(args.load_from)
+    dequantize(model, args)
     report = load_lora(model, args.lora)
     print(f"{args.lora}: {report.matched} layers, {report.relative_norm:.4f} of the weights they change")
 
@@ -47,6 +51,37 @@ def main(args):
               f"logits now differ by at most {farthest(model, adapted):.1e} (--dtype float32 rounds nothing)")
     save_model(model, args.out_dir, tokenizer, training=describe(args))
     print(f"saved {args.out_dir}")
+
+
+def dequantize(model, args):
+    """Make the base the one that the adapter was trained over, in float32, and say what its 4 bits lost."""
+    from model.quantize import NF4Linear, dequantize_model, quantize_model
+    from model.transformer import ModelError
+    from model.weights import load_model
+
+    stored = any(isinstance(module, NF4Linear) for module in model.modules())
+    if stored and args.quantize == "none":
+        raise ModelError(f"--quantize none: {args.load_from} holds 4 bits; name the unquantized model")
+    trained = read_json(args.lora / "training.json").get("arguments", {}).get("quantize", "none")
+    if args.quantize == "nf4" or (args.quantize is None and trained == "nf4" and not stored):
+        quantize_model(model)
+    elif not stored:
+        if args.original:
+            raise ModelError(f"--original: {args.load_from} is not quantized, it is the original itself")
+        return
+    names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+    dequantize_model(model)
+    original = args.original if stored else args.load_from
+    if original is None:
+        print("the base is a 4-bit one, dequantized; --original DIR tells how far it is from the unquantized")
+        return
+    before, after = load_model(original).state_dict(), model.state_dict()
+    if missing := [name for name in names if name not in before or before[name].shape != after[name].shape]:
+        raise ModelError(f"--original {original}: another model than the base: {missing[0]} is not alike")
+    lost = sum((after[name] - before[name]).square().sum() for name in names)
+    size = sum(before[name].square().sum() for name in names)
+    print(f"the base is a 4-bit one, dequantized: its linear layers differ from {original}'s by "
+          f"{(lost / size).sqrt():.2%} of their size")
 
 
 def check_out_dir(args):
@@ -96,6 +131,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--load_from", type=Path, required=True, metavar="DIR", help="the base model")
     parser.add_argument("--lora", type=Path, required=True, metavar="DIR", help="the adapter (or a .pth)")
+    parser.add_argument("--quantize", choices=("none", "nf4"),
+                        help="merge into the base as 4 bits round it (default: as the adapter was trained)")
+    parser.add_argument("--original", type=Path, metavar="DIR",
+                        help="the unquantized model, to compare a base with that --load_from holds in 4 bits")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="where the base has none of its own")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                         help="to store the weights in; auto: as the base")

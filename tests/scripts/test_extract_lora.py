@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from model.lora import load_lora
+from model.quantize import dequantize_model, quantize_model
 from model.transformer import CausalLM, ModelConfig
 from model.weights import load_model, save_model
 from scripts import extract_lora
@@ -101,6 +102,16 @@ def test_a_rank_above_a_thin_layers_own_is_cut_to_it(pair, tmp_path):
     report = extract(pair, tmp_path / "lora", "--rank", 32)
     assert report["layers"]["model.layers.0.self_attn.k_proj"]["rank"] == 16  # 2 heads of 8 rows
     assert report["layers"]["model.layers.0.self_attn.q_proj"]["rank"] == 32
+
+
+def test_a_quantized_base_gets_back_what_rounding_took(pair, tmp_path):
+    model, original = load_model(pair[0]), logits(load_model(pair[0]))
+    save_model(quantize_model(model), tmp_path / "quantized")
+    far = (logits(model) - original).abs().max()
+    extract((tmp_path / "quantized", pair[0]), tmp_path / "lora", "--rank", 32)  # 32: all of it
+    model = dequantize_model(load_model(tmp_path / "quantized"))
+    load_lora(model, tmp_path / "lora")
+    assert far > 0.01 and (logits(model) - original).abs().max() < 1e-5
 
 
 def test_what_an_adapter_cannot_hold_is_named_with_its_change(pair, tmp_path, capsys):

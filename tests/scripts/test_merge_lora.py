@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.lora import LoRA, apply_lora, load_lora, lora_parameters, save_lora
+from model.quantize import NF4Linear, dequantize_model, quantize_model
 from model.transformer import CausalLM, ModelConfig
 from model.weights import load_model, load_tokenizer, save_model
 from scripts import merge_lora
@@ -105,6 +106,43 @@ def test_the_base_decides_the_precision_and_the_rounding_is_told(home, capsys):
     assert 0 < lost == pytest.approx((rounding / update).item(), abs=6e-4)
 
 
+@pytest.fixture
+def over_4_bits(home):
+    """The base in 4 bits, dequantized, with an adapter. In the folders: quantized/ and qlora/."""
+    model = quantize_model(load_model(home / "base"))
+    save_model(model, home / "quantized", load_tokenizer(home / "base"))
+    adapter(dequantize_model(model), home / "qlora")
+    (home / "qlora" / "training.json").write_text('{"arguments": {"quantize": "nf4"}}')
+    return model
+
+
+def test_a_quantized_base_is_dequantized_and_what_it_lost_is_told(home, over_4_bits, capsys):
+    base, rounded = load_model(home / "base").state_dict(), over_4_bits.state_dict()
+    names = [name for name in base if "proj" in name]
+    lost = sum((rounded[name] - base[name]).square().sum() for name in names)
+    lost = (lost / sum(base[name].square().sum() for name in names)).sqrt().item()
+    assert 0.05 < lost < 0.15
+    expected = logits(over_4_bits)
+    told = f"by {lost:.2%} of"
+    for base, flags, words in (("quantized", [], "--original DIR tells"),
+                               ("quantized", ["--original", home / "base"], told),
+                               ("base", [], told)):  # quantized here, as qlora/training.json says
+        merged = merge(home, "--load_from", home / base, *flags, "--overwrite", lora="qlora")
+        assert words in capsys.readouterr().out
+        assert (logits(merged) - expected).abs().max() < 1e-5
+        assert all(type(module) is not NF4Linear for module in merged.modules())
+
+
+def test_the_unquantized_base_can_be_chosen_and_the_quantized_one(home, over_4_bits, capsys):
+    exact = adapted(home)
+    (home / "lora" / "training.json").write_text('{"arguments": {"quantize": "nf4"}}')
+    assert (logits(merge(home, "--quantize", "none")) - exact).abs().max() < 1e-5
+    assert "4-bit" not in capsys.readouterr().out
+    (home / "qlora" / "training.json").unlink()
+    merged = merge(home, "--quantize", "nf4", "--overwrite", lora="qlora")
+    assert (logits(merged) - logits(over_4_bits)).abs().max() < 1e-5
+
+
 def test_neither_base_nor_adapter_nor_other_files_are_written_over(home, refused):
     before = {file: file.read_bytes() for file in home.rglob("*") if file.is_file()}
     flags = ["--load_from", home / "base", "--lora", home / "lora", "--out_dir"]
@@ -123,6 +161,17 @@ def test_mistakes_are_one_line(home, refused):
                               ("base", "head", "shared"), ("other", "lora", "lora")):
         flags = ["--load_from", home / base, "--lora", home / lora, "--out_dir", home / "m"]
         refused(merge_lora, flags, words)
+    assert not (home / "m").exists()
+
+
+def test_what_contradicts_a_quantized_base_is_one_line(home, over_4_bits, refused):
+    save_model(CausalLM(ModelConfig(**{**SHAPE, "intermediate_size": 64})), home / "other")
+    for base, flags, words in (("base", ["--original", home / "base"], "not quantized"),
+                               ("quantized", ["--quantize", "nf4"], "quantized already"),
+                               ("quantized", ["--original", home / "other"], "another model"),
+                               ("quantized", ["--quantize", "none"], "4 bits")):
+        paths = ["--load_from", home / base, "--lora", home / "lora", "--out_dir", home / "m"]
+        refused(merge_lora, [*paths, *flags], words)
     assert not (home / "m").exists()
 
 
