@@ -3,41 +3,44 @@
     y = W x + (alpha / rank) B A x        A (rank, in) is Gaussian, B (out, rank) is zero
 
 What fine-tuning changes in W is close to low rank, so B A can hold it; B = 0 makes the start exactly W.
+W may be a plain linear layer's or, in 4 bits, an NF4Linear's (QLoRA).
 
     apply_lora(model, rank=16)               # an A and a B for every linear layer; no output changes
     freeze_all_but_lora(model)               # ... train lora_parameters(model) ...
     save_lora(model, "out/my_adapter")       # a few MB, in PEFT's format
     load_lora(base_model, "out/my_adapter")  # and merge_lora(base_model) for the speed of the base
+
+Several adapters on one model: model/adapters.py.
 """
 
-import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
 
-from model.transformer import ModelError
+from model.adapter_files import clean, read_adapter, write_adapter, write_plain
+from model.quantize import NF4Linear
+from model.transformer import ModelError, matmul_dtype
 
 
 class LoRA(nn.Module):
-    """The update (alpha / rank) B A x of one linear layer: (..., in) -> (..., out)."""
+    """The update (alpha / rank) B A x of one linear layer: (..., in) -> (..., out).
+
+    rslora: alpha / sqrt(rank) instead, under which high ranks learn as fast as low ones (Kalajdzievski 2023,
+    arXiv:2312.03732).
+    """
 
     def __init__(self, in_features: int, out_features: int, rank: int, alpha: float | None = None,
-                 dropout: float = 0.0, device=None):
+                 dropout: float = 0.0, rslora: bool = False, device=None):
         super().__init__()
-        self.rank, self.dropout = rank, dropout
+        self.rank, self.dropout, self.rslora = rank, dropout, rslora
         self.alpha = float(rank if alpha is None else alpha)
-        self.scaling = self.alpha / rank  # by rank: a learning rate found at one rank suits the others
+        self.scaling = self.alpha / (math.sqrt(rank) if rslora else rank)
         self.enabled = True  # see set_lora
         self.original = None  # the base weight, while merged; no buffer, since it belongs in no checkpoint
         # float32: an optimizer's small steps round away in bf16, and GradScaler refuses float16 gradients.
@@ -45,22 +48,77 @@ class LoRA(nn.Module):
         self.B = nn.Linear(rank, out_features, bias=False, device=device, dtype=torch.float32)
         nn.init.normal_(self.A.weight, std=0.02)
         nn.init.zeros_(self.B.weight)  # one of the two must be zero; were both, neither would get a gradient
+        # Where B A does not start at zero (PiSSA), what it started at. No parameters: they never change.
+        self.register_buffer("A0", None, persistent=False)
+        self.register_buffer("B0", None, persistent=False)
+
+    @property
+    def active(self) -> bool:
+        return self.enabled and self.original is None  # switched on, and not in the weight already
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """B (out, r) and A (r, in) of the update: r = rank, or 2 rank for B A - B0 A0."""
+        b, a = self.B.weight, self.A.weight
+        if self.B0 is not None:
+            b, a = torch.cat((b, -self.B0), dim=1), torch.cat((a, self.A0))
+        return b.to(dtype), a.to(dtype)
 
     def forward(self, x):
-        if not torch.is_autocast_enabled(x.device.type):  # autocast does its own casting
-            x = x.to(self.A.weight.dtype)
-        x = self.A(F.dropout(x, self.dropout, self.training))  # (..., rank)
-        return self.B(x * self.scaling)  # (..., out); scaled where it is thin
+        b, a = self.factors(matmul_dtype(x))
+        x = F.linear(F.dropout(x.to(a.dtype), self.dropout, self.training), a)  # (..., rank)
+        return F.linear(x * self.scaling, b)  # (..., out); scaled where it is thin
+
+
+class _LoRAMatMul(torch.autograd.Function):
+    """W x + bias + scaling B A x for a frozen W, all of one dtype: (..., in) -> (..., out).
+
+    What autograd makes of the plain formula, in fewer passes over the wide tensors: the matrix product with B
+    adds itself to W x, and the one that takes the gradient back through A to what came back through W.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scaling):
+        ctx.scaling, rows = scaling, x.reshape(-1, x.size(-1))  # (N, in)
+        h = F.linear(rows, a)  # (N, rank)
+        ctx.save_for_backward(rows, h, weight, a, b)  # rows for A's gradient: W has none
+        y = F.linear(rows, weight, bias).addmm_(h, b.t(), alpha=scaling)  # (N, out)
+        return y.view(*x.shape[:-1], y.size(-1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, h, weight, a, b = ctx.saved_tensors
+        dx, dy = None, grad.reshape(-1, grad.size(-1))  # (N, out)
+        dh = (dy @ b) * ctx.scaling  # (N, rank)
+        if ctx.needs_input_grad[0]:  # the first block's q, k and v have nothing to train before them
+            dx = (dy @ weight).addmm_(dh, a).view(*grad.shape[:-1], weight.size(-1))
+        return dx, None, None, dh.t() @ rows, (dy.t() @ h) * ctx.scaling, None
 
 
 class LoRALinear(nn.Linear):
     """An nn.Linear with a child `lora`. Never constructed: `_inject` makes one of a layer that exists."""
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        if not self.lora.enabled or self.lora.original is not None:  # switched off, or already in the weight
-            return y
-        return (y + self.lora(x)).to(y.dtype)
+        lora = self.lora
+        if not lora.active:
+            return F.linear(x, self.weight, self.bias)
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
+        if trains or not isinstance(lora, LoRA) or (lora.dropout and lora.training):
+            return F.linear(x, self.weight, self.bias) + lora(x)
+        b, a = lora.factors(matmul_dtype(x))
+        bias = None if self.bias is None else self.bias.to(a.dtype)
+        return _LoRAMatMul.apply(x.to(a.dtype), self.weight.to(a.dtype), bias, a, b, lora.scaling)
+
+
+class LoRANF4Linear(NF4Linear):
+    """The same for a layer whose weight is held in 4 bits."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.lora(x) if self.lora.active else y
+
+
+_WITH_LORA = {nn.Linear: LoRALinear, NF4Linear: LoRANF4Linear}
+_WITHOUT_LORA = {adapted: plain for plain, adapted in _WITH_LORA.items()}
 
 
 @torch.no_grad()
@@ -79,29 +137,37 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     return u[:, :rank] * root, root[:, None] * vh[:rank], kept
 
 
-def _inject(linear: nn.Linear, rank: int, alpha: float | None, dropout: float) -> None:
-    linear.lora = LoRA(linear.in_features, linear.out_features, rank, alpha, dropout, linear.weight.device)
-    linear.lora.train(linear.training)  # born in training mode, it would drop out in an eval() model
+def _inject(linear: nn.Module, lora: nn.Module) -> None:
+    linear.lora = lora.train(linear.training)  # born in training mode, it would drop out in an eval() model
     # The living object changes its class and nothing wraps it: `q_proj.weight` keeps its name and, for
     # all that refers to it (tied weights, optimizers), its identity. Unlike a patched forward, it pickles.
-    linear.__class__ = LoRALinear
+    linear.__class__ = _WITH_LORA.get(type(linear), type(linear))
 
 
-def _clean(name: str) -> str:
-    """A module's name without what DDP and torch.compile put into it."""
-    return re.sub(r"^(module\.)+|_orig_mod\.", "", name)
+def _new_lora(linear: nn.Module, *arguments) -> LoRA:
+    return LoRA(linear.in_features, linear.out_features, *arguments, device=next(linear.parameters()).device)
 
 
-def _adapted(model: nn.Module, required: bool = True) -> dict[str, LoRALinear]:
-    found = {_clean(name): m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+def _base_weight(linear: nn.Module) -> torch.Tensor:
+    """W (out, in) in float32, whatever holds it and whether or not an adapter is merged into it."""
+    if isinstance(linear, NF4Linear):
+        return linear.dequantize()
+    lora = getattr(linear, "lora", None)
+    return (linear.weight if lora is None or lora.original is None else lora.original).detach().float()
+
+
+def _adapted(model: nn.Module, required: bool = True) -> dict[str, LoRALinear | LoRANF4Linear]:
+    found = {clean(name): m for name, m in model.named_modules() if type(m) in _WITHOUT_LORA}
     if required and not found:
         raise ModelError("the model has no LoRA: call apply_lora or load_lora first")
     return found
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    # No subclasses: they have a forward of their own (quantized, fused), which the new class would discard.
-    return {_clean(name): m for name, m in model.named_modules() if type(m) is nn.Linear and name}
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    # No other subclasses: they have a forward of their own (fused, say), which the new class would discard.
+    kinds = {*_WITH_LORA, *_WITHOUT_LORA}
+    return {clean(name): m for name, m in model.named_modules()
+            if type(m) in kinds and name and ".lora." not in f".{name}."}
 
 
 def _select(linears: dict[str, nn.Linear], targets: str | list[str]) -> list[str]:
@@ -129,11 +195,14 @@ def _ends(name: str, ending: str) -> bool:
 
 
 def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dropout: float = 0.0,
-               target_modules: str | list[str] = "all-linear") -> list[str]:
+               target_modules: str | list[str] = "all-linear", rslora: bool = False,
+               init: str = "gaussian") -> list[str]:
     """Give layers of any model an adapter, in place; no output changes. Returns their names.
 
     target_modules, one or a list: "all-linear" (never lm_head), "square" (in = out, MiniMind's rule), the end
     of a name ("q_proj"), or a regular expression for the whole name. alpha None: rank, so a scale of 1.
+    rslora: see LoRA. init: "gaussian", or "pissa": A and B start as W's largest singular vectors, where there
+    is most to change (Meng et al. 2024, arXiv:2404.02948), and outputs stay the same to float rounding.
     Raises ModelError: rank, alpha or dropout out of range, a target that matches nothing, LoRA there already.
     """
     if not isinstance(rank, int) or rank < 1:
@@ -142,18 +211,36 @@ def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dro
         raise ModelError(f"LoRA alpha must be positive, not {alpha!r}")
     if not 0 <= dropout < 1:
         raise ModelError(f"LoRA dropout must be from 0 to below 1, not {dropout!r}")
+    if init not in ("gaussian", "pissa"):
+        raise ModelError(f"LoRA init must be gaussian or pissa, not {init!r}")
     if _adapted(model, required=False):
         raise ModelError("the model has LoRA already: call remove_lora first")
     # First all the names, then the injection: a walk that injects as it goes meets LoRA's own A, which is
     # square too when rank = width, and never ends.
     linears = _linears(model)
     names = _select(linears, target_modules)
-    width = max(min(linears[name].weight.shape) for name in names)
+    widths = [min(linears[name].in_features, linears[name].out_features) for name in names]
+    width = min(widths) if init == "pissa" else max(widths)  # W has no more singular vectors than that
     if rank > width:
         raise ModelError(f"LoRA rank {rank} is above the width of the layers, {width}")
     for name in names:
-        _inject(linears[name], rank, alpha, dropout)
+        lora = _new_lora(linears[name], rank, alpha, dropout, rslora)
+        if init == "pissa":
+            _start_at_singular_vectors(lora, _base_weight(linears[name]))
+        _inject(linears[name], lora)
     return names
+
+
+@torch.no_grad()
+def _start_at_singular_vectors(lora: LoRA, weight: torch.Tensor) -> None:
+    """scaling B A becomes the nearest to `weight` (out, in) of its rank.
+
+    The paper trains B A beside the rest, W - B0 A0. Here W stays and the update is B A - B0 A0, which is the
+    same function: the base keeps its bits and other adapters their base, for one more thin product.
+    """
+    lora.B0, lora.A0, _ = low_rank(weight / lora.scaling, lora.rank)
+    lora.B.weight.copy_(lora.B0)
+    lora.A.weight.copy_(lora.A0)
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -173,6 +260,9 @@ def freeze_all_but_lora(model: nn.Module) -> None:
 def count_line(model: nn.Module) -> str:
     """How many parameters there are and how few of them train, for a person to read."""
     total, lora = (sum(p.numel() for p in group) for group in (model.parameters(), lora_parameters(model)))
+    for layer in model.modules():
+        if isinstance(layer, NF4Linear):  # what it stores are packed codes and constants
+            total += layer.in_features * layer.out_features - sum(p.numel() for p in layer._stored())
     return f"{total:,} parameters in all, {lora:,} LoRA, {100 * lora / total:.2f} %"
 
 
@@ -189,19 +279,23 @@ def merge_lora(model: nn.Module) -> None:
     """W <- W + (alpha / rank) B A: the adapted model at the speed of the base. A second call does nothing.
 
     The old W is kept: subtracting B A again would not give back the same bits. Raises ModelError, and merges
-    nothing, where W is shared (an adapted lm_head tied to the embedding): both would change.
+    nothing, where W is in 4 bits, or shared (an adapted lm_head tied to the embedding): both would change.
     """
-    names = {}
+    names, adapted = {}, _adapted(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    adapted = _adapted(model).values()
-    if shared := [" = ".join(names[linear.weight]) for linear in adapted if len(names[linear.weight]) > 1]:
-        raise ModelError(f"LoRA can't be merged into a shared weight: {shared[0]}")
-    for weight, lora in [(linear.weight, linear.lora) for linear in adapted]:
+    for name, linear in adapted.items():
+        if isinstance(linear, NF4Linear):
+            raise ModelError(f"LoRA can't be merged into 4-bit weights ({name}): use scripts/merge_lora.py")
+        if len(shared := names[linear.weight]) > 1:
+            raise ModelError(f"LoRA can't be merged into a shared weight: {' = '.join(shared)}")
+    factors = {name: linear.lora.factors() for name, linear in adapted.items()}
+    for name, linear in adapted.items():
+        lora, weight, (b, a) = linear.lora, linear.weight, factors[name]
         lora.enabled = True
         if lora.original is None:
             lora.original = weight.detach().clone()
-            weight.copy_(weight.float() + lora.scaling * lora.B.weight @ lora.A.weight)  # same Parameter
+            weight.copy_(weight.float() + lora.scaling * b @ a)  # same Parameter
 
 
 @torch.no_grad()
@@ -214,29 +308,17 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def remove_lora(model: nn.Module, keep_merged: bool = False) -> None:
-    """Back to plain nn.Linear: the base model, or with keep_merged what merge_lora made of it."""
+    """Back to plain layers: the base model, or with keep_merged what merge_lora made of it."""
     for linear in _adapted(model, required=False).values():
         if not keep_merged:
             unmerge_lora(linear)
         del linear.lora
-        linear.__class__ = nn.Linear
-
-
-@contextmanager
-def _replacing(folder: Path):
-    """A temporary folder whose files, when all are written, move into `folder`, adapter_config.json last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving_") as temporary:  # same disk: atomic moves
-        yield Path(temporary)
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "adapter_config.json"):
-            with open(file, "rb+") as stream:
-                os.fsync(stream.fileno())
-            os.replace(file, folder / file.name)
+        linear.__class__ = _WITHOUT_LORA[type(linear)]
 
 
 def _peft_targets(model: nn.Module) -> list[str]:
     """The shortest name endings that mean the adapted modules and no others, as ["o_proj", "q_proj"]."""
-    names, adapted, targets = [_clean(name) for name, _ in model.named_modules()], _adapted(model), set()
+    names, adapted, targets = [clean(name) for name, _ in model.named_modules()], _adapted(model), set()
     for name in adapted:
         endings = [name.split(".", n)[-1] for n in range(name.count("."), -1, -1)]
         exact = (e for e in endings if all(n in adapted for n in names if _ends(n, e)))
@@ -249,7 +331,7 @@ def _fingerprint(model: nn.Module) -> dict[str, list[float]]:
     merged = {f"{name}.weight": linear.lora.original for name, linear in _adapted(model, False).items()}
     marks = {}
     for name, weight in model.named_parameters():
-        name = _clean(name)
+        name = clean(name)
         if ".lora." not in name and weight.numel() and not weight.is_meta:
             weight = weight if merged.get(name) is None else merged[name]  # the base's own
             places = torch.tensor([1, 3, 5, 7], device=weight.device) * weight.numel() // 8
@@ -266,72 +348,53 @@ def save_lora(model: nn.Module, path: str | Path, base: str | Path | None = None
     alpha, so it holds B times alpha / rank. Each file is complete or absent; other files survive.
     """
     path, loras = Path(path), {name: linear.lora for name, linear in _adapted(model).items()}
-    a, b = ({name: getattr(lora, key).weight.detach().cpu() for name, lora in loras.items()} for key in "AB")
+    factors = {name: [part.detach().cpu() for part in lora.factors()] for name, lora in loras.items()}
     if path.suffix == ".pth":
-        state = {f"{name}.lora.A.weight": a[name] for name in loras}
-        state |= {f"{name}.lora.B.weight": b[name] * lora.scaling for name, lora in loras.items()}
-        with _replacing(path.parent) as folder:
-            torch.save(state, folder / path.name)
-        return
-    state = {f"base_model.model.{name}.lora_A.weight": a[name] for name in loras}
-    state |= {f"base_model.model.{name}.lora_B.weight": b[name] for name in loras}
-    first = next(iter(loras.values()))
+        return write_plain(path, {name: (b * loras[name].scaling, a) for name, (b, a) in factors.items()})
+    # B A - B0 A0 has twice the rank, which must not change the scale.
+    ranks = {name: len(a) for name, (_, a) in factors.items()}
+    alphas = {name: lora.alpha * (ranks[name] / lora.rank) ** (0.5 if lora.rslora else 1)
+              for name, lora in loras.items()}
+    first, lora = next(iter(loras.items()))
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
         "base_model_name_or_path": None if base is None else str(base),
-        "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout,
-        "target_modules": _peft_targets(model),
+        "r": ranks[first], "lora_alpha": alphas[first], "use_rslora": lora.rslora,
+        "lora_dropout": lora.dropout, "target_modules": _peft_targets(model),
         # Layers unlike the first: an adapter that came from elsewhere may mix ranks.
-        "rank_pattern": {name: lora.rank for name, lora in loras.items() if lora.rank != first.rank},
-        "alpha_pattern": {name: lora.alpha for name, lora in loras.items() if lora.alpha != first.alpha},
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != ranks[first]},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
     }
-    # The fingerprint goes with the tensors: PEFT warns about keys in the config that it doesn't know.
-    metadata = {"format": "pt", "base_fingerprint": json.dumps(_fingerprint(model))}
-    with _replacing(path) as folder:
-        (folder / "adapter_model.safetensors").write_bytes(save(state, metadata))  # save_file: mode 0600
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        for name, content in {"training.json": training, "adapter_config.json": config}.items():
-            if content is not None:
-                text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-                (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    write_adapter(path, factors, config, _fingerprint(model), tokenizer, training)
 
 
-def _read_adapter(path: Path) -> tuple[dict, dict, dict, float]:
-    """-> {name: {"A": (rank, in), "B": (out, rank)}}, {name: scaling}, the base's fingerprint, dropout."""
-    config, marks, config_path = {"peft_type": "LORA"}, {}, path / "adapter_config.json"
-    if not path.exists() or (path.is_dir() and not config_path.is_file()):
-        raise ModelError(f"{config_path if path.is_dir() else path}: not found; no adapter here")
-    try:
-        if path.is_dir():
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-            with safe_open(path / "adapter_model.safetensors", "pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                marks = json.loads((file.metadata() or {}).get("base_fingerprint", "{}"))
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
-        kind, state = config["peft_type"], dict(state)
-    except Exception as error:  # a damaged file can raise a dozen types
-        raise ModelError(f"{path}: damaged, or not an adapter ({type(error).__name__})") from None
-    if kind != "LORA":
-        raise ModelError(f"{path}: an adapter of type {kind}; only LORA can be loaded")
+def read_lora(model: nn.Module, path: str | Path) -> dict[str, LoRA]:
+    """{name: the LoRA of that layer} of an adapter that fits the model, which stays as it is.
 
-    parts, scalings, alphas = {}, {}, config.get("alpha_pattern") or {}
-    for key, tensor in state.items():
-        found = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora[._]([AB])\.weight", _clean(str(key)))
-        if not found or not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
-            raise ModelError(f"{path}: {key!r} is no LoRA matrix; DoRA, biases and the like can't be loaded")
-        parts.setdefault(found[1], {})[found[2]] = tensor.float()
-    if not parts:
-        raise ModelError(f"{path}: holds no LoRA matrices")
+    A PEFT folder, ours or PEFT's own, or a plain .pth, also an old one in half precision. Raises ModelError:
+    a missing or misshapen matrix, a layer that isn't here, another base model, a damaged file.
+    """
+    parts, config, marks = read_adapter(Path(path))
+    linears = _linears(model)
+    if surplus := sorted(parts.keys() - linears.keys()):
+        raise ModelError(f"{path}: {len(surplus)} of its layers are no linear layers here, as {surplus[0]}")
     for name, part in parts.items():
-        if len(part) < 2:
-            raise ModelError(f"{path}: {name} lacks its lora {'B' if 'A' in part else 'A'}")
-        rank = len(part["A"])
-        alpha = config.get("lora_alpha", rank)  # a plain file tells none: a scale of 1
-        alpha = next((alphas[key] for key in alphas if re.fullmatch(rf"(.*\.)?({key})", name)), alpha)
-        scalings[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return parts, scalings, marks, config.get("lora_dropout", 0.0)
+        linear, rank = linears[name], len(part["A"])
+        for key, shape in (("A", (rank, linear.in_features)), ("B", (linear.out_features, rank))):
+            if part[key].shape != shape:
+                raise ModelError(f"{path}: {name} lora {key} is {tuple(part[key].shape)}, not {shape}")
+    here = _fingerprint(model)
+    for name in sorted(marks.keys() & here.keys()):  # not all: a quantized base has fewer plain weights
+        # 2^-7: twice the rounding of bf16, and far below what training does to a weight
+        if any(abs(a - b) > 2**-7 * abs(a) + 1e-6 for a, b in zip(marks[name], here[name], strict=False)):
+            raise ModelError(f"{path}: made for another base model (other values in {name})")
+    loras = {}
+    for name, part in parts.items():
+        loras[name] = _new_lora(linears[name], len(part["A"]), part["alpha"],
+                                config.get("lora_dropout", 0.0), bool(config.get("use_rslora")))
+        loras[name].A.weight.data.copy_(part["A"])
+        loras[name].B.weight.data.copy_(part["B"])
+    return loras
 
 
 @dataclass
@@ -345,42 +408,71 @@ class LoRAReport:
 
 @torch.no_grad()
 def load_lora(model: nn.Module, path: str | Path) -> LoRAReport:
-    """Load an adapter: a PEFT folder, ours or PEFT's own, or a plain .pth, also an old one in half precision.
+    """Load an adapter (see read_lora) and put it to use.
 
     A model without LoRA gets it where the adapter needs it; one with LoRA must have the same layers and ranks
-    and keeps its alpha (B is rescaled where the file's differs). Raises ModelError, the model untouched, on a
-    missing, surplus or misshapen matrix, another base model or a damaged file.
+    and keeps its alpha (B is rescaled where the file's differs). Raises ModelError as read_lora does, and for
+    missing layers or other ranks; the model is untouched then.
     """
-    path = Path(path)
-    parts, scalings, marks, dropout = _read_adapter(path)
-    adapted = _adapted(model, required=False)
-    linears = adapted or _linears(model)
-    kind = "LoRA" if adapted else "linear"
-    if missing := sorted(adapted.keys() - parts.keys()):
+    adapted, loras, linears = _adapted(model, required=False), read_lora(model, path), _linears(model)
+    if missing := sorted(adapted.keys() - loras.keys()):
         raise ModelError(f"{path}: lacks {len(missing)} of the model's LoRA layers, as {missing[0]}")
-    if surplus := sorted(parts.keys() - linears.keys()):
-        raise ModelError(f"{path}: {len(surplus)} of its layers are no {kind} layers here, as {surplus[0]}")
-    for name, part in parts.items():
-        rank = adapted[name].lora.rank if adapted else len(part["A"])
-        shapes = {"A": (rank, linears[name].in_features), "B": (linears[name].out_features, rank)}
-        for key in "AB":
-            if part[key].shape != shapes[key]:
-                raise ModelError(f"{path}: {name} lora {key} is {tuple(part[key].shape)}, not {shapes[key]}")
-    here = _fingerprint(model)
-    for name in sorted(marks.keys() & here.keys()):  # not all: a quantized base has fewer plain weights
-        # 2^-7: twice the rounding of bf16, and far below what training does to a weight
-        if any(abs(a - b) > 2**-7 * abs(a) + 1e-6 for a, b in zip(marks[name], here[name], strict=True)):
-            raise ModelError(f"{path}: made for another base model (other values in {name})")
-
+    for name, lora in loras.items() if adapted else ():
+        if name not in adapted:
+            raise ModelError(f"{path}: has a layer that is no LoRA layer here, {name}")
+        if (rank := adapted[name].lora.rank) != lora.rank:
+            raise ModelError(f"{path}: {name} lora A is {(lora.rank, linears[name].in_features)}, "
+                             f"not {(rank, linears[name].in_features)}")
     if adapted:
         unmerge_lora(model)
-    update = weight = 0.0
-    for name, part in parts.items():
-        linear, a, b, scaling = linears[name], part["A"], part["B"], scalings[name]
+    for name, lora in loras.items():
         if not adapted:
-            _inject(linear, len(a), scaling * len(a), dropout)
-        linear.lora.A.weight.copy_(a)
-        linear.lora.B.weight.copy_(b * (scaling / linear.lora.scaling))
-        update += scaling**2 * ((b.T @ b) * (a @ a.T)).sum().item()  # = |scaling B A|^2 without making B A
-        weight += linear.weight.float().square().sum().item()
-    return LoRAReport(len(parts), sorted(parts), math.sqrt(max(update, 0.0) / max(weight, 1e-30)))
+            _inject(linears[name], lora)
+            continue
+        mine = adapted[name].lora
+        mine.A.weight.copy_(lora.A.weight)
+        mine.B.weight.copy_(lora.B.weight * (lora.scaling / mine.scaling))
+        mine.A0 = mine.B0 = None
+    return report_lora(model)
+
+
+def report_lora(model: nn.Module) -> LoRAReport:
+    """How much the adapter in use changes."""
+    update = weight = 0.0
+    adapted = _adapted(model)
+    for linear in adapted.values():
+        b, a = (part.detach() for part in linear.lora.factors())
+        # |scaling B A|^2 without making B A
+        update += linear.lora.scaling**2 * ((b.T @ b) * (a @ a.T)).sum().item()
+        weight += _base_weight(linear).square().sum().item()
+    return LoRAReport(len(adapted), sorted(adapted), math.sqrt(max(update, 0.0) / max(weight, 1e-30)))
+
+
+@torch.no_grad()
+def logit_shift(model: nn.Module) -> tuple[float, float]:
+    """What the adapter does to the logits of 32 fixed tokens: the largest change, and the mean KL divergence
+    of the adapted model's prediction from the base model's, in nats. Undoes a merge."""
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 33, device=device)[None] * 37 % model.config.vocab_size
+    adapted, training, logits = _adapted(model).values(), model.training, {}
+    was = [linear.lora.enabled for linear in adapted]
+    model.eval()
+    for on in (False, True):
+        set_lora(model, on)
+        logits[on] = model(ids).logits.float()
+    model.train(training)
+    for linear, enabled in zip(adapted, was, strict=True):
+        linear.lora.enabled = enabled
+    base, now = (logits[on].log_softmax(dim=-1) for on in (False, True))
+    kl = (base.exp() * (base - now)).sum(-1).mean().item()
+    return (logits[True] - logits[False]).abs().max().item(), max(kl, 0.0)
+
+
+def report_line(model: nn.Module, path: str | Path, report: LoRAReport) -> str:
+    """What loading did, for a person to read; an adapter that does nothing is called out."""
+    line = f"{path}: {report.matched}/{report.matched} layers matched"
+    if not report.relative_norm:
+        return f"{line}, but it changes nothing: all its updates are zero; was it trained and saved?"
+    change, kl = logit_shift(model)
+    return (f"{line}, updates {report.relative_norm:.4f} of the weights they change, logits move by up to "
+            f"{change:.3g} (KL {kl:.2g} nats)")
