@@ -23,65 +23,90 @@ def main(args):
     # Imported here and not above, so that --help and a mistyped flag answer at once.
     import torch
 
-    from model.lora import load_lora, merge_lora, remove_lora
+    from model.lora import load_lora, merge_lora, remove_lora, report_line
     from model.weights import load_model, load_tokenizer, save_model
 
     check_out_dir(args)
     dtype = getattr(torch, stored_dtype(args.load_from) if args.dtype == "auto" else args.dtype)
     tokenizer = load_tokenizer(args.tokenizer or args.load_from)
     model = load_model(args.load_from)
-    dequantize(model, args)
+    in_4_bits, original = quantize(model, args)
     report = load_lora(model, args.lora)
-    print(f"{args.lora}: {report.matched} layers, {report.relative_norm:.4f} of the weights they change")
+    print(report_line(model, args.lora, report))
 
-    adapted = logits(model)
-    base = {name: model.get_submodule(name).weight.detach().clone() for name in report.names}
+    adapted, update, lost = logits(model), 0.0, 0.0
+    if in_4_bits:
+        dequantize(model, report.names)
+        compare(model, in_4_bits, original)
     merge_lora(model)
+    for linear in map(model.get_submodule, report.names):
+        merged = linear.weight.detach()
+        update += (merged - linear.lora.original).square().sum().item()
+        lost += (merged - merged.to(dtype).float()).square().sum().item()
     remove_lora(model, keep_merged=True)
     print(f"merged in float32: the logits, up to {adapted.abs().max():.1f} in size, differ from the adapted "
           f"model's by at most {farthest(model, adapted):.1e}")
     if dtype != torch.float32:
-        update, lost = 0.0, 0.0
-        for name, before in base.items():
-            merged = model.get_submodule(name).weight.detach()
-            update += (merged - before).square().sum().item()
-            lost += (merged - merged.to(dtype).float()).square().sum().item()
         model.to(dtype)
-        print(f"rounded to {str(dtype).removeprefix('torch.')}: by {(lost / update)**0.5:.1%} of the update; "
-              f"logits now differ by at most {farthest(model, adapted):.1e} (--dtype float32 rounds nothing)")
+        print(f"rounded to {str(dtype).removeprefix('torch.')}: by {(lost / max(update, 1e-30))**0.5:.1%} of "
+              f"the update; logits now differ by at most {farthest(model, adapted):.1e}")
     save_model(model, args.out_dir, tokenizer, training=describe(args))
     print(f"saved {args.out_dir}")
 
 
-def dequantize(model, args):
-    """Make the base the one that the adapter was trained over, in float32, and say what its 4 bits lost."""
-    from model.quantize import NF4Linear, dequantize_model, quantize_model
+def quantize(model, args) -> tuple[list[str], Path | None]:
+    """Make the base the one that the adapter was trained over.
+
+    Returns the layers that are in 4 bits then, and where their original weights lie, if that is known.
+    """
+    from model.quantize import NF4Linear, quantize_model
+    from model.transformer import ModelError
+
+    def in_4_bits():
+        return [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+
+    if stored := in_4_bits():
+        if args.quantize:
+            raise ModelError(f"--quantize {args.quantize}: {args.load_from} is stored in 4 bits")
+        return stored, args.original
+    if args.original:
+        raise ModelError(f"--original: {args.load_from} is not quantized, it is the original itself")
+    trained = read_json(args.lora / "training.json").get("arguments", {}).get("quantize")
+    if (args.quantize or trained) == "nf4":
+        quantize_model(model)
+    return in_4_bits(), args.load_from
+
+
+def dequantize(model, adapted: list[str]) -> None:
+    """4-bit layers become plain ones, and keep their adapters."""
+    from model.lora import apply_lora, remove_lora
+    from model.quantize import dequantize_model
+
+    loras = {name: model.get_submodule(name).lora for name in adapted}
+    remove_lora(model)
+    dequantize_model(model)
+    apply_lora(model, rank=1, target_modules=adapted)
+    for name, lora in loras.items():
+        model.get_submodule(name).lora = lora
+
+
+def compare(model, names: list[str], original: Path | None) -> None:
+    """Say what 4 bits lost in these layers. Raises ModelError where the original is another model."""
     from model.transformer import ModelError
     from model.weights import load_model
 
-    stored = any(isinstance(module, NF4Linear) for module in model.modules())
-    if stored and args.quantize == "none":
-        raise ModelError(f"--quantize none: {args.load_from} holds 4 bits; name the unquantized model")
-    trained = read_json(args.lora / "training.json").get("arguments", {}).get("quantize", "none")
-    if args.quantize == "nf4" or (args.quantize is None and trained == "nf4" and not stored):
-        quantize_model(model)
-    elif not stored:
-        if args.original:
-            raise ModelError(f"--original: {args.load_from} is not quantized, it is the original itself")
-        return
-    names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, NF4Linear)]
-    dequantize_model(model)
-    original = args.original if stored else args.load_from
     if original is None:
         print("the base is a 4-bit one, dequantized; --original DIR tells how far it is from the unquantized")
         return
-    before, after = load_model(original).state_dict(), model.state_dict()
-    if missing := [name for name in names if name not in before or before[name].shape != after[name].shape]:
-        raise ModelError(f"--original {original}: another model than the base: {missing[0]} is not alike")
-    lost = sum((after[name] - before[name]).square().sum() for name in names)
-    size = sum(before[name].square().sum() for name in names)
+    weights, lost, size = load_model(original).state_dict(), 0.0, 0.0
+    for name in names:
+        before, after = weights.get(f"{name}.weight"), model.get_submodule(name).weight.detach()
+        if before is None or before.shape != after.shape:
+            raise ModelError(f"--original {original}: not the base's original: {name} is not alike")
+        lost += (after - before).square().sum().item()
+        size += before.square().sum().item()
     print(f"the base is a 4-bit one, dequantized: its linear layers differ from {original}'s by "
-          f"{(lost / size).sqrt():.2%} of their size")
+          f"{(lost / size)**0.5:.2%} of their size")
 
 
 def check_out_dir(args):
