@@ -313,6 +313,8 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids, document_ids=None, cache=None, recompute=False):
         x = self.embed_tokens(input_ids)  # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # a frozen embedding may be in half precision; the sum that blocks add to never is
         # Rotation and mask are made here, once for all blocks.
         positions, mask = positions_and_mask(self.config, input_ids, document_ids, cache)
         dtype = matmul_dtype(x)

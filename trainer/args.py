@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `--help` answers at once (importing torc
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -33,8 +34,8 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                       help="JSONL file(s) to train on (default: the embedded world, written to out/world)")
     data.add_argument("--eval_data_path", nargs="+", type=Path, metavar="FILE",
                       help="file(s) for the validation loss (default: --eval_fraction of the training data)")
-    data.add_argument("--eval_fraction", type=float, default=0.01, metavar="F",
-                      help="part of the samples kept for validation when there is no --eval_data_path")
+    data.add_argument("--eval_fraction", type=float, metavar="F",
+                      help="part of the training samples kept for validation instead (default: 0.01)")
     data.add_argument("--max_seq_len", type=int, default=512, metavar="T", help="tokens in a row at most")
     data.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
                       help="fill rows with whole documents that cannot see each other, not with one each")
@@ -60,8 +61,10 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                        help="rows per optimizer step, over all ranks")
     optim.add_argument("--micro_batch_size", type=int, metavar="N",
                        help="rows per forward pass on one device (default: the whole of its share)")
-    optim.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
-                       help="muon: Muon on the matrices of the blocks, AdamW on the rest")
+    optim.add_argument("--optimizer", choices=("adamw", "muon", "adamw8bit", "paged_adamw8bit"),
+                       default="adamw", help="muon: Muon on the matrices of the blocks, AdamW on the rest; "
+                       "adamw8bit: AdamW with its state in 8 bits, paged: moves to the CPU's memory if the "
+                       "GPU's is full (both need bitsandbytes)")
     optim.add_argument("--learning_rate", type=float, default=5e-4, metavar="LR", help="at its peak")
     optim.add_argument("--warmup_ratio", type=float, default=0.02, metavar="F",
                        help="part of the steps that warms up")
@@ -72,7 +75,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     device = parser.add_argument_group("device")
     device.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     device.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                        help="of the forward pass; weights and optimizer stay float32")
+                        help="of the forward pass; what trains, and the optimizer, stay float32")
     device.add_argument("--compile", action="store_true",
                         help="torch.compile the model: slower start, faster steps")
     device.add_argument("--gradient_checkpointing", action="store_true",
@@ -84,7 +87,42 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                      help="steps between validations; 0 = at the end only")
     log.add_argument("--use_wandb", action="store_true",
                      help="log to Weights & Biases too (obeys WANDB_MODE)")
-    log.add_argument("--wandb_project", default="seedling", metavar="NAME", help="the project there")
+    log.add_argument("--wandb_project", metavar="NAME", help="the project there (default: seedling)")
+    parser.set_defaults(retain_data_path=None, replay=0.0, lora_plus_ratio=1.0)  # not of every stage
+    return parser
+
+
+def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of every stage that changes a model which knows something already."""
+    parser = training_parser(description)
+    memory = parser.add_argument_group("what it should not forget")
+    memory.add_argument("--retain_data_path", nargs="+", type=Path, metavar="FILE",
+                        help="old data: a table of loss and exact answers, before and after (default: none)")
+    memory.add_argument("--replay", type=float, default=0.0, metavar="F",
+                        help="part of the rows of each epoch that comes from the old data")
+    return parser
+
+
+def lora_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of fine-tuning through adapters."""
+    parser = fine_tuning_parser(description)
+    lora = parser.add_argument_group("LoRA")
+    lora.add_argument("--lora_rank", type=int, default=16, metavar="R", help="width of the adapters")
+    lora.add_argument("--lora_alpha", type=float, metavar="A",
+                      help="adapters are scaled by alpha / rank (default: the rank)")
+    lora.add_argument("--lora_rslora", action="store_true",
+                      help="scale by alpha / sqrt(rank): high ranks learn as fast as low ones")
+    lora.add_argument("--lora_dropout", type=float, default=0.0, metavar="P",
+                      help="on what enters the adapters")
+    lora.add_argument("--lora_init", choices=("gaussian", "pissa"), default="gaussian",
+                      help="pissa: begin with the largest singular directions of the weights")
+    lora.add_argument("--lora_plus_ratio", type=float, default=1.0, metavar="R",
+                      help="LoRA+: B learns R times faster than A")
+    lora.add_argument("--target_modules", nargs="+", default="all-linear", metavar="NAME",
+                      help="all-linear (all but the head), square, name suffixes such as q_proj o_proj, "
+                           "or a regular expression")
+    lora.add_argument("--quantize", choices=("none", "nf4"), default="none",
+                      help="nf4: the frozen linear layers in 4 bits (QLoRA)")
     return parser
 
 
@@ -100,9 +138,19 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     for name in ("eval_interval", "num_workers", "weight_decay", "grad_clip"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} must not be negative, but is {getattr(args, name)}")
-    for name in ("eval_fraction", "warmup_ratio"):
-        if not 0 <= getattr(args, name) < 1:
+    for name in ("eval_fraction", "warmup_ratio", "replay"):
+        if not 0 <= (getattr(args, name) or 0) < 1:
             parser.error(f"--{name} is a part of the whole, from 0 to below 1, not {getattr(args, name)}")
+    if args.eval_data_path and args.eval_fraction is not None:
+        parser.error("--eval_fraction has no effect with --eval_data_path: give one of them")
+    if args.replay and not args.retain_data_path:
+        parser.error("--replay needs --retain_data_path, the old data to replay")
+    if args.wandb_project and not args.use_wandb:
+        parser.error("--wandb_project has no effect without --use_wandb")
+    if not 0 < args.lora_plus_ratio < float("inf"):
+        parser.error(f"--lora_plus_ratio must be above 0, not {args.lora_plus_ratio}")
+    if "8bit" in args.optimizer and not importlib.util.find_spec("bitsandbytes"):
+        parser.error(f"--optimizer {args.optimizer} needs bitsandbytes: pip install bitsandbytes")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be from 0 to 2^32 - 1, not {args.seed}")
     if not args.learning_rate > 0:

@@ -112,7 +112,8 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     max_steps = args.max_steps or args.epochs * len(batches)
     model.to(device).train()
     model.gradient_checkpointing = args.gradient_checkpointing
-    optimizers = build_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizers = build_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
+                                  args.lora_plus_ratio)
     # float16 gradients underflow below 6e-8: the loss is multiplied up, the gradients divided down again.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -128,7 +129,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
         metrics, seconds_before = state["metrics"], state["seconds"]
     elif ranks.is_main:
         begin_anew(args.run_dir)
-    wandb_project = args.wandb_project if args.use_wandb else None
+    wandb_project = (args.wandb_project or "seedling") if args.use_wandb else None
     tracker = Tracker(args.run_dir, ranks.is_main, step, wandb_project, settings(args))
     tracker.say(f"{len(batches.rows):,} rows, {max_steps:,} steps of {args.batch_size} rows, "
                 f"{str(dtype).removeprefix('torch.')} on {device} x {ranks.world_size}"
@@ -150,7 +151,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
             factor = learning_rate_factor(step, max_steps, args.warmup_ratio)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = args.learning_rate * factor
+                    group["lr"] = args.learning_rate * group["ratio"] * factor
 
             # 2. Gradients of the whole batch, one micro-batch after the other
             micro_batches, targets, batch_tokens = next(ahead)

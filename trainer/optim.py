@@ -10,6 +10,8 @@ import math
 import torch
 from torch import nn
 
+from trainer.args import UsageError
+
 
 def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, final: float = 0.0) -> float:
     """What the peak learning rate is multiplied by at `step` (0, 1, ...): linear warm-up, then half a cosine.
@@ -74,26 +76,53 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def build_optimizers(model: nn.Module, name: str, learning_rate: float,
-                     weight_decay: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_decay: float,
+                     lora_plus_ratio: float = 1.0) -> list[torch.optim.Optimizer]:
     """Optimizers over the parameters that train (`requires_grad`), and over no other.
 
     Decay pulls matrices towards zero. It leaves gains and biases alone, which are few and scale what follows,
     and the embedding, which is a lookup table: the rows of words that a stage never meets would shrink until
     nothing could tell them apart, and no later stage or adapter could learn to say them.
     With "muon" the matrices inside the blocks go to Muon, the rest stays with AdamW.
+
+    Each group carries its `ratio` to the learning rate: 1, and lora_plus_ratio for LoRA's B (LoRA+: Hayou et
+    al. 2024, https://arxiv.org/abs/2402.12354). With A and B at one rate wide layers learn too little: B
+    starts at zero and has to grow, while A only turns. Raises UsageError where "adamw8bit" can't run.
     """
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for n, p in trained if p.ndim == 2 and ".layers." in n] if name == "muon" else []
-    taken = {id(p) for p in hidden}
-    decayed = [p for n, p in trained if p.ndim >= 2 and id(p) not in taken and "embed" not in n]
-    spared = [p for n, p in trained if p.ndim < 2 or "embed" in n]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
+    groups: dict[tuple, list[nn.Parameter]] = {}
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            muon = name == "muon" and p.ndim == 2 and ".layers." in key
+            decay = weight_decay if p.ndim >= 2 and "embed" not in key else 0.0
+            ratio = lora_plus_ratio if key.endswith(".lora.B.weight") else 1.0
+            groups.setdefault((muon, decay, ratio), []).append(p)
+    hidden, rest = ([{"params": params, "weight_decay": decay, "ratio": ratio, "lr": learning_rate * ratio}
+                     for (muon, decay, ratio), params in groups.items() if muon == wanted]
+                    for wanted in (True, False))
     optimizers: list[torch.optim.Optimizer] = []
-    if groups:
-        fused = all(p.device.type in ("cpu", "cuda") for _, p in trained)  # one kernel for a whole group
-        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=fused))
+    if rest:
+        device = rest[0]["params"][0].device.type
+        settings = {"lr": learning_rate, "betas": (0.9, 0.95)}
+        if "8bit" in name:
+            optimizers.append(_adamw_8bit(name, device)(rest, **settings))
+        else:
+            fused = device in ("cpu", "cuda")  # one kernel for a whole group
+            optimizers.append(torch.optim.AdamW(rest, **settings, fused=fused))
     if hidden:
         optimizers.append(Muon(hidden, lr=learning_rate, weight_decay=weight_decay))
     return optimizers
+
+
+def _adamw_8bit(name: str, device: str) -> type[torch.optim.Optimizer]:
+    """AdamW with both moments in 8 bits, blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861).
+
+    Moments of fewer than 4,096 values stay float32. Paged: in memory that CPU and GPU share, so that a GPU
+    which is full for a moment slows down and does not fail (Dettmers et al. 2023, arXiv:2305.14314).
+    """
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"--optimizer {name} runs on CUDA GPUs and CPUs, not on {device}; use adamw")
+    if name == "paged_adamw8bit" and device != "cuda":
+        raise UsageError(f"--optimizer {name} needs a CUDA GPU, whose memory it extends; use adamw8bit")
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # here: optional, and slow to import
+
+    return PagedAdamW8bit if name == "paged_adamw8bit" else AdamW8bit

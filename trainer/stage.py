@@ -10,16 +10,20 @@ import torch
 import transformers
 
 from dataset.synthetic import ensure_world
+from model.lora import apply_lora, count_line, freeze_all_but_lora
+from model.quantize import memory_line, quantize_model
 from trainer.args import ROOT, UsageError
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, choose_dtype
 from trainer.loop import Batches, split
 
 
-def require(folder: Path, default: Path, command: str) -> None:
+def require(folder: Path) -> None:
     """Raises UsageError, naming the command that makes them, where the weights to start from are missing."""
     if not folder.is_dir():
-        made_by = f"; make it first: {command}" if folder == default else ""
-        raise UsageError(f"--load_from {folder}: there is no such folder{made_by}")
+        script = f"trainer/train_{folder.name}.py"  # which writes to out/ under its own name
+        ours = folder.parent.name == "out" and (ROOT / script).is_file()
+        raise UsageError(f"--load_from {folder}: there is no such folder"
+                         + (f"; make it first: python {script}" if ours else ""))
 
 
 def check_vocabulary(tokenizer, model, folder: Path) -> None:
@@ -27,6 +31,32 @@ def check_vocabulary(tokenizer, model, folder: Path) -> None:
     if len(tokenizer) > model.config.vocab_size:
         raise UsageError(f"--load_from {folder}: its tokenizer has {len(tokenizer):,} entries, its weights "
                          f"{model.config.vocab_size:,}: they do not belong together")
+
+
+def add_lora(model, args, ranks: Ranks) -> None:
+    """Adapters in float32 over a frozen base, which is held in 4 bits (--quantize nf4) or in the type that
+    the forward pass computes in: nothing adds small updates to it. The norms, which are few, stay float32.
+    """
+    if args.quantize == "nf4":
+        quantize_model(model)
+        if ranks.is_main:
+            print(memory_line(model))
+    torch.manual_seed(args.seed)
+    apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules,
+               **({"rslora": True} if args.lora_rslora else {}),
+               **({"init": args.lora_init} if args.lora_init != "gaussian" else {}))
+    freeze_all_but_lora(model)
+    dtype = choose_dtype(args.dtype, ranks.device)
+    for weight in model.parameters():
+        if not weight.requires_grad and weight.is_floating_point() and weight.ndim == 2:
+            weight.data = weight.data.to(dtype)  # the same Parameter: embedding and head may share it
+
+
+def what_trains(model) -> str:
+    """How many parameters there are, and how many of them train."""
+    if all(p.requires_grad for p in model.parameters()):
+        return f"{model.num_parameters():,} parameters, all of them trained"
+    return count_line(model)
 
 
 def is_finished(args, ranks: Ranks) -> bool:
@@ -38,9 +68,9 @@ def is_finished(args, ranks: Ranks) -> bool:
     return done
 
 
-def load_data(kind, world_name: str, tokenizer, args, ranks: Ranks) -> tuple[Batches, Batches | None]:
-    """Batches for training and validation. `kind` is the dataset class; `world_name` the embedded file used
-    where no --data_path is given. Rank 0 tokenises into the cache on disk, the others then map the same file.
+def load_data(kind, tokenizer, args, ranks: Ranks) -> tuple[Batches, Batches | None]:
+    """Batches for training and validation. `kind` is the dataset class; `args.world` names the embedded file
+    used where no --data_path is given. Rank 0 tokenises into the cache on disk, the others map the same file.
 
     Validation data is --eval_data_path, or the world's own, or --eval_fraction of the training data.
     """
@@ -48,9 +78,9 @@ def load_data(kind, world_name: str, tokenizer, args, ranks: Ranks) -> tuple[Bat
         paths, eval_paths = args.data_path, args.eval_data_path
         if not paths:
             world = ensure_world(ROOT / "out" / "world")
-            paths = [world[world_name]]
-            if not eval_paths and f"{world_name}_eval" in world:
-                eval_paths = [world[f"{world_name}_eval"]]
+            paths = [world[args.world]]
+            if not eval_paths and args.eval_fraction is None and f"{args.world}_eval" in world:
+                eval_paths = [world[f"{args.world}_eval"]]
         train_set = kind(paths, tokenizer, args.max_seq_len, strict=args.strict)
         eval_set = train_set
         if eval_paths:
@@ -58,7 +88,8 @@ def load_data(kind, world_name: str, tokenizer, args, ranks: Ranks) -> tuple[Bat
     if eval_paths:
         train_samples, eval_samples = np.arange(len(train_set)), np.arange(len(eval_set))
     else:
-        train_samples, eval_samples = split(train_set, args.eval_fraction, args.seed)
+        fraction = 0.01 if args.eval_fraction is None else args.eval_fraction
+        train_samples, eval_samples = split(train_set, fraction, args.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batches = Batches(train_set, train_samples, args, pad, ranks)
     return batches, Batches(eval_set, eval_samples, args, pad, ranks) if len(eval_samples) else None
@@ -74,14 +105,14 @@ def git_hash() -> str | None:
     return found.stdout.strip() or None
 
 
-def describe(stage: str, args, result: dict) -> dict:
+def describe(args, result: dict) -> dict:
     """training.json: how these weights came to be."""
     def plain(value):
         if isinstance(value, list):
             return [plain(v) for v in value]
         return str(value) if isinstance(value, Path) else value
 
-    return {"stage": stage, "parent": plain(args.load_from), **result,
+    return {"stage": args.stage, "parent": plain(args.load_from), **result,
             "arguments": {name: plain(value) for name, value in vars(args).items()},
             "finished": datetime.now(UTC).isoformat(timespec="seconds"), "git": git_hash(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,

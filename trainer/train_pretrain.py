@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.args import ROOT, parse_args, run_script, training_parser
+from trainer import args as flags
 
 
 def main(args):
@@ -25,30 +25,30 @@ def main(args):
     from dataset.lm_dataset import PretrainDataset
     from model.transformer import CausalLM, preset
     from model.weights import load_model, load_tokenizer, save_model
+    from trainer import stage
     from trainer.checkpoint import drop_checkpoints
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train
-    from trainer.stage import check_vocabulary, describe, is_finished, load_data
 
     ranks = join_ranks(args.device)
-    if is_finished(args, ranks):
+    if stage.is_finished(args, ranks):
         return
     # The model: random weights in the shape of a preset, or weights to go on from
     tokenizer = load_tokenizer(args.load_from or args.tokenizer)
     torch.manual_seed(args.seed)
     if args.load_from:
         model = load_model(args.load_from)
-        check_vocabulary(tokenizer, model, args.load_from)
+        stage.check_vocabulary(tokenizer, model, args.load_from)
     else:
         shape = {k: v for k in SHAPE if (v := getattr(args, k)) is not None}
         model = CausalLM(replace(preset(args.preset), vocab_size=len(tokenizer), **shape))
     # The data: plain text, every token of which is predicted
-    batches, eval_batches = load_data(PretrainDataset, "pretrain", tokenizer, args, ranks)
+    batches, eval_batches = stage.load_data(PretrainDataset, tokenizer, args, ranks)
     if ranks.is_main:
-        print(f"{model.num_parameters():,} parameters, all of them trained")
+        print(stage.what_trains(model))
     result = train(model, batches, eval_batches, args, ranks)
     if ranks.is_main:
-        save_model(model, args.run_dir, tokenizer, training=describe("pretrain", args, result))
+        save_model(model, args.run_dir, tokenizer, training=stage.describe(args, result))
         drop_checkpoints(args.run_dir)
         print(f"saved {args.run_dir}")
     leave_ranks(ranks)
@@ -58,17 +58,18 @@ SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_val
          "intermediate_size")
 
 if __name__ == "__main__":
-    parser = training_parser(__doc__)
+    parser = flags.training_parser(__doc__)
     shape = parser.add_argument_group("the model's shape (later stages inherit it from the weights)")
     shape.add_argument("--preset", default="tiny", help="tiny, 26m, 64m or 104m")
     for name in SHAPE:
         shape.add_argument(f"--{name}", type=int, metavar="N", help="instead of the preset's")
-    shape.add_argument("--tokenizer", type=Path, default=ROOT / "model" / "tokenizer", metavar="DIR",
+    shape.add_argument("--tokenizer", type=Path, default=flags.ROOT / "model" / "tokenizer", metavar="DIR",
                        help="its tokenizer")
     # Muon on the blocks learns faster than AdamW alone; small steps many times beat large ones few times.
-    parser.set_defaults(name="pretrain", optimizer="muon", learning_rate=5e-3, batch_size=16, max_seq_len=256)
-    args = parse_args(parser)
+    parser.set_defaults(stage="pretrain", world="pretrain", name="pretrain", optimizer="muon",
+                        learning_rate=5e-3, batch_size=16, max_seq_len=256)
+    args = flags.parse_args(parser)
     for name in ("preset", "tokenizer", *SHAPE):
         if args.load_from and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} has no effect with --load_from: weights bring shape and tokenizer along")
-    run_script(main, args)
+    flags.run_script(main, args)

@@ -41,7 +41,8 @@ def test_help_is_grouped_complete_and_imports_nothing_heavy(stage):
     for flag in re.findall(r"^  (--\w+)(?! \| | *\n? *-)", ended.stdout, re.MULTILINE):
         text = ended.stdout.split(f"\n  {flag}", 1)[1].split("\n  --", 1)[0]
         assert "(default:" in text or re.search(r"--(load_from|max_steps|\w+_size|num_\w+|name)", flag) or \
-            flag in ("--strict", "--resume", "--compile", "--gradient_checkpointing", "--use_wandb"), flag
+            flag in ("--strict", "--resume", "--compile", "--gradient_checkpointing", "--use_wandb",
+                     "--lora_rslora"), flag
 
 
 @pytest.fixture(scope="session")
@@ -241,7 +242,7 @@ def test_data_files(stage, workshop, complaint, tmp_path):
     assert f"{empty}: the file is empty" in complaint(stage, data_path=empty)
     good = workshop.texts if stage == "pretrain" else workshop.chats
     assert "nowhere.jsonl" in complaint(stage, data_path=[good, "nowhere.jsonl"])
-    assert "nowhere.jsonl" in complaint(stage, eval_data_path="nowhere.jsonl")
+    assert "nowhere.jsonl" in complaint(stage, eval_data_path="nowhere.jsonl", eval_fraction=None)
     assert str(tmp_path) in complaint(stage, data_path=tmp_path)
     other = workshop.chats if stage == "pretrain" else workshop.write("numbers.jsonl", ["1", "2"])
     assert str(other) in complaint(stage, data_path=other)
