@@ -43,8 +43,7 @@ def add_lora(model, args, ranks: Ranks) -> None:
             print(memory_line(model))
     torch.manual_seed(args.seed)
     apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules,
-               **({"rslora": True} if args.lora_rslora else {}),
-               **({"init": args.lora_init} if args.lora_init != "gaussian" else {}))
+               args.lora_rslora, args.lora_init)
     freeze_all_but_lora(model)
     dtype = choose_dtype(args.dtype, ranks.device)
     for weight in model.parameters():
@@ -53,9 +52,11 @@ def add_lora(model, args, ranks: Ranks) -> None:
 
 
 def what_trains(model) -> str:
-    """How many parameters there are, and how many of them train."""
+    """How many parameters there are, and how many of them train. Raises UsageError where none can."""
     if all(p.requires_grad for p in model.parameters()):
         return f"{model.num_parameters():,} parameters, all of them trained"
+    if not any(p.requires_grad and ".lora." in name for name, p in model.named_parameters()):
+        raise UsageError("weights in 4 bits can't be trained: train adapters over them, with train_lora.py")
     return count_line(model)
 
 
