@@ -5,13 +5,13 @@
     python scripts/draw_lora.py --base out/pretrain --tuned out/full_sft --data_path out/world/sft_eval.jsonl
 
 Several pairs go into one picture: each --tuned was trained from the --base at its place in the list, and
---data_path is held out from that training. --lora names adapters that were trained on the last --base, at any
-ranks. The numbers are printed, too. The end of docs/lora.md has the command that drew the pictures there.
+--data_path is held out from that training. --lora names adapters trained on any of the bases, at any ranks.
+The numbers are printed, too. The end of docs/lora.md has the command that drew the pictures there.
 """
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,11 +28,12 @@ def main(args):
 
     args.out_dir.mkdir(parents=True, exist_ok=True)
     pairs = [load_pair(*paths) for paths in zip(args.base, args.tuned, args.data_path, strict=True)]
+    give_adapters(pairs, args.lora or [])
     torch.manual_seed(0)
     draw_product(args.out_dir / "lora_product.png")
     draw_change(pairs[-1], args.out_dir / "lora_change.png")
     draw_energy(pairs, args.out_dir / "lora_energy.png")
-    draw_loss(pairs, args.lora or [], args.out_dir / "lora_loss.png")
+    draw_loss(pairs, args.out_dir / "lora_loss.png")
     print(f"saved {args.out_dir}/lora_product.png, lora_change.png, lora_energy.png, lora_loss.png")
 
 
@@ -49,6 +50,7 @@ class Pair:
     changes: dict  # {weight: (U, sigma, V^T) of W_tuned - W_base}, for the layers that "all-linear" means
     dataset: object  # SFTDataset
     pad: int
+    adapters: list[Path] = field(default_factory=list)  # trained on this base
 
 
 def load_pair(base_path: Path, tuned_path: Path, data_path: Path) -> Pair:
@@ -69,6 +71,24 @@ def load_pair(base_path: Path, tuned_path: Path, data_path: Path) -> Pair:
     dataset = SFTDataset(data_path, tokenizer, min(2048, base.config.max_position_embeddings))
     name = f"{base_path.name} → {tuned_path.name}{optimizer_of(tuned_path)}"
     return Pair(name, base, tuned, changes, dataset, tokenizer.eos_token_id)
+
+
+def give_adapters(pairs: list[Pair], adapters: list[Path]) -> None:
+    """To each pair the adapters that were trained on its base: others don't load. Raises ModelError for an
+    adapter of none."""
+    from model.lora import read_lora
+    from model.transformer import ModelError
+
+    for path in adapters:
+        problem = None
+        for pair in pairs:
+            try:
+                read_lora(pair.base, path)
+                pair.adapters.append(path)
+            except ModelError as error:
+                problem = error
+        if not any(path in pair.adapters for pair in pairs):
+            raise ModelError(f"--lora fits no --base: {problem}")
 
 
 def optimizer_of(folder: Path) -> str:
@@ -223,17 +243,18 @@ def draw_energy(pairs: list[Pair], path: Path) -> None:
     save(figure, path)
 
 
-def draw_loss(pairs: list[Pair], adapters: list[Path], path: Path) -> None:
-    """Held-out loss of each change cut to a rank; in the last panel, also of adapters trained at a rank."""
+def draw_loss(pairs: list[Pair], path: Path) -> None:
+    """Held-out loss of each change cut to a rank, and of adapters trained at a rank."""
     figure, axes = new_figure(0.5 + 3.4 * len(pairs), 3.9, len(pairs), sharey=True)
+    lines = {}  # of the legend
     for ax, pair in zip(axes, pairs, strict=True):
         ranks = ranks_up_to(max(len(sigma) for _, sigma, _ in pair.changes.values()))
         curves = [("the change, cut to a rank", "o-", COLORS[1],
                    [(rank, held_out_loss(pair, cut(pair, rank, False))) for rank in ranks]),
                   ("the same, norms and embedding changed in full", "o-", COLORS[0],
                    [(rank, held_out_loss(pair, cut(pair, rank, True))) for rank in ranks])]
-        if pair is pairs[-1] and adapters:
-            points = sorted(loss_of_adapter(pair, adapter) for adapter in adapters)
+        if pair.adapters:
+            points = sorted(loss_of_adapter(pair, adapter) for adapter in pair.adapters)
             curves.append(("an adapter trained at that rank", "s-", COLORS[2], points))
         for name, style, color, points in curves:
             ax.plot(*zip(*points, strict=True), style, color=color, markersize=4.5, label=name)
@@ -247,11 +268,12 @@ def draw_loss(pairs: list[Pair], adapters: list[Path], path: Path) -> None:
         ax.set_xticks(ranks, ranks)
         ax.minorticks_off()
         ax.margins(y=0.1)
+        lines |= {line.get_label(): line for line in ax.lines}
         ax.set_title(pair.name, fontsize=10)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("held-out loss (nats per token)")
     axes[0].yaxis.set_major_formatter("{x:g}")
-    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False,
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, frameon=False,
                   fontsize=9)
     save(figure, path)
 
@@ -277,7 +299,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_path", type=Path, nargs="+", metavar="FILE",
                         help="held-out chats for each (default: out/quickstart/world/sft_eval.jsonl)")
     parser.add_argument("--lora", type=Path, nargs="+", metavar="DIR",
-                        help="adapters trained on the last --base")
+                        help="adapters trained on these bases")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "pictures", metavar="DIR",
                         help="where the pictures go")
     args = parser.parse_args(argv)

@@ -88,6 +88,8 @@ def test_mistakes_are_one_line(paths, tmp_path, refused):
     other = CausalLM(ModelConfig(**{**SHAPE, "intermediate_size": 48}))
     save_model(other, paths / "other", load_tokenizer(paths / "before"))
     refused(draw_lora, [*flags, paths / "other"], "same shape")
+    flags[flags.index("--base") + 1] = paths / "after"
+    refused(draw_lora, [*flags, paths / "before", "--lora", paths / "lora"], "fits no --base")
 
 
 def test_the_page_shows_pictures_that_are_there_and_small():
