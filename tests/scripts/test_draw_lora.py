@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -96,3 +98,22 @@ def test_the_page_shows_pictures_that_are_there_and_small():
     shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", PAGE.read_text(encoding="utf-8"))
     assert sorted(shown) == sorted(path.name for path in PAGE.parent.glob("lora_*.png"))
     assert sum((PAGE.parent / name).stat().st_size for name in shown) < 150_000
+
+
+def help_of(script):
+    command = [sys.executable, draw_lora.ROOT / script, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_the_page_names_scripts_and_flags_that_exist():
+    page = PAGE.read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+    variables = dict(re.findall(r'^(\w+)="?(.*?)"?$', blocks, re.MULTILINE))
+    commands = re.findall(r"python (\S+\.py)([^\n;]*)", blocks)
+    assert len(commands) > 5
+    for script, words in commands:
+        for _ in range(2):  # variables within variables
+            words = re.sub(r"\$(\w+)", lambda found: variables.get(found[1], ""), words)
+        assert set(re.findall(r"--\w+", words)) <= set(help_of(script)), script
+    variants = set(re.findall(r"\(`(--\w+)", page))
+    assert len(variants) == 4 and variants <= set(help_of("trainer/train_lora.py"))
