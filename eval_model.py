@@ -1,7 +1,7 @@
 """Talk to a model, or score it.
 
     python eval_model.py                                           # chat with out/full_sft, answers stream
-    python eval_model.py --lora out/lora_identity out/lora_clinic  # with adapters: /lora NAME switches
+    python eval_model.py --lora out/lora_identity out/lora_clinic  # with adapters: /lora NAME switches, mixes
     python eval_model.py --load_from out/pretrain                  # a base model continues what you write
     python eval_model.py --prompt "What sound does a frog make?"   # the answer alone on stdout
     python eval_model.py --prompts                                 # a list of built-in prompts
@@ -29,7 +29,8 @@ PROMPTS = ["Who are you?", "What sound does a frog make?", "What is 27 + 15?", "
 COMMANDS = """/help            this list
 /reset           forget the conversation
 /system TEXT     set the system message (without TEXT: none) and forget the conversation
-/lora NAME       switch to an adapter; /lora none: the model itself; /lora: which is on
+/lora NAME       switch to an adapter; /lora none: the model itself; /lora: which there are
+/lora A:0.7 B:0.3    mix adapters, each with its weight
 /temperature X   0 = always the likeliest word, 1 = as learnt
 /quit            leave (so does Ctrl-D; Ctrl-C stops an answer)"""
 
@@ -132,6 +133,7 @@ class Speaker:
         """Raises ModelError for weights, a tokenizer, an adapter or a device that can't be had."""
         import torch
 
+        from model.adapters import Adapters
         from model.transformer import ModelError
         from model.weights import load_model, load_tokenizer
 
@@ -155,28 +157,37 @@ class Speaker:
         # Beyond the length it was trained on, a small model forgets how to speak, though its positions go on.
         trained = training.get("arguments", {}).get("max_seq_len", config.max_position_embeddings)
         self.context = min(trained, config.max_position_embeddings)
+        self.adapters = Adapters(self.model)
         for name in reversed(args.lora):  # every one, so that a bad one is found now; the first stays
             self.switch(name)
 
-    def switch(self, name: str | None):
-        """Puts an adapter in the place of the one that is on (None: none). Returns what load_lora does.
+    def switch(self, what: str | dict[str, float] | None):
+        """Puts an adapter, or several with their weights, in the place of what is on (None: none).
 
-        Raises ModelError, and leaves on what was on, where the adapter does not fit.
+        Returns what report_lora does. Raises ModelError, and leaves on what was on, where one does not fit.
         """
-        from model.lora import load_lora, remove_lora
+        from model.lora import report_line, report_lora
 
+        places = {name: self.find(name) for name in (what if isinstance(what, dict) else [what]) if name}
+        new = [path for path in places.values() if str(path) not in self.adapters.adapters]
+        for path in new:
+            self.adapters.load(path, name=str(path))
+        if isinstance(what, dict):
+            self.adapters.use({str(places[name]): weight for name, weight in what.items()})
+            self.adapter = " + ".join(f"{weight:g} {places[name]}" for name, weight in what.items())
+        else:
+            self.adapters.use(str(places[what]) if what else None)
+            self.adapter = places[what] if what else None
+        report = report_lora(self.model) if what else None
+        if new:
+            print(report_line(self.model, self.adapter, report), file=sys.stderr)
+        return report
+
+    def find(self, name: str) -> Path:
+        """Where that adapter lies: the name is a path, one of those given, beside the model, or in out/."""
         given = [path for path in map(Path, self.args.lora) if path.name == name]
-        places = [Path(name), *given, self.args.load_from.parent / name, ROOT / "out" / name] if name else []
-        path = next((p for p in places if p.is_file() or (p / "adapter_config.json").is_file()), name)
-        before, self.adapter = self.adapter, path
-        remove_lora(self.model)
-        try:
-            return load_lora(self.model, path) if path else None
-        except ValueError:
-            self.adapter = before
-            if before:
-                load_lora(self.model, before)
-            raise
+        places = [Path(name), *given, self.args.load_from.parent / name, ROOT / "out" / name]
+        return next((p for p in places if p.is_file() or (p / "adapter_config.json").is_file()), Path(name))
 
     def encode(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """The token ids after which the answer begins."""
@@ -311,10 +322,10 @@ def obey(speaker: Speaker, line: str, messages: list[dict]) -> list[dict]:
         print(f"(system message: {value or 'none'}; the conversation is forgotten)")
         return [{"role": "system", "content": value}] if value else []
     elif name == "/lora" and value:
-        found = speaker.switch(None if value == "none" else value)
+        found = speaker.switch(None if value == "none" else parse_mix(value) or value)
         print(f"({speaker.adapter}: {found.matched} layers adapted)" if found else "(no adapter)")
     elif name == "/lora":
-        print(f"(on: {speaker.adapter or 'none'}; given: {', '.join(speaker.args.lora) or 'none'})")
+        print(f"(on: {speaker.adapter or 'none'}; loaded: {', '.join(speaker.adapters.adapters) or 'none'})")
     elif name == "/temperature":
         try:
             number = float(value)
@@ -329,6 +340,14 @@ def obey(speaker: Speaker, line: str, messages: list[dict]) -> list[dict]:
     else:
         print(f"unknown command {name}; /help lists the commands")
     return messages
+
+
+def parse_mix(value: str) -> dict[str, float] | None:
+    """"a:0.7 b:0.3" -> {"a": 0.7, "b": 0.3}; None for anything else, which is a name."""
+    try:
+        return {name: float(weight) for name, _, weight in (part.rpartition(":") for part in value.split())}
+    except ValueError:
+        return None
 
 
 def main(args: argparse.Namespace) -> None:

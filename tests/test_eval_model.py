@@ -15,7 +15,7 @@ import eval_model
 import scoring
 from model.lora import apply_lora, lora_parameters, save_lora
 from model.transformer import CausalLM, ModelConfig, ModelError
-from model.weights import load_tokenizer, save_model
+from model.weights import load_model, load_tokenizer, save_model
 
 ROOT = Path(eval_model.__file__).parent
 
@@ -188,6 +188,55 @@ def test_a_switch_that_fails_leaves_the_adapter_on(home):
     assert speaker.adapter == home / "lora_a" and torch.equal(speaker.model(ids).logits, before)
     speaker.switch(None)
     assert not torch.equal(speaker.model(ids).logits, before)
+
+
+def answers(home, capsys, monkeypatch, lines, *adapters):
+    """{line: what is printed for it} of a greedy conversation that forgets after each answer."""
+    text = "\n".join(f"{line}\n/reset" for line in lines)
+    flags = ["--lora", *adapters] if adapters else []
+    got = run(
+        home,
+        capsys,
+        *flags,
+        "--max_new_tokens",
+        8,
+        "--temperature",
+        0,
+        stdin=text,
+        monkeypatch=monkeypatch,
+    )
+    return got.out.split("(the conversation is forgotten)\n"), got.err
+
+
+def test_adapters_switch_and_mix_in_a_conversation(home, capsys, monkeypatch):
+    lines = ["hi", "/lora lora_b", "hi", "/lora", "/lora none", "hi", "/lora lora_a:1 lora_b:0", "hi"]
+    lines += ["/lora lora_a:0.5 lora_b:0.5", "hi", "/lora lora_a:1 missing:1", "hi", "/lora lora_a", "hi"]
+    out, err = answers(home, capsys, monkeypatch, lines, home / "lora_a", home / "lora_b")
+    said = dict(zip([f"{i} {line}" for i, line in enumerate(lines)], out, strict=False))
+    (first, _), (second, _), (none, _) = (
+        answers(home, capsys, monkeypatch, ["hi"], *adapters)
+        for adapters in ([home / "lora_a"], [home / "lora_b"], [])
+    )
+    assert len({first[0], second[0], none[0]}) == 3
+    assert said["0 hi"] == said["7 hi"] == said["13 hi"] == first[0]
+    assert said["2 hi"] == second[0] and said["5 hi"] == none[0]
+    assert said["9 hi"] == said["11 hi"] and said["9 hi"] not in (first[0], second[0], none[0])
+    a, b = home / "lora_a", home / "lora_b"
+    assert f"on: {b}; loaded: {b}, {a}" in said["3 /lora"]
+    assert f"({b}: 14 layers adapted)" in said["1 /lora lora_b"]
+    assert f"(0.5 {a} + 0.5 {b}: 14 layers adapted)" in said["8 /lora lora_a:0.5 lora_b:0.5"]
+    assert err.count("error: missing: not found") == 1
+    for path in (a, b):  # loading tells what was found and what it does, once
+        assert err.count(f"{path}: 14/14 layers matched") == 1
+    assert "KL" in err and "/lora A:0.7 B:0.3" in eval_model.COMMANDS
+
+
+def test_an_adapter_that_changes_nothing_is_called_out(home, capsys, tmp_path):
+    model = load_model(home / "chat")
+    apply_lora(model, rank=2)
+    save_lora(model, tmp_path / "idle")
+    got = run(home, capsys, "--lora", tmp_path / "idle", "--prompt", "Hi", "--max_new_tokens", 2)
+    assert "idle: 14/14 layers matched, but it changes nothing" in got.err
 
 
 def test_chat_remembers_and_forgets(home, capsys, monkeypatch):

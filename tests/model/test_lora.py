@@ -15,6 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from model import lora as L
+from model.quantize import NF4Linear, quantize_model
 from model.transformer import CausalLM, ModelConfig, ModelError, preset
 
 SHAPE = dict(
@@ -657,3 +658,351 @@ def test_fingerprint_is_in_the_weights_file(tmp_path):
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         marks = json.loads(file.metadata()["base_fingerprint"])
     assert "model.embed_tokens.weight" in marks and not any("lora" in name for name in marks)
+
+
+# ---- the fast forward pass
+
+
+def gradients(model, reference=False):
+    """The gradients of A, B and the inputs; `reference`: by the plain formula, which a training W takes."""
+    L.freeze_all_but_lora(model)
+    for module in model.modules():
+        if isinstance(module, L.LoRALinear) and reference:
+            module.weight.requires_grad_(True)
+    embedded = []
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda m, x, y: embedded.append(y.detach().requires_grad_()) or embedded[0]
+    )
+    output = model(IDS, labels=IDS)
+    output.loss.backward()
+    hook.remove()
+    return [output.loss.detach(), embedded[0].grad, *(p.grad for p in L.lora_parameters(model))]
+
+
+@pytest.mark.parametrize("options", [{}, dict(rslora=True, alpha=7), dict(init="pissa", alpha=3)])
+def test_fast_and_plain_agree(options):
+    model = wake_and(ours(attention_bias=True), **options)
+    for bias in (m.bias for m in model.modules() if isinstance(m, nn.Linear) and m.bias is not None):
+        nn.init.normal_(bias)
+    calls, apply = [], L._LoRAMatMul.apply
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(L._LoRAMatMul, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
+        fast, plain = gradients(copy.deepcopy(model)), gradients(copy.deepcopy(model), reference=True)
+    assert len(calls) == 14  # the first took the fast way in every layer, the second in none
+    assert all(close(a, b) for a, b in zip(fast, plain, strict=True))
+
+
+def test_fast_gradients_are_right():
+    layer = nn.Sequential(nn.Linear(5, 7)).double()
+    L.apply_lora(layer, rank=3, alpha=5)
+    L.freeze_all_but_lora(layer)
+    m = layer[0]
+    x, a, b = (torch.randn(size).double().requires_grad_() for size in ((2, 4, 5), (3, 5), (7, 3)))
+    assert torch.autograd.gradcheck(L._LoRAMatMul.apply, (x, m.weight, m.bias, a, b, 0.7))
+    for shape in ((5,), (0, 5), (2, 3, 5)):
+        y = m(torch.zeros(shape, dtype=torch.float64))
+        assert y.shape == (*shape[:-1], 7)
+
+
+def test_only_what_is_needed_is_kept():
+    """Of x, of A x and of the parameters alone, a step keeps memory; and W is never asked for a gradient."""
+    layer = nn.Sequential(nn.Linear(64, 48, bias=False))
+    L.apply_lora(layer, rank=2)
+    L.freeze_all_but_lora(layer)
+    x, kept = torch.randn(32, 64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    own = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
+    assert [tuple(t.shape) for t in kept if t.data_ptr() not in own] == [(32, 2)]
+    y.sum().backward()
+    assert layer[0].weight.grad is None and x.grad is None
+
+
+def test_a_base_that_trains_gets_its_gradient():
+    model = wake_and(ours())
+    model(IDS, labels=IDS).loss.backward()  # nothing was frozen
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_one_graph_with_everything(init, dropout):
+    """compile, gradient checkpointing, autocast, dropout, a bf16 base, a GradScaler's scale: together."""
+    model = ours(num_hidden_layers=1).to(torch.bfloat16)
+    model.gradient_checkpointing = True
+    L.apply_lora(model, rank=4, dropout=dropout, init=init)
+    L.freeze_all_but_lora(wake(model) if init == "gaussian" else model)
+    compiled = torch.compile(lambda ids: model(ids, labels=ids).loss, backend="aot_eager", fullgraph=True)
+    results = []
+    for run in (lambda ids: model(ids, labels=ids).loss, compiled):
+        model.train()
+        model.zero_grad()
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run(IDS)
+        (loss * 1024).backward()
+        results.append([loss.detach(), *(p.grad / 1024 for p in L.lora_parameters(model))])
+        assert all(p.grad.dtype == torch.float32 for p in L.lora_parameters(model))
+    assert all(close(a, b, 0.05) for a, b in zip(*results, strict=True)) or dropout  # other random numbers
+    torch.compiler.reset()
+
+
+# ---- other scales and other starts
+
+
+def peft_gets(tmp_path, model, reference=None):
+    """The logits of PEFT with what `model` saves, on a base that nobody touched."""
+    L.save_lora(model, tmp_path)
+    return logits(PeftModel.from_pretrained(reference or twins()[1], tmp_path).eval())
+
+
+def test_rank_stabilised_scale(tmp_path):
+    layer = nn.Sequential(nn.Linear(6, 10))
+    L.apply_lora(layer, rank=4, alpha=6, rslora=True)
+    wake(layer)
+    x, m = torch.randn(2, 6), layer[0]
+    update = x @ m.lora.A.weight.T @ m.lora.B.weight.T
+    assert close(layer(x), x @ m.weight.T + m.bias + 6 / math.sqrt(4) * update)
+
+    model = wake_and(twins()[0], alpha=6, rslora=True)
+    assert close(peft_gets(tmp_path, model), logits(model))
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["use_rslora"] is True and config["lora_alpha"] == 6
+    again = twins()[0]
+    L.load_lora(again, tmp_path)
+    assert torch.equal(logits(again), logits(model)) and again.model.layers[0].self_attn.q_proj.lora.rslora
+
+
+def peft_twin(model, reference, **options):
+    """PEFT's model with the adapters of ours, and both sides' trained parameters in the same order."""
+    peft = get_peft_model(reference, LoraConfig(r=4, target_modules=ALL, **options))
+    for name, module in peft.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A and "init_lora_weights" not in options:
+            lora = model.get_submodule(name.removeprefix("base_model.model.")).lora
+            module.lora_A["default"].weight.data.copy_(lora.A.weight)
+            module.lora_B["default"].weight.data.copy_(lora.B.weight)
+    return peft, list(L.lora_parameters(model)), [p for p in peft.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_starts_and_trains_as_in_peft(tmp_path, rslora):
+    model, reference = twins()
+    before, state = logits(model), base_state(model)
+    L.apply_lora(model, rank=4, alpha=8, rslora=rslora, init="pissa")
+    assert close(logits(model), before)
+    assert all(torch.equal(v, state[k]) for k, v in base_state(model).items())  # the base is not touched
+    first = model.model.layers[0].self_attn.q_proj
+    u, sigma, v = torch.linalg.svd(first.weight)
+    nearest = u[:, :4] * sigma[:4] @ v[:4]
+    assert close(first.lora.scaling * first.lora.B.weight @ first.lora.A.weight, nearest)
+    assert close(first.lora.B.weight.norm(dim=0), first.lora.A.weight.norm(dim=1))
+
+    peft, mine, other = peft_twin(
+        model, reference, lora_alpha=8, use_rslora=rslora, init_lora_weights="pissa"
+    )
+    assert all(close(a, b) for a, b in zip(mine, other, strict=True))
+    L.freeze_all_but_lora(model)
+    optimizers = [torch.optim.AdamW(group, lr=1e-3) for group in (mine, other)]
+    first_loss = model(IDS, labels=IDS).loss.item()
+    for step in range(10):
+        losses = [model(IDS, labels=IDS).loss, peft(IDS, labels=IDS).loss]
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+        assert abs(losses[0] - losses[1]).item() < 1e-4
+        assert step or all(close(a.grad, b.grad) for a, b in zip(mine, other, strict=True))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert losses[0] < first_loss and not close(logits(model), before, 1e-2)
+
+    assert close(peft_gets(tmp_path / "ours", model), logits(model))  # on the original base
+    for name in ("ours", "ours.pth"):
+        L.save_lora(model, tmp_path / name)
+        fresh = twins()[0]
+        L.load_lora(fresh, tmp_path / name)
+        assert close(logits(fresh), logits(model)) and fresh.model.layers[0].mlp.up_proj.lora.rank == 8
+    adapted = logits(model)
+    L.merge_lora(model)
+    assert close(logits(model), adapted)
+    L.set_lora(model, False)
+    assert torch.equal(logits(model), before)
+    peft.save_pretrained(tmp_path / "theirs")  # as PEFT leaves it, it goes with PEFT's changed base alone
+    with pytest.raises(ModelError, match="path_initial_model_for_weight_conversion"):
+        L.load_lora(twins()[0], tmp_path / "theirs")
+
+
+def test_what_peft_converts_loads(tmp_path):
+    reference = twins()[1]
+    peft = get_peft_model(
+        reference, LoraConfig(r=4, lora_alpha=8, target_modules=ALL, init_lora_weights="pissa")
+    )
+    peft.peft_config["default"].init_lora_weights = True
+    peft.save_pretrained(tmp_path / "start")
+    generator = torch.Generator().manual_seed(4)
+    for name, p in peft.named_parameters():
+        if "lora_" in name:
+            p.data.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    expected = logits(peft.eval())
+    peft.peft_config["default"].init_lora_weights = "pissa"
+    peft.save_pretrained(
+        tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    model = twins()[0]
+    L.load_lora(model, tmp_path / "end")
+    assert close(logits(model), expected)
+
+
+def test_pissa_survives_copies_and_refuses_what_it_cannot():
+    model = ours()
+    L.apply_lora(model, rank=4, init="pissa")
+    wake(model)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(clone), logits(model))
+    assert not any("B0" in key or "A0" in key for key in model.state_dict())
+    assert all(p.shape[0] == 4 or p.shape[1] == 4 for p in L.lora_parameters(model))
+    for options, message in ((dict(rank=17), "above the width of the layers, 16"), (dict(init="x"), "init")):
+        with pytest.raises(ModelError, match=message):
+            L.apply_lora(ours(), **{"init": "pissa", **options})
+
+
+def test_low_rank_is_the_nearest():
+    matrix = torch.randn(20, 3) @ torch.randn(3, 12)
+    b, a, kept = L.low_rank(matrix, 3)
+    assert close(b @ a, matrix) and abs(kept - 1) < 1e-6
+    sigma = torch.linalg.svdvals(matrix)
+    b, a, kept = L.low_rank(matrix, 2)
+    assert b.shape == (20, 2) and a.shape == (2, 12)
+    assert abs((matrix - b @ a).norm() - sigma[2]) < 1e-4  # Eckart & Young
+    assert abs(kept - (sigma[:2].square().sum() / sigma.square().sum())) < 1e-5
+    assert L.low_rank(torch.zeros(4, 4), 1)[2] == 1
+    for rank in (0, 13):
+        with pytest.raises(ModelError, match="rank must be from 1 to 12"):
+            L.low_rank(matrix, rank)
+
+
+# ---- a 4-bit base
+
+
+def dense(model):
+    """The same model with the values that 4 bits hold, in plain layers."""
+    plain = ours()
+    state = {k: v for k, v in model.state_dict().items() if k in plain.state_dict()}
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Linear):
+            state[f"{name}.weight"] = module.dequantize()
+    plain.load_state_dict(state)
+    return plain
+
+
+@pytest.mark.parametrize("options", [{}, dict(dropout=0.1), dict(init="pissa", alpha=6)])
+def test_over_a_4_bit_base(tmp_path, options):
+    model = quantize_model(ours())
+    before, twin = logits(model), dense(model)
+    names = L.apply_lora(model, rank=4, **options)
+    assert close(logits(model), before) and len(names) == 14
+    assert options.get("init") or torch.equal(logits(model), before)
+    L.apply_lora(twin, rank=4, **options)
+    assert L.count_line(model) == L.count_line(twin)
+    state = base_state(model)
+    torch.manual_seed(0)
+    losses = train(model)
+    assert losses[-1] < losses[0] and all(torch.equal(v, state[k]) for k, v in base_state(model).items())
+    model.eval()
+
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if ".lora." in k}, strict=False)
+    assert close(logits(twin), logits(model))
+    assert all(close(a, b) for a, b in zip(gradients(model), gradients(twin), strict=True))
+    L.save_lora(model, tmp_path / "a")
+    fresh = quantize_model(ours())
+    report = L.load_lora(fresh, tmp_path / "a")
+    assert report.matched == 14 and close(logits(fresh), logits(model))
+    assert abs(report.relative_norm - L.report_lora(twin).relative_norm) < 1e-4
+    assert L.load_lora(ours(), tmp_path / "a").matched == 14  # what both have in common is equal
+    with pytest.raises(ModelError, match="another base model"):
+        L.load_lora(quantize_model(ours(seed=1)), tmp_path / "a")
+
+    adapted = logits(model)
+    with pytest.raises(ModelError, match=r"4-bit weights \(model.layers.0.*scripts/merge_lora.py") as error:
+        L.merge_lora(model)
+    assert "\n" not in str(error.value) and torch.equal(logits(model), adapted)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(clone), adapted)
+    L.set_lora(model, False)
+    assert torch.equal(logits(model), before)
+    L.remove_lora(model)
+    assert torch.equal(logits(model), before) and type(model.model.layers[0].mlp.up_proj) is NF4Linear
+
+
+# ---- what loading tells
+
+
+def test_report_line(tmp_path):
+    model = wake_and(ours())
+    L.save_lora(model, tmp_path / "a")
+    fresh = ours().train()
+    line = L.report_line(fresh, "a", L.load_lora(fresh, tmp_path / "a"))
+    shift = (logits(model) - logits(ours())).abs().max().item()
+    change, kl = L.logit_shift(fresh)
+    assert fresh.training and all(m.lora.enabled for m in fresh.modules() if isinstance(m, L.LoRALinear))
+    assert "14/14 layers" in line and f"{change:.3g}" in line and "\n" not in line
+    assert shift / 5 < change < shift * 5 and 0 < kl < change
+    L.load_lora(fresh, tmp_path / "a")
+    L.set_lora(model, False)
+    assert L.logit_shift(model) == (change, kl)
+    assert not model.model.layers[0].mlp.up_proj.lora.enabled
+
+    L.save_lora(wake(model, std=0.0), tmp_path / "zero")
+    fresh = ours()
+    assert "changes nothing" in L.report_line(fresh, "zero", L.load_lora(fresh, tmp_path / "zero"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s, c: c.update(r=8), "rank 4, not the 8 of adapter_config.json"),
+        (lambda s, c: c.update(rank_pattern={"q_proj": 2}), "q_proj lora A has rank 4, not the 2"),
+        (lambda s, c: c.update(rank_pattern={"(": 2}), "damaged"),
+        (lambda s, c: c.update(rank_pattern=[1]), "damaged"),
+        (lambda s, c: c.update(lora_alpha="x"), "damaged"),
+        (lambda s, c: c.update(lora_alpha=0), "lora_alpha"),
+        (lambda s, c: c.update(lora_alpha=math.nan), "lora_alpha"),
+        (lambda s, c: c.update(lora_dropout=1), "lora_dropout"),
+        (lambda s, c: c.update(lora_dropout=None), "damaged"),
+        (lambda s, c: s.update({Q + "lora_A.weight": torch.full((4, 32), math.nan)}), "NaN"),
+        (lambda s, c: s.update({Q + "lora_A.weight": torch.ones(4)}), "no LoRA matrix"),
+        (
+            lambda s, c: s.update(
+                {Q + "lora_A.weight": torch.ones(0, 32), Q + "lora_B.weight": torch.ones(32, 0)}
+            ),
+            "rank 0",
+        ),
+        (
+            lambda s, c: s.update(
+                {
+                    Q + "lora.A.lora_A.weight": torch.ones(4, 32),
+                    Q + "lora.A.lora_B.weight": torch.ones(4, 4),
+                }
+            ),
+            "q_proj.lora.A",
+        ),
+    ],
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_hostile_adapters_change_nothing(tmp_path, adapted, change, message):
+    test_bad_adapters_change_nothing(tmp_path, adapted, change, message)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"peft_type": "LORA", "alpha_pattern": 3}', "\ud800", ""])
+def test_hostile_config(tmp_path, text):
+    L.save_lora(wake_and(ours()), tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ModelError) as error:
+        L.load_lora(ours(), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_saving_over_a_file_is_refused(tmp_path):
+    (tmp_path / "notes").write_text("mine", encoding="utf-8")
+    with pytest.raises(ModelError, match="notes is a file"):
+        L.save_lora(wake_and(ours()), tmp_path / "notes")
+    assert (tmp_path / "notes").read_text(encoding="utf-8") == "mine"
