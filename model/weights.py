@@ -22,6 +22,7 @@ import torch
 from model.quantize import from_bitsandbytes, quantization_config, to_bitsandbytes
 from model.transformer import CausalLM, ModelConfig, ModelError
 
+GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # tokenizer.json alone says it all
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -285,10 +286,14 @@ def load_tokenizer(path):
     path = Path(path)
     if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
         raise ModelError(f"no tokenizer in {path}: tokenizer.json is missing")
-    from transformers import AutoTokenizer  # takes a second to import: only for those who need it
-
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        file = path / "tokenizer_config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if config.get("tokenizer_class") in GENERIC_TOKENIZERS and (path / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast as Tokenizer
+        else:  # a class with rules of its own; finding it imports every model: two seconds
+            from transformers import AutoTokenizer as Tokenizer
+        return Tokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exceptions for damaged files
         raise ModelError(f"the tokenizer in {path} can't be read: {_one_line(error)}") from None
 

@@ -62,12 +62,12 @@ def read_metrics(path: Path) -> list[dict]:
 
 def plot_loss(metrics: list[dict], path: Path) -> None:
     """Draws training and validation loss against the step."""
-    import matplotlib  # here: half a second that only the end of a run needs
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: half a second that only the end needs
+    from matplotlib.figure import Figure  # not pyplot, which takes another second
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         points = [(m["step"], m[key]) for m in metrics if key in m]
         if points:
@@ -76,7 +76,6 @@ def plot_loss(metrics: list[dict], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def clock(seconds: float) -> str:
