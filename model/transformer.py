@@ -75,6 +75,31 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+class Normalise(torch.autograd.Function):
+    """RMSNorm with its backward written out, which passes over memory half as often as autograd's would.
+
+    With r = 1 / sqrt(mean(x^2) + eps) and n = x r:    y = n w
+        dy/dw: the sum over all vectors of g n         dy/dx: r (g w - n mean(g w n)), g being dL/dy
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        x = x.float()
+        r = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        n = x * r
+        ctx.save_for_backward(n, r, weight)
+        return (n * weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        n, r, weight = ctx.saved_tensors
+        g = g.float()
+        g_weight = (g * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        g = g * weight
+        mean = torch.linalg.vecdot(g, n).unsqueeze(-1) / n.size(-1)
+        return torch.addcmul(g, n, mean, value=-1) * r, g_weight, None, None
+
+
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv:1910.07467)
 
@@ -89,9 +114,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         # In float32 whatever comes in. Under autocast the result leaves in the type of the matmuls that read
         # it: one cast here instead of one each in q, k and v.
-        dtype, x = matmul_dtype(x), x.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * self.weight).to(dtype)
+        return Normalise.apply(x, self.weight, self.eps, matmul_dtype(x))
 
 
 def rope_frequencies(config: ModelConfig, device) -> tuple[torch.Tensor, float]:

@@ -4,7 +4,9 @@
 there is one process, and every function here does nothing but return.
 """
 
+import ctypes
 import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,6 +56,15 @@ class Ranks:
         return self.sum(float(flag))[0] > 0 if self.world_size > 1 else flag
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed: each step frees and asks for the same large tensors, and the kernel would
+    zero every page of them anew. About a twentieth of the time of a small model's step on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # not in musl
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from what size on memory is mapped apart
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what may lie free at the top
+
+
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UsageError for a device that is not here."""
     if name == "auto":
@@ -93,6 +104,7 @@ def join_ranks(device_flag: str) -> Ranks:
     """Joins the process group that torchrun announces, if any: gloo for CPU tensors, NCCL for CUDA's."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device_flag, int(os.environ.get("LOCAL_RANK", 0)))
+    keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
