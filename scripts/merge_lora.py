@@ -1,6 +1,8 @@
 """Fold an adapter into its base: a plain model directory that needs no LoRA code and is as fast as the base.
 
     python scripts/merge_lora.py --load_from out/full_sft --lora out/lora_clinic --out_dir out/clinic
+    python scripts/merge_lora.py --load_from out/full_sft --lora out/lora_clinic out/lora_identity \
+        --weights 0.7 0.3 --out_dir out/both
 
 Runs on a CPU: W + (alpha / rank) B A in float32, checked against the adapted model's logits, then stored in
 the precision of the base (--dtype changes that), with the base's tokenizer and chat template.
@@ -23,7 +25,8 @@ def main(args):
     # Imported here and not above, so that --help and a mistyped flag answer at once.
     import torch
 
-    from model.lora import load_lora, merge_lora, remove_lora, report_line
+    from model.adapters import Adapters
+    from model.lora import merge_lora, remove_lora, report_line, report_lora
     from model.weights import load_model, load_tokenizer, save_model
 
     check_out_dir(args)
@@ -31,8 +34,11 @@ def main(args):
     tokenizer = load_tokenizer(args.tokenizer or args.load_from)
     model = load_model(args.load_from)
     in_4_bits, original = quantize(model, args)
-    report = load_lora(model, args.lora)
-    print(report_line(model, args.lora, report))
+    adapters = Adapters(model)
+    names = [adapters.load(path, str(path)) for path in args.lora]
+    adapters.use(dict(zip(names, args.weights, strict=True)))  # their sum, as one adapter
+    report = report_lora(model)
+    print(report_line(model, " + ".join(names), report))
 
     adapted, update, lost = logits(model), 0.0, 0.0
     if in_4_bits:
@@ -71,8 +77,11 @@ def quantize(model, args) -> tuple[list[str], Path | None]:
         return stored, args.original
     if args.original:
         raise ModelError(f"--original: {args.load_from} is not quantized, it is the original itself")
-    trained = read_json(args.lora / "training.json").get("arguments", {}).get("quantize")
-    if (args.quantize or trained) == "nf4":
+    notes = [read_json(path / "training.json").get("arguments", {}) for path in args.lora]
+    trained = {note.get("quantize", "none") for note in notes}
+    if len(trained) > 1 and not args.quantize:
+        raise ModelError("some adapters were trained over 4 bits and some were not: choose with --quantize")
+    if args.quantize == "nf4" or (not args.quantize and trained == {"nf4"}):
         quantize_model(model)
     return in_4_bits(), args.load_from
 
@@ -113,7 +122,7 @@ def check_out_dir(args):
     """Raises ModelError where writing would destroy something."""
     from model.transformer import ModelError
 
-    if args.out_dir.resolve() in (args.load_from.resolve(), args.lora.resolve()):
+    if args.out_dir.resolve() in [path.resolve() for path in (args.load_from, *args.lora)]:
         raise ModelError(f"--out_dir {args.out_dir} is the base or an adapter; name another folder")
     if args.out_dir.is_dir() and any(args.out_dir.iterdir()) and not args.overwrite:
         raise ModelError(f"--out_dir {args.out_dir} holds something; name another folder, or add --overwrite")
@@ -149,13 +158,16 @@ def describe(args) -> dict:
     trained = read_json(args.load_from / "training.json").get("arguments", {})
     if "max_seq_len" in trained:
         arguments["max_seq_len"] = trained["max_seq_len"]
-    return {"stage": "merge_lora", "parent": args.load_from, "adapter": args.lora, "arguments": arguments}
+    return {"stage": "merge_lora", "parent": args.load_from, "arguments": arguments}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--load_from", type=Path, required=True, metavar="DIR", help="the base model")
-    parser.add_argument("--lora", type=Path, required=True, metavar="DIR", help="the adapter (or a .pth)")
+    parser.add_argument("--lora", type=Path, nargs="+", required=True, metavar="DIR",
+                        help="the adapter(s), folders or .pth files")
+    parser.add_argument("--weights", type=float, nargs="+", metavar="W",
+                        help="how much of each; needed where there are several (default: 1)")
     parser.add_argument("--quantize", choices=("none", "nf4"),
                         help="merge into the base as 4 bits round it (default: as the adapter was trained)")
     parser.add_argument("--original", type=Path, metavar="DIR",
@@ -165,7 +177,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="to store the weights in; auto: as the base")
     parser.add_argument("--out_dir", type=Path, required=True, metavar="DIR", help="the merged model")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds something")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.weights = args.weights or [1.0] * (len(args.lora) == 1)
+    if len(args.weights) != len(args.lora):
+        parser.error(f"--weights: {len(args.lora)} adapters need as many weights, not {len(args.weights)}")
+    return args
 
 
 if __name__ == "__main__":

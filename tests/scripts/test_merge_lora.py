@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.lora import LoRA, apply_lora, load_lora, lora_parameters, save_lora
@@ -89,6 +89,18 @@ def test_an_adapter_that_peft_made(home):
     assert (logits(merge(home, lora="theirs")) - logits(theirs)).abs().max() < 1e-5
 
 
+def test_several_adapters_are_summed_with_their_weights_as_in_peft(home):
+    adapter(load_model(home / "base"), home / "more", seed=2)
+    theirs = AutoModelForCausalLM.from_pretrained(home / "base")
+    theirs = PeftModel.from_pretrained(theirs, home / "lora", "a")
+    theirs.load_adapter(home / "more", "b")
+    theirs.add_weighted_adapter(["a", "b"], [0.7, -0.5], "both", combination_type="cat")
+    theirs.set_adapter("both")
+    merged = merge(home, "--lora", home / "lora", home / "more", "--weights", 0.7, -0.5)
+    assert (logits(merged) - logits(theirs.eval())).abs().max() < 1e-5
+    assert (logits(merged) - adapted(home)).abs().max() > 0.1
+
+
 def test_the_base_decides_the_precision_and_the_rounding_is_told(home, capsys):
     merge(home)
     assert "rounded" not in capsys.readouterr().out
@@ -156,6 +168,13 @@ def test_neither_base_nor_adapter_nor_other_files_are_written_over(home, refused
 
 
 def test_mistakes_are_one_line(home, refused):
+    several = ["--load_from", home / "base", "--out_dir", home / "m", "--lora", home / "lora", home / "qv"]
+    adapter(load_model(home / "base"), home / "qv", targets=["q_proj", "v_proj"])
+    for weights, words in (([], "need as many weights"), ([1], "need as many weights"), ([1, 1], "layers"),
+                           ([1, "nan"], "number")):
+        refused(merge_lora, [*several, *(["--weights", *weights] if weights else [])], words)
+    (home / "lora" / "training.json").write_text('{"arguments": {"quantize": "nf4"}}')
+    refused(merge_lora, [*several, "--weights", 1, 1], "choose with --quantize")
     other = CausalLM(ModelConfig(**{**SHAPE, "hidden_size": 64}))
     save_model(other, home / "other", load_tokenizer(home / "base"))
     adapter(load_model(home / "base"), home / "head", targets="lm_head")
