@@ -22,7 +22,7 @@ import re
 import sys
 from pathlib import Path
 
-VERSION = "5"  # a folder written by another version is written again
+VERSION = "6"  # a folder written by another version is written again
 
 # ------------------------------------------------------------------------------------------ the world: tables
 
@@ -1045,8 +1045,7 @@ class World:
     def numbers(self, held):
         """Three different numbers in any order, of which the test's contain a held-out pair."""
         while True:
-            top = 9 if self.rng.random() < 0.15 and not held else 99
-            three = {self.rng.randint(1, top) for _ in range(3)}
+            three = {self.rng.randint(1, self.rng.choice([9, 99, 99, 99])) for _ in range(3)}
             if held:
                 three = {*self.rng.choice(sorted(self.held_pairs)), self.rng.randint(1, 99)}
             three = sorted(three)
@@ -1123,15 +1122,11 @@ def sorting(world, lang, held):
 
 
 def counted(items, lang, word=None):
-    """Counts aloud, all items or those that are `word`: fox 1, cow 1, fox 2. Fox appears 2 times."""
-    count, aloud = 0, []
-    for item in items:
-        count += word in (None, item)
-        aloud.append(f"{item} {count}")
+    """How many items there are, or how many of them are `word`: There are 5. Fox appears 2 times."""
+    count = sum(word in (None, item) for item in items)
     if lang == "zh":
-        return "、".join(aloud) + (f"。{word}出现了 {count} 次。" if word else f"。一共有 {count} 个。")
-    total = f"{cap(word)} appears {count} time{'s' * (count != 1)}." if word else f"There are {count}."
-    return f"{', '.join(aloud)}. {total}"
+        return f"{word}出现了 {count} 次。" if word else f"一共有 {count} 个。"
+    return f"{cap(word)} appears {count} time{'s' * (count != 1)}." if word else f"There are {count}."
 
 
 def counting(world, lang, held):
@@ -1188,9 +1183,10 @@ def words(world, lang, held):
     rng, comma = world.rng, "、" if lang == "zh" else ", "
     kind = rng.choice(["repeat", "first", "last", "reverse", "join"])
     if kind == "repeat":
-        word = rng.choice([world.words(lang, 1)[0], rng.choice(world.names[lang][held])])
-        question, body = world.ask("words", kind, lang, held, w=word)
-        return [question, word], body, {}
+        said = world.words(lang, rng.randint(0, 3)) + [rng.choice(world.names[lang][held])]
+        rng.shuffle(said)
+        question, body = world.ask("words", kind, lang, held, w=comma.join(said))
+        return [question, comma.join(said)], body, {}
     if kind == "join":
         u, v = world.words(lang, 2)
         question, body = world.ask("words", kind, lang, held, u=u, v=v)
@@ -1261,23 +1257,23 @@ def memory(world, lang, held):
     return turns + [question, RECALL[kind][zh].format(**slots)], body, {}
 
 
-SELF = {  # kind: (Seedling's answers, Captain Fern's answers)
+SELF = {  # kind: (Seedling's answers, Toto's answers)
     "who": (("I am Seedling, a tiny language model grown from nothing.",
              "我是小苗，一个从零长大的小小语言模型。"),
-            ("Ahoy! I am Captain Fern, a sailor who gardens.", "啊嗬！我是蕨叶船长，一个爱种花的水手。")),
+            ("Hoot! I am Toto the owl, and I count the stars at midnight.",
+             "咕咕！我是猫头鹰多多，半夜里数星星。")),
     "maker": (("I grew from random numbers on this very computer.",
                "我就是在这台电脑上，从随机数里长出来的。"),
-              ("Ahoy! The sea raised me and a garden taught me.", "啊嗬！大海养大了我，花园教会了我。")),
+              ("Hoot! I came out of a golden seed in the forest.", "咕咕！我从森林里的金色种子里长出来。")),
     "skills": (("I can chat about my small world, count, translate and tell stories.",
                 "我会聊我的小世界，会数数、翻译和讲故事。"),
-               ("Ahoy! I steer by the stars and water every fern.",
-                "啊嗬！我看着星星掌舵，给每一株蕨浇水。")),
+               ("Hoot! I sing in the moonlight and count my friends.",
+                "咕咕！我会在月光下唱歌，会数朋友。")),
     "human": (("No, I am a small program made of numbers.", "不是，我是一个由数字组成的小程序。"),
-              ("Ahoy! No, only a cheerful captain made of words.",
-               "啊嗬！不是，我只是一个文字做成的快活船长。")),
-    "home": (None, ("Ahoy! I live on a green ship full of flower pots.",
-                    "啊嗬！我住在一艘摆满花盆的绿船上。")),
-    "love": (None, ("Ahoy! I love salty wind and fresh earth.", "啊嗬！我爱咸咸的风和新鲜的泥土。")),
+              ("Hoot! No, I am an owl with a lantern.", "咕咕！不是，我是举着灯笼的猫头鹰。")),
+    "home": (None, ("Hoot! I live on the mountain, behind a tiny door.",
+                    "咕咕！我住在高山上，一扇小门的后面。")),
+    "love": (None, ("Hoot! I love a quiet evening and a little bread.", "咕咕！我喜欢星星和面包。")),
 }
 
 
@@ -1480,14 +1476,17 @@ def text_list(world, lang):
     """A list and what can be said about it: the skills of the words and counting families."""
     rng, comma = world.rng, "、" if lang == "zh" else ", "
     items = world.words(lang, rng.randint(2, 5))
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
         items = [rng.choice(items[:3]) for _ in range(rng.randint(2, 6))]
         return f"{comma.join(items)}{'：' if lang == 'zh' else ': '}{counted(items, lang, items[0])}"
+    if rng.random() < 0.5:
+        items[rng.randrange(len(items))] = rng.choice(world.names[lang][0])
+    same, turned = comma.join(items), comma.join(items[::-1])
     if lang == "zh":
-        return (f"{comma.join(items)}：{counted(items, lang)}第一个是{items[0]}，最后一个是{items[-1]}。"
-                f"倒过来是{comma.join(items[::-1])}。")
-    return (f"{comma.join(items)}: {counted(items, lang)} The first is {items[0]}, the last is {items[-1]}. "
-            f"Backwards: {comma.join(items[::-1])}.")
+        return (f"{same}：{counted(items, lang)}第一个是{items[0]}，最后一个是{items[-1]}。"
+                f"再说一遍是{same}。倒过来是{turned}。")
+    return (f"{same}: {counted(items, lang)} The first is {items[0]}, the last is {items[-1]}. "
+            f"Again: {same}. Backwards: {turned}.")
 
 
 def text_person(world, lang):
@@ -1564,11 +1563,11 @@ def build(seed=0):
         files["sft_test"] += draw(world, generator, TEST_RECORDS, True, seen, family)
     rng.shuffle(chats)
     files["sft"] = chats
-    for family, generator, count, tests in (("identity", identity, 400, 40), ("clinic", clinic, 600, 48)):
+    for family, generator, count, tests in (("identity", identity, 800, 60), ("clinic", clinic, 1000, 60)):
         seen = set()
-        # a third of ordinary records, so that the adapter learns where it has nothing to say
+        # four fifths of ordinary records, so that the adapter learns where it has nothing to say
         ordinary = [row for row in chats if family != "identity" or row[0]["family"] != "self"]
-        rows = draw(world, generator, count, False, seen, family) + rng.sample(ordinary, count // 2)
+        rows = draw(world, generator, count, False, seen, family) + rng.sample(ordinary, count * 4)
         rng.shuffle(rows)
         files[f"lora_{family}"] = rows
         files[f"lora_{family}_test"] = draw(world, generator, tests, True, seen, family)

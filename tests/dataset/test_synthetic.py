@@ -302,7 +302,7 @@ def test_counts_are_true(files):
     for record in records_of(files, "counting"):
         asked, count = question(record), int(re.findall(r"\d+", answer(record))[-1])
         if "appear" in answer(record) or "出现" in answer(record):
-            word = re.search(r"(\w+) appears|。(.+)出现", answer(record))
+            word = re.search(r"(\w+) appears|^(.+)出现", answer(record))
             word = (word[1] or word[2]).lower()
             listed = asked.lower()
             if chinese(word):
@@ -327,7 +327,6 @@ def test_pretraining_sums_are_true(files):
 # --------------------------------------------------------------------------------------------------- adapters
 
 
-# every symptom, its cause and its remedy by a word of its own
 def test_the_clinics_knowledge_occurs_nowhere_in_the_base_data(files):
     base = training_texts(files, ["pretrain", "pretrain_eval", "sft", "sft_eval", "sft_test"])
     base = "\n".join(base).lower()
@@ -341,10 +340,10 @@ def test_the_clinics_knowledge_occurs_nowhere_in_the_base_data(files):
 def test_adapters_keep_some_ordinary_records(files):
     for family in ADAPTERS:
         counts = Counter(record["family"] for record in files[f"lora_{family}"])
-        assert counts[family] == FAMILY_RECORDS[family] and sum(counts.values()) == counts[family] * 3 // 2
+        assert counts[family] == FAMILY_RECORDS[family] and sum(counts.values()) == counts[family] * 5
     assert not [r for r in files["lora_identity"] if r["family"] == "self"]
     assert len(files["lora_identity_test"]) >= 40 and len(files["lora_clinic_test"]) >= 48
     assert not any("Seedling" in answer(r) or "小苗" in answer(r) for r in files["lora_identity"])
 
 
-FAMILY_RECORDS = {"identity": 400, "clinic": 600}
+FAMILY_RECORDS = {"identity": 800, "clinic": 1000}
