@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 PROMPTS = ["Who are you?", "What sound does a frog make?", "What is 27 + 15?", "What is the opposite of hot?",
            "Tell me a short story about a fox in the forest.", "Who is the king of the moon?",
            "你是谁？", "猫怎么叫？", "38 减 19 等于多少？", "“苹果”用英语怎么说？",
-           "讲一个小兔子的故事。"]
+           "讲一个关于猫在磨坊里的故事。"]
 
 COMMANDS = """/help            this list
 /reset           forget the conversation
@@ -293,7 +293,7 @@ def fit(speaker: Speaker, messages: list[dict]) -> list[dict]:
     """Forgets the oldest exchanges until an answer fits behind the rest; a base model, all but the last."""
     if speaker.plain:
         return messages[-1:]
-    room = speaker.context - min(speaker.args.max_new_tokens, speaker.context // 2)
+    room = speaker.context - min(speaker.args.max_new_tokens, speaker.context // 4)
     system, turns = split_system(messages)
     kept = turns
     while len(kept) > 1 and len(speaker.encode(system + kept)) > room:
