@@ -61,7 +61,8 @@ def _nearest(x: torch.Tensor, values: torch.Tensor, block: int) -> tuple[torch.T
     # Times the reciprocal and not divided, as bitsandbytes does: the last bit can decide.
     x = (x * (1 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
     values = values.to(x.device)
-    return torch.bucketize(x, (values[1:] + values[:-1]) / 2).to(torch.uint8).flatten()[:n], absmax
+    nearest = torch.bucketize(x, (values[1:] + values[:-1]) / 2, out_int32=True)
+    return nearest.to(torch.uint8).flatten()[:n], absmax
 
 
 def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
