@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from trainer.args import HelpFormatter, run_script
+
 METHODS = {  # the base weights, the optimizer
     "full fine-tuning": ("float32", "adamw"),
     "LoRA": ("bfloat16", "adamw"),
@@ -27,6 +29,8 @@ METHODS = {  # the base weights, the optimizer
 
 
 def main(args):
+    if args.measure:
+        return print(json.dumps(measure(args)))
     results = {}
     for method in args.methods:
         rows = [measure_in_fresh_process(method, checkpointing, args) for checkpointing in (False, True)]
@@ -35,8 +39,9 @@ def main(args):
 
 
 def measure_in_fresh_process(method: str, checkpointing: bool, args) -> dict:
-    command = [sys.executable, __file__, "--measure", method, "--preset", args.preset, "--rank", str(args.rank),
-               "--batch_size", str(args.batch_size), "--seq_len", str(args.seq_len), "--device", args.device]
+    command = [sys.executable, __file__, "--measure", method, "--preset", args.preset,
+               "--rank", str(args.rank), "--batch_size", str(args.batch_size),
+               "--seq_len", str(args.seq_len), "--device", args.device]
     done = subprocess.run(command + ["--gradient_checkpointing"] * checkpointing, stdout=subprocess.PIPE,
                           text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -139,15 +144,15 @@ def print_table(results: dict, args) -> None:
             saved = f" (-{100 * (1 - row[key] / full[key]):.1f} %)" if full and row is not full else ""
             return f"{row[key] / 1e6:.1f}{saved if key in ('state', 'peak', 'peak_checkpointing') else ''}"
 
-        print(f"| {method} | {row['trained'] / 1e6:.2f} M | " + " | ".join(
-            cell(key) for key in ("weights", "gradients", "optimizer", "state", "peak", "peak_checkpointing")) + " |")
+        keys = ("weights", "gradients", "optimizer", "state", "peak", "peak_checkpointing")
+        print(f"| {method} | {row['trained'] / 1e6:.2f} M | " + " | ".join(map(cell, keys)) + " |")
     if "LoRA" in results and "QLoRA" in results:
         share = results["QLoRA"]["base"] / results["LoRA"]["base"]
         print(f"\nNF4: {share:.3f} of bfloat16's bytes over all blocks")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--preset", default="104m", help="shape of the model")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--batch_size", type=int, default=4, help="sequences")
@@ -157,8 +162,4 @@ if __name__ == "__main__":
                         help="rows of the table: " + "; ".join(METHODS))
     parser.add_argument("--measure", choices=list(METHODS), help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--gradient_checkpointing", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(args)))
-    else:
-        main(args)
+    run_script(main, parser.parse_args())
