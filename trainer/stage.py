@@ -15,6 +15,7 @@ from model.quantize import memory_line, quantize_model
 from trainer.args import ROOT, UsageError
 from trainer.distributed import Ranks, choose_dtype
 from trainer.loop import Batches, split
+from trainer.retention import Both, hold_out
 
 
 def require(folder: Path) -> None:
@@ -69,11 +70,12 @@ def is_finished(args, ranks: Ranks) -> bool:
     return done
 
 
-def load_data(kind, tokenizer, args, ranks: Ranks) -> tuple[Batches, Batches | None]:
-    """Batches for training and validation. `kind` is the dataset class; `args.world` names the embedded file
-    used where no --data_path is given. Rank 0 tokenises into the cache on disk, the others map the same file.
+def load_data(kind, tokenizer, args, ranks: Ranks) -> tuple[Batches, Batches | None, Batches | None]:
+    """Batches for training, for validation, and of the old data that is measured (--retain_data_path).
 
-    Validation data is --eval_data_path, or the world's own, or --eval_fraction of the training data.
+    `kind` is the dataset class; `args.world` names the embedded file used where no --data_path is given.
+    Rank 0 tokenises into the cache on disk, the others then map the same file. Validation data is
+    --eval_data_path, or the world's own, or --eval_fraction of the training data.
     """
     with ranks.main_first():
         paths, eval_paths = args.data_path, args.eval_data_path
@@ -86,14 +88,23 @@ def load_data(kind, tokenizer, args, ranks: Ranks) -> tuple[Batches, Batches | N
         eval_set = train_set
         if eval_paths:
             eval_set = kind(eval_paths, tokenizer, args.max_seq_len, strict=args.strict)
+        if args.retain_data_path:
+            old_set = kind(args.retain_data_path, tokenizer, args.max_seq_len, strict=args.strict)
     if eval_paths:
         train_samples, eval_samples = np.arange(len(train_set)), np.arange(len(eval_set))
     else:
         fraction = 0.01 if args.eval_fraction is None else args.eval_fraction
         train_samples, eval_samples = split(train_set, fraction, args.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batches = Batches(train_set, train_samples, args, pad, ranks)
-    return batches, Batches(eval_set, eval_samples, args, pad, ranks) if len(eval_samples) else None
+    eval_batches = Batches(eval_set, eval_samples, args, pad, ranks) if len(eval_samples) else None
+    retained = replayed = None
+    if args.retain_data_path:
+        replayed, measured = hold_out(old_set, args.seed)
+        retained = Batches(old_set, measured, args, pad, ranks)
+        if args.replay:
+            train_set, replayed = Both(train_set, old_set), len(train_set) + replayed
+    batches = Batches(train_set, train_samples, args, pad, ranks, replayed if args.replay else None)
+    return batches, eval_batches, retained
 
 
 def git_hash() -> str | None:

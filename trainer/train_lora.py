@@ -24,6 +24,7 @@ def main(args):
     from trainer.checkpoint import drop_checkpoints
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train
+    from trainer.retention import compare, measure
 
     ranks = join_ranks(args.device)
     if stage.is_finished(args, ranks):
@@ -35,10 +36,12 @@ def main(args):
     stage.check_vocabulary(tokenizer, model, args.load_from)
     stage.add_lora(model, args, ranks)  # from here on nothing but the adapters trains
     # The data: conversations, of which only the assistant's words are predicted
-    batches, eval_batches = stage.load_data(SFTDataset, tokenizer, args, ranks)
+    batches, eval_batches, retained = stage.load_data(SFTDataset, tokenizer, args, ranks)
     if ranks.is_main:
         print(stage.what_trains(model))
+    before = measure(model, eval_batches, retained, args, ranks)
     result = train(model, batches, eval_batches, args, ranks)
+    result |= compare(before, measure(model, eval_batches, retained, args, ranks), ranks)
     if ranks.is_main:
         save_lora(model, args.run_dir, base=args.load_from, training=stage.describe(args, result))
         drop_checkpoints(args.run_dir)

@@ -43,7 +43,7 @@ def main(args):
         shape = {k: v for k in SHAPE if (v := getattr(args, k)) is not None}
         model = CausalLM(replace(preset(args.preset), vocab_size=len(tokenizer), **shape))
     # The data: plain text, every token of which is predicted
-    batches, eval_batches = stage.load_data(PretrainDataset, tokenizer, args, ranks)
+    batches, eval_batches, _ = stage.load_data(PretrainDataset, tokenizer, args, ranks)
     if ranks.is_main:
         print(stage.what_trains(model))
     result = train(model, batches, eval_batches, args, ranks)
