@@ -1,6 +1,7 @@
 r"""The one definition of the prompt format: messages -> token ids and loss mask.
 
-ChatML, as the datasets, every script and chat use it; the template in tokenizer_config.json says the same:
+ChatML, as the datasets, every script and chat use it; the template in tokenizer_config.json says the same. A
+tokenizer whose template says something else comes from another model: see dataset/foreign_chat.py.
 
     <|im_start|>system\n{content}<|im_end|>\n         only when there is a system message or a list of tools
     <|im_start|>user\n{content}<|im_end|>\n
@@ -24,6 +25,7 @@ import re
 
 from tokenizers import Tokenizer
 
+from dataset.foreign_chat import ForeignTemplate
 from dataset.jsonl import DataError, check_unicode, keys_of
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -243,12 +245,44 @@ def plain_encoder(tokenizer) -> PlainEncoder:
     return kept[1]
 
 
+def foreign_template(tokenizer) -> ForeignTemplate | None:
+    """The tokenizer's chat template where it writes another format than ours; made once and kept on it."""
+    kept = getattr(tokenizer, "_foreign_template", None)
+    if kept is None or kept[0] != (len(tokenizer), tokenizer.chat_template):
+        plain_encoder(tokenizer)  # raises where it has no backend that tells offsets
+        foreign = tokenizer.chat_template and not _writes_our_format(tokenizer)
+        template = ForeignTemplate(tokenizer) if foreign else None
+        kept = tokenizer._foreign_template = ((len(tokenizer), tokenizer.chat_template), template)
+    return kept[1]
+
+
+def _writes_our_format(tokenizer) -> bool:
+    user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+    try:
+        return all("".join(text for text, _, _ in chat_pieces(messages, None, prompt))
+                   == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+                   for messages, prompt in (([user, assistant, user], True),
+                                            ([{"role": "system", "content": "Be"}, user, assistant], False)))
+    except Exception:  # it raises for a system message, say
+        return False
+
+
+def write_chat(tokenizer, messages: list[dict], tools: list | None = None,
+               add_generation_prompt: bool = False) -> list[Piece]:  # fmt: skip
+    """A conversation as pieces: in our format, or the tokenizer's own template's. Raises DataError."""
+    if template := foreign_template(tokenizer):
+        return template.pieces(tokenizer, messages, tools, add_generation_prompt)
+    return chat_pieces(messages, tools, add_generation_prompt)
+
+
 def encode_pieces(tokenizer, conversations: list[list[Piece]]) -> list[tuple[list[int], list[int]]]:
     """(ids, mask) of each conversation; all their texts go to the tokenizer as one batch.
 
-    Raises DataError when the tokenizer has no <|im_start|> and <|im_end|>.
+    Raises DataError when the tokenizer has no <|im_start|> and <|im_end|>, and no template of its own.
     """
     encoder = plain_encoder(tokenizer)
+    if template := foreign_template(tokenizer):
+        return template.encode(conversations)
     for token in (START, END):
         if token not in encoder.control:
             raise DataError(f"the tokenizer has no {token} token, which chat needs (model/tokenizer has it)")
@@ -270,7 +304,7 @@ def encode_pieces(tokenizer, conversations: list[list[Piece]]) -> list[tuple[lis
 def encode_chat(tokenizer, messages: list[dict], tools: list | None = None,
                 add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:  # fmt: skip
     """Messages -> (ids, mask), mask 1 on the assistant's words and their <|im_end|>. Raises DataError."""
-    return encode_pieces(tokenizer, [chat_pieces(messages, tools, add_generation_prompt)])[0]
+    return encode_pieces(tokenizer, [write_chat(tokenizer, messages, tools, add_generation_prompt)])[0]
 
 
 def encode_text(tokenizer, text: str) -> list[int]:

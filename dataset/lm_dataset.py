@@ -44,7 +44,8 @@ class _TokenDataset(torch.utils.data.Dataset):
             raise DataError(f"max_length must be at least 2, not {max_length}")
         self.paths, self.max_length, self.strict = check_paths(data_path), max_length, strict
         encoder = chat.plain_encoder(tokenizer)
-        words = json.dumps([encoder.config, encoder.control, _end_of_text(tokenizer)])
+        words = [encoder.config, encoder.control, _end_of_text(tokenizer), tokenizer.chat_template]
+        words = json.dumps(words)
         words = hashlib.sha256(words.encode()).hexdigest()
         key = fingerprint(self.paths, kind=self.kind, max_length=max_length, tokenizer=words)
         folder = Path(cache_dir or CACHE_DIR) / f"{self.kind}-{key}"
@@ -100,7 +101,7 @@ class _TokenDataset(torch.utils.data.Dataset):
             bar = tqdm(desc="tokenising", unit=" records", delay=1, disable=None, leave=False)
             for path in self.paths:
                 count = 0
-                for batch in _batches(self._records(path, report)):
+                for batch in _batches(self._records(tokenizer, path, report)):
                     for ids, mask in self._encode(tokenizer, path, batch, report):
                         supervised = sizes[ids[1:]] if mask is None else sizes[ids[mask == 1]]
                         writer.add(ids, mask, len(supervised), supervised.sum())
@@ -115,11 +116,11 @@ class _TokenDataset(torch.utils.data.Dataset):
                     raise DataError(f"{path}: the file was changed while it was read; start again")
             writer.meta = {"paths": self.paths, "summary": report.summary(), "examples": report.examples}
 
-    def _records(self, path: str, report: Report) -> Iterator[tuple[int, object, int]]:
+    def _records(self, tokenizer, path: str, report: Report) -> Iterator[tuple[int, object, int]]:
         """(line, what _prepare made of the record, its size in characters) of every usable record."""
         for _, line, record in read_records(path, report=report):
             try:
-                yield line, *self._prepare(record)
+                yield line, *self._prepare(tokenizer, record)
             except DataError as error:
                 report.add(path, line, str(error))
             except RecursionError:
@@ -135,7 +136,7 @@ class PretrainDataset(_TokenDataset):
 
     kind = "pretrain"
 
-    def _prepare(self, record: dict) -> tuple[str, int]:
+    def _prepare(self, tokenizer, record: dict) -> tuple[str, int]:
         text = record.get("text")
         if "text" not in record:
             raise DataError(f"no text in it, but {keys_of(record)}")
@@ -161,8 +162,8 @@ class SFTDataset(_TokenDataset):
 
     kind = "sft"
 
-    def _prepare(self, record: dict) -> tuple[list, int]:
-        pieces = chat.chat_pieces(*chat.to_messages(record))
+    def _prepare(self, tokenizer, record: dict) -> tuple[list, int]:
+        pieces = chat.write_chat(tokenizer, *chat.to_messages(record))
         return pieces, sum(len(text) for text, _, _ in pieces)
 
     def _encode(self, tokenizer, path, batch, report) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -88,8 +88,8 @@ def fingerprint(paths: list[str], **settings) -> str:
         stat = os.stat(path)
         files.append([str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns])
     # the code that tokenises is part of the result: an edited chat.py must not meet old caches
-    code = [hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()
-            for name in ("jsonl.py", "chat.py", "lm_dataset.py", "packing.py")]  # fmt: skip
+    names = ("jsonl.py", "chat.py", "foreign_chat.py", "lm_dataset.py", "packing.py")
+    code = [hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest() for name in names]
     return hashlib.sha256(json.dumps([files, settings, code], sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -1,0 +1,107 @@
+"""Prompts of models from elsewhere: their own chat template, with the loss mask that it does not tell.
+
+A template (jinja, in tokenizer_config.json) writes a conversation as one string. To know whose words are
+where in it, it is written twice, once with a mark in the place of each message's words:
+
+    with marks    <s>[INST] {0} [/INST] {1}</s>
+    with words    <s>[INST] Hi [/INST] Hello!</s>
+    supervised                        ^^^^^^^^^^^   the words, the control token that ends the turn, and what
+                                                    of the space before was not part of the prompt
+
+The ids are those that transformers gives for the string. Words that hold a control token's text would become
+that control token in it, so such a conversation is refused.
+"""
+
+import json
+import re
+
+from tokenizers import Tokenizer
+
+from dataset.jsonl import DataError
+
+MARK = re.compile("\ue000(\\d+)\ue001")  # of the private use area: no template and no tokenizer knows them
+Piece = tuple[str, bool, bool]  # (text, is a control token, is supervised), as in dataset/chat.py
+
+
+class ForeignTemplate:
+    """The chat template of a tokenizer, for conversations of words alone. Raises DataError for any other."""
+
+    def __init__(self, tokenizer):
+        config = json.loads(tokenizer.backend_tokenizer.to_str())
+        config.update(post_processor=None, truncation=None, padding=None)  # it adds tokens and trims offsets
+        self.backend = Tokenizer.from_str(json.dumps(config))
+        control = [token.content for token in self.backend.get_added_tokens_decoder().values()]
+        # Longest first, as the tokenizer does; some tokenizers add runs of spaces, which control nothing.
+        control = sorted((token for token in control if token.strip()), key=len, reverse=True)
+        self.control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        question = [{"role": "user", "content": "Hi"}]
+        prompt = self._write(tokenizer, question, add_generation_prompt=True)
+        whole = self._write(tokenizer, [*question, {"role": "assistant", "content": "\ue0000\ue001"}])
+        # The space between the prompt and the answer, as the model has to begin with it: " " for Mistral.
+        lead = whole.removeprefix(prompt).split("\ue000")[0] if whole.startswith(prompt) else ""
+        self.lead = lead if lead.isspace() else ""
+
+    def _write(self, tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        # We train without thinking; Qwen3's template then writes the same prompt in training and in use.
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False,
+                                                 add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # jinja's errors, and what raises inside of the template's expressions
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"this model's chat template refuses it: {reason}") from None
+
+    def pieces(self, tokenizer, messages: list[dict], tools: list | None = None,
+               add_generation_prompt: bool = False) -> list[Piece]:
+        """A conversation as pieces whose texts together are what the template writes."""
+        if tools or any(message.keys() - {"role", "content"} for message in messages):
+            raise DataError("tools, tool calls and reasoning are for models of our own prompt format")
+        words = [message["content"] for message in messages]
+        for text in words:
+            if found := self.control.search(text):
+                raise DataError(f"{found[0]!r} in a message: this model would take it for a control token")
+        marked = [dict(message, content=f"\ue000{i}\ue001" if words[i] else "")
+                  for i, message in enumerate(messages)]
+        parts = MARK.split(self._write(tokenizer, marked, add_generation_prompt))  # text, number, text, ...
+        text = self._write(tokenizer, messages, add_generation_prompt)
+        spans, end = self._spans(parts, words, text), 0
+        if [i for i, *_ in spans if messages[i]["role"] == "assistant"] != \
+                [i for i, message in enumerate(messages) if message["role"] == "assistant" and words[i]]:
+            raise DataError("this model's chat template leaves out, or moves, what the assistant said")
+        pieces = []
+        for (i, start, stop), following in zip(spans, [*spans[1:], (0, len(text), 0)], strict=True):
+            if messages[i]["role"] == "assistant":
+                close = self.control.search(text, stop, following[1])
+                if not close or text[stop:close.start()].strip():
+                    raise DataError("this model's chat template has no control token that ends an answer")
+                start -= len(self.lead) * text.endswith(self.lead, end, start)
+                pieces += [(text[end:start], False, False), (text[start:close.end()], False, True)]
+                end = close.end()
+        return [*pieces, (text[end:], False, False)]
+
+    @staticmethod
+    def _spans(parts: list[str], words: list[str], text: str) -> list[tuple[int, int, int]]:
+        """(message, start, end) of the words in `text`; templates may trim them, and do nothing else."""
+        spans, place = [], len(parts[0])
+        fits = text.startswith(parts[0])
+        for number, after in zip(map(int, parts[1::2]), parts[2::2], strict=True):
+            w = words[number]
+            trimmed = (w, w.strip(), w.lstrip(), w.rstrip(), w.strip("\n"), w.lstrip("\n"))
+            said = next((said for said in trimmed if text.startswith(said + after, place)), None)
+            if said is None:
+                break
+            spans.append((number, place, place + len(said)))
+            place += len(said) + len(after)
+        if not fits or len(spans) < len(parts) // 2 or place != len(text):
+            raise DataError("this model's chat template rewrites what a message says")
+        return spans
+
+    def encode(self, conversations: list[list[Piece]]) -> list[tuple[list[int], list[int]]]:
+        """(ids, mask) of each conversation: supervised is every token with a supervised character in it."""
+        texts = ["".join(text for text, _, _ in pieces) for pieces in conversations]
+        result = []
+        for pieces, encoding in zip(conversations, self.backend.encode_batch(texts, add_special_tokens=False),
+                                    strict=True):
+            on = [flag for text, _, flag in pieces for flag in [int(flag)] * len(text)]  # by character
+            mask = [int(any(on[start:max(end, start + 1)])) for start, end in encoding.offsets]
+            result.append((encoding.ids, mask))
+        return result
