@@ -1045,7 +1045,8 @@ class World:
     def numbers(self, held):
         """Three different numbers in any order, of which the test's contain a held-out pair."""
         while True:
-            three = {self.rng.randint(1, self.rng.choice([9, 99, 99, 99])) for _ in range(3)}
+            top = 9 if self.rng.random() < 0.15 and not held else 99
+            three = {self.rng.randint(1, top) for _ in range(3)}
             if held:
                 three = {*self.rng.choice(sorted(self.held_pairs)), self.rng.randint(1, 99)}
             three = sorted(three)
@@ -1183,10 +1184,9 @@ def words(world, lang, held):
     rng, comma = world.rng, "、" if lang == "zh" else ", "
     kind = rng.choice(["repeat", "first", "last", "reverse", "join"])
     if kind == "repeat":
-        said = world.words(lang, rng.randint(0, 3)) + [rng.choice(world.names[lang][held])]
-        rng.shuffle(said)
-        question, body = world.ask("words", kind, lang, held, w=comma.join(said))
-        return [question, comma.join(said)], body, {}
+        word = rng.choice([world.words(lang, 1)[0], rng.choice(world.names[lang][held])])
+        question, body = world.ask("words", kind, lang, held, w=word)
+        return [question, word], body, {}
     if kind == "join":
         u, v = world.words(lang, 2)
         question, body = world.ask("words", kind, lang, held, u=u, v=v)
@@ -1476,17 +1476,14 @@ def text_list(world, lang):
     """A list and what can be said about it: the skills of the words and counting families."""
     rng, comma = world.rng, "、" if lang == "zh" else ", "
     items = world.words(lang, rng.randint(2, 5))
-    if rng.random() < 0.4:
+    if rng.random() < 0.5:
         items = [rng.choice(items[:3]) for _ in range(rng.randint(2, 6))]
         return f"{comma.join(items)}{'：' if lang == 'zh' else ': '}{counted(items, lang, items[0])}"
-    if rng.random() < 0.5:
-        items[rng.randrange(len(items))] = rng.choice(world.names[lang][0])
-    same, turned = comma.join(items), comma.join(items[::-1])
     if lang == "zh":
-        return (f"{same}：{counted(items, lang)}第一个是{items[0]}，最后一个是{items[-1]}。"
-                f"再说一遍是{same}。倒过来是{turned}。")
-    return (f"{same}: {counted(items, lang)} The first is {items[0]}, the last is {items[-1]}. "
-            f"Again: {same}. Backwards: {turned}.")
+        return (f"{comma.join(items)}：{counted(items, lang)}第一个是{items[0]}，最后一个是{items[-1]}。"
+                f"倒过来是{comma.join(items[::-1])}。")
+    return (f"{comma.join(items)}: {counted(items, lang)} The first is {items[0]}, the last is {items[-1]}. "
+            f"Backwards: {comma.join(items[::-1])}.")
 
 
 def text_person(world, lang):
