@@ -4,6 +4,7 @@ A part of the old data is held out to be measured and never replayed, so that "a
 known and not what was rehearsed. Without --replay it is the same part: two runs can be compared.
 """
 
+import hashlib
 import math
 
 import numpy as np
@@ -32,8 +33,9 @@ def hold_out(dataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UsageError where there are too few different samples to hold one out.
     """
-    numbers: dict[bytes, int] = {}
-    kinds = np.array([numbers.setdefault(ids.numpy().tobytes(), len(numbers)) for ids, _ in dataset])
+    numbers: dict[bytes, int] = {}  # 16 bytes for each different sample
+    digests = (hashlib.blake2b(ids.numpy().tobytes(), digest_size=16).digest() for ids, _ in dataset)
+    kinds = np.array([numbers.setdefault(digest, len(numbers)) for digest in digests])
     replayed, held_out = split(numbers, HELD_OUT, seed)
     if not len(held_out):
         raise UsageError(f"--retain_data_path: {len(numbers)} different records are too few to hold some "

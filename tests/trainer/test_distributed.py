@@ -1,6 +1,7 @@
 """Two processes train what one trains; the device and the dtype that the flags mean."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -59,6 +60,54 @@ def test_two_processes_equal_one(stage, trained_twice, read_log):
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def has_compiler() -> bool:
+    return any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+
+
+@pytest.fixture(scope="module")
+def plain_lora(workshop):
+    """LoRA over a 4-bit base in float16 by one process, nothing else on: its flags and its folder."""
+    # One length, so that torch.compile compiles once; 9 chats, so that one rank has a row more; all of them
+    # in every batch, so that it does not matter how often the scaler skips one at first.
+    words = "abcdefghi"
+    data = workshop.write("even_nine.jsonl", [
+        {"conversations": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a, b in zip(words, reversed(words), strict=True)])
+    flags = {"max_steps": 3, "dtype": "float16", "learning_rate": 1e-3, "log_interval": 1, "data_path": data,
+             "eval_fraction": 0, "lora_dropout": None, "lora_plus_ratio": 4, "lora_rslora": True,
+             "quantize": "nf4", "batch_size": 9}
+    folder = workshop.folder / "plain"
+    ended = workshop.run("lora", *workshop.flags("lora", folder, **flags), "--no-packing")
+    assert ended.code == 0, ended.err
+    return flags, folder / "lora"
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not in this build")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not has_compiler(), reason="torch.compile needs a C++ compiler on a CPU: there is none"))])
+def test_everything_at_once_equals_nothing_at_all(compiled, plain_lora, workshop, read_log):
+    """DDP, accumulation, checkpointing, GradScaler, a 4-bit base, LoRA+, and torch.compile: all together."""
+    flags, one = plain_lora
+    together = {"micro_batch_size": 1, "gradient_checkpointing": True, "compile": compiled or None}
+    out_dir = workshop.folder / f"all_at_once_{compiled}"
+    process = torchrun(*workshop.command("lora", *workshop.flags("lora", out_dir, **flags | together)),
+                       "--no-packing")
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    assert "float16 on cpu x 2" in out and "bits each" in out
+    ours, theirs = read_log(out_dir / "lora"), read_log(one)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3) and a["tokens"] == b["tokens"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05) and a["grad_norm"] > 0
+    plain, adapter = (load_file(folder / "adapter_model.safetensors") for folder in (one, out_dir / "lora"))
+    assert plain.keys() == adapter.keys()  # no wrapper's name in a key
+    for name, tensor in plain.items():
+        assert adapter[name].dtype == torch.float32
+        if ".lora_A." in name:
+            assert (adapter[name] - tensor).norm() < 0.05 * tensor.norm(), name
 
 
 def test_one_process_needs_no_collectives():

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import trainer.loop
-from model.lora import apply_lora, freeze_all_but_lora
+from model.lora import apply_lora, freeze_all_but_lora, load_lora
+from model.quantize import quantize_model
+from model.weights import load_model, save_model
 from trainer.args import UsageError, lora_parser, parse_args
 from trainer.distributed import Ranks
 from trainer.loop import Batches, train
@@ -112,6 +114,51 @@ def test_residual_stream_is_float32(make_model):
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.arange(8)[None])
     assert seen == [torch.float32] * 4
+
+
+@pytest.fixture(scope="module")
+def total(workshop):
+    return sum(tensor.numel() for tensor in load_file(workshop.base / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("changes", [
+    {"dtype": "bfloat16"}, {"dtype": "float16", "quantize": "nf4"},
+    {"lora_init": "pissa", "lora_rslora": True},
+    {"dtype": "bfloat16", "quantize": "nf4", "lora_init": "pissa", "gradient_checkpointing": True}])
+def test_adapter_fits_the_model_it_was_trained_on(changes, workshop, total, tmp_path):
+    before = (workshop.base / "model.safetensors").read_bytes()
+    ended = workshop.run("lora", *workshop.flags("lora", tmp_path, max_steps=6, **changes))
+    assert ended.code == 0, ended.err
+    assert (workshop.base / "model.safetensors").read_bytes() == before
+    (counted,) = [line for line in ended.out.splitlines() if "parameters in all" in line]
+    lora = int(counted.split()[4].replace(",", ""))
+    percent = f"{100 * lora / (total + lora):.2f} %"
+    assert counted.startswith(f"{total + lora:,} parameters in all, {lora:,} LoRA, {percent}")
+    assert ("bits each" in ended.out) == ("quantize" in changes)
+    model = load_model(workshop.base)
+    ids = torch.arange(16, 40)[None]
+    with torch.no_grad():
+        plain = model(ids).logits
+        assert load_lora(model, tmp_path / "lora").matched == 14  # seven layers in each of two blocks
+        moved = (model(ids).logits - plain).abs().max()
+    assert 1e-3 < moved < 5  # it changes something, and is no other scale's adapter
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"lora_rank": 33, "lora_init": "pissa"}, "rank 33 is above the width"),
+    ({"lora_init": "zero"}, "--lora_init"), ({"quantize": "int3"}, "--quantize")])
+def test_what_lora_refuses(changes, says, workshop, tmp_path):
+    ended = workshop.run("lora", *workshop.flags("lora", tmp_path, **changes))
+    assert ended.code == 2 and says in ended.error and not list(tmp_path.iterdir())
+
+
+def test_full_fine_tuning_over_a_4_bit_base_is_refused(workshop, tokenizer, tmp_path):
+    save_model(quantize_model(load_model(workshop.base)), tmp_path / "nf4", tokenizer)
+    changes = {"load_from": tmp_path / "nf4", "max_steps": 2}
+    ended = workshop.run("full_sft", *workshop.flags("full_sft", tmp_path / "out", **changes))
+    assert ended.code == 2 and "train adapters over them" in ended.error
+    ended = workshop.run("lora", *workshop.flags("lora", tmp_path / "out", **changes))
+    assert ended.code == 0, ended.err
 
 
 # --- optimizers --------------------------------------------------------------------------------------------
