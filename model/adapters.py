@@ -92,7 +92,8 @@ class Adapters:
         linears = _linears(self.model)
         for layer, lora in loras.items():
             lora.enabled = True
-            _inject(linears[layer], lora)
+            device = next(linears[layer].parameters()).device  # the model may have moved since
+            _inject(linears[layer], lora.to(device))
 
 
 class RowLoRA(nn.Module):
