@@ -5,6 +5,7 @@ Muon:  Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; scaled as 
        https://arxiv.org/abs/2502.16982, so that one learning rate serves both optimizers.
 """
 
+import logging
 import math
 
 import torch
@@ -123,6 +124,16 @@ def _adamw_8bit(name: str, device: str) -> type[torch.optim.Optimizer]:
         raise UsageError(f"--optimizer {name} runs on CUDA GPUs and CPUs, not on {device}; use adamw")
     if name == "paged_adamw8bit" and device != "cuda":
         raise UsageError(f"--optimizer {name} needs a CUDA GPU, whose memory it extends; use adamw8bit")
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # here: optional, and slow to import
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that we don't use
+    try:  # it may be installed and yet have no kernels for this machine: one step tells
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # here: optional, and slow to import
 
-    return PagedAdamW8bit if name == "paged_adamw8bit" else AdamW8bit
+        optimizer = PagedAdamW8bit if name == "paged_adamw8bit" else AdamW8bit
+        weight = nn.Parameter(torch.zeros(4096, device=device))
+        weight.grad = torch.zeros_like(weight)
+        optimizer([weight]).step()
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"--optimizer {name}: bitsandbytes does not run here ({reason}); use adamw") \
+            from None
+    return optimizer

@@ -145,7 +145,7 @@ def tiny_model(vocab_size: int = 50, seed: int = 0):
                                 qk_norm=True)).train()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     return tiny_model
 

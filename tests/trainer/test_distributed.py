@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model.weights import save_model
 from trainer.args import UsageError
 from trainer.distributed import Ranks, choose_device, choose_dtype
 
@@ -67,7 +68,7 @@ def has_compiler() -> bool:
 
 
 @pytest.fixture(scope="module")
-def plain_lora(workshop):
+def plain_lora(workshop, tokenizer, make_model):
     """LoRA over a 4-bit base in float16 by one process, nothing else on: its flags and its folder."""
     # One length, so that torch.compile compiles once; 9 chats, so that one rank has a row more; all of them
     # in every batch, so that it does not matter how often the scaler skips one at first.
@@ -75,9 +76,13 @@ def plain_lora(workshop):
     data = workshop.write("even_nine.jsonl", [
         {"conversations": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
         for a, b in zip(words, reversed(words), strict=True)])
-    flags = {"max_steps": 3, "dtype": "float16", "learning_rate": 1e-3, "log_interval": 1, "data_path": data,
-             "eval_fraction": 0, "lora_dropout": None, "lora_plus_ratio": 4, "lora_rslora": True,
-             "quantize": "nf4", "batch_size": 9}
+    model = make_model(len(tokenizer))  # of one block: compiling takes its time
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    save_model(model, workshop.folder / "one_block", tokenizer)
+    flags = {"load_from": workshop.folder / "one_block", "data_path": data, "max_steps": 3,
+             "dtype": "float16", "learning_rate": 1e-3, "log_interval": 1, "eval_fraction": 0,
+             "lora_dropout": None, "lora_plus_ratio": 4, "lora_rslora": True, "quantize": "nf4",
+             "batch_size": 9}
     folder = workshop.folder / "plain"
     ended = workshop.run("lora", *workshop.flags("lora", folder, **flags), "--no-packing")
     assert ended.code == 0, ended.err

@@ -262,6 +262,15 @@ def test_8bit_where_it_cannot_be(workshop, tmp_path, monkeypatch, make_model):
         build_optimizers(make_model(VOCABULARY), "paged_adamw8bit", 1e-3, 0.0)
     with pytest.raises(UsageError, match="not on meta; use adamw"):
         build_optimizers(make_model(VOCABULARY).to("meta"), "adamw8bit", 1e-3, 0.0)
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def no_kernel(*_):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bnb.optim.AdamW8bit, "update_step", no_kernel)
+        with pytest.raises(UsageError, match=r"does not run here \(no kernel image\); use adamw"):
+            build_optimizers(make_model(VOCABULARY), "adamw8bit", 1e-3, 0.0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     ended = workshop.run("lora", *workshop.flags("lora", tmp_path, optimizer="adamw8bit"))
     assert ended.code == 2 and "pip install bitsandbytes" in ended.error and not list(tmp_path.iterdir())
