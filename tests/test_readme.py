@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README_zh.md")
 # What the page's commands need less of here: enough to run each from its first line to its last.
 SHORTER = {"train": "--max_steps 2 --batch_size 2 --eval_interval 0 --device cpu --dtype float32",
-           "eval_model.py": "--max_new_tokens 4 --device cpu"}
+           "eval_model.py": "--max_new_tokens 4 --device cpu"}  # a script that trains nothing needs none
 
 
 def blocks(name: str, language: str) -> list[str]:
@@ -80,7 +80,7 @@ def as_run(command: str) -> list[str]:
     kind = "train" if Path(script).name.startswith("train_") else script
     strict = ["--strict"] if kind == "train" and "--data_path" in words else []
     shallow = ["--num_hidden_layers", "1"] if "--preset" in words else []  # later stages inherit it
-    return [sys.executable, *words, *SHORTER[kind].split(), *strict, *shallow]
+    return [sys.executable, *words, *SHORTER.get(kind, "").split(), *strict, *shallow]
 
 
 def test_both_languages_show_the_same_commands_records_and_figures():
@@ -129,4 +129,4 @@ def test_every_file_named_is_there_and_every_source_file_is_named(name):
     assert named == {Path(f).name for f in sources if not f.endswith("__init__.py")}
     for path in re.findall(r"\b(?:model|dataset|trainer|scripts|tests)/[\w/]*(?:\.\w+)?", text):
         assert path in files or any(f.startswith(path.rstrip("/") + "/") for f in files), path
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 170

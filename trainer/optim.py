@@ -103,7 +103,7 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
     optimizers: list[torch.optim.Optimizer] = []
     if rest:
         device = rest[0]["params"][0].device.type
-        settings = {"lr": learning_rate, "betas": (0.9, 0.95)}
+        settings = {"lr": learning_rate, "betas": (0.9, 0.99)}
         if "8bit" in name:
             optimizers.append(_adamw_8bit(name, device)(rest, **settings))
         else:
