@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 
 from model.transformer import preset
-from scripts import bench_lora, bench_memory
+from scripts import bench_lora, bench_memory, bench_ranks
 
 SETTINGS = {"preset": "tiny", "rank": 4, "batch_size": 1, "seq_len": 8, "device": "cpu"}
 
@@ -59,3 +59,20 @@ def test_bench_lora_runs():
     done = subprocess.run([*command, "--methods", *methods], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list(cells(done.stdout)) == methods and "2 rounds of 1 steps, wall time" in done.stdout
+
+
+def test_bench_ranks_takes_the_best_rate_of_each_and_repeats_nothing(monkeypatch, capsys, tmp_path):
+    losses = {"full_0.1": 2.0, "full_0.2": 1.0, "rank16_0.3": 1.5, "rank16_0.4": 1.01, "rank2_0.4": 1.2}
+    tried = []
+
+    def train(args, script, name, *flags):
+        tried.append(name)
+        return losses[name]
+
+    monkeypatch.setattr(bench_ranks, "held_out_loss", train)
+    rates = {"full_rates": [0.1, 0.2], "lora_rates": [0.3, 0.4]}
+    bench_ranks.main(Namespace(load_from=tmp_path, ranks=[2, 16], **rates))
+    printed = capsys.readouterr().out
+    assert cells(printed) == {"full fine-tuning": ["0.2", "1.0000"], "rank 2": ["0.4", "1.2000", "+20.0%"],
+                              "rank 16": ["0.4", "1.0100", "+1.0%"]}
+    assert len(tried) == len(set(tried)) and printed.count("the last one tried") == 2

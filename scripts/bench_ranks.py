@@ -1,0 +1,85 @@
+"""How well LoRA learns: held-out loss at each rank against full fine-tuning, the rates of both tuned.
+
+    python scripts/bench_ranks.py          # the plant doctor, on what the quickstart left
+    python scripts/bench_ranks.py --load_from out/my_sft --data_path my_chats.jsonl --max_steps 300
+
+Runs train_full_sft.py and train_lora.py (AdamW, all linear layers, alpha = rank) for the same steps on the
+same batches. Learning rates are tried for full fine-tuning and for rank 16, whose best one serves all ranks.
+The loss is that of --eval_data_path, or of a tenth of the data. A run that is there already is not repeated.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from trainer.args import ROOT, HelpFormatter, UsageError, run_script
+
+
+def held_out_loss(args, script: str, name: str, *flags: str) -> float:
+    """Trains, unless that was done before, and returns the validation loss at the end (nats per token)."""
+    validation = (["--eval_data_path", *args.eval_data_path] if args.eval_data_path
+                  else ["--eval_fraction", 0.1])
+    command = [
+        sys.executable, ROOT / "trainer" / script, "--data_path", *args.data_path, *validation,
+        "--load_from", args.load_from, "--out_dir", args.out_dir, "--name", name, "--resume",
+        "--max_steps", args.max_steps, "--batch_size", args.batch_size, "--max_seq_len", args.max_seq_len,
+        "--optimizer", "adamw", "--weight_decay", 0, "--eval_interval", 0, *flags]
+    ended = subprocess.run([str(word) for word in command], capture_output=True, encoding="utf-8",
+                           errors="replace")
+    if ended.returncode:
+        raise UsageError(f"{name} failed: {(ended.stderr.strip() or 'stopped').splitlines()[-1]}")
+    loss = json.loads((args.out_dir / name / "training.json").read_text(encoding="utf-8"))["eval_loss"]
+    print(f"{name:<16} {loss:.4f}", flush=True)
+    return loss
+
+
+def full(args, rate: float) -> float:
+    return held_out_loss(args, "train_full_sft.py", f"full_{rate:g}", "--learning_rate", f"{rate:g}")
+
+
+def lora(args, rank: int, rate: float) -> float:
+    return held_out_loss(args, "train_lora.py", f"rank{rank}_{rate:g}", "--learning_rate", f"{rate:g}",
+                         "--lora_rank", f"{rank}", "--lora_alpha", f"{rank}")
+
+
+def main(args):
+    if not args.load_from.is_dir():
+        raise UsageError(f"--load_from {args.load_from}: no such folder; the quickstart makes one")
+    of_full = {rate: full(args, rate) for rate in args.full_rates}
+    of_lora = {rate: lora(args, 16, rate) for rate in args.lora_rates}
+    best, rate = min(of_full, key=of_full.get), min(of_lora, key=of_lora.get)
+    losses = {rank: of_lora[rate] if rank == 16 else lora(args, rank, rate) for rank in args.ranks}
+    print("\n| | learning rate | held-out loss | against full fine-tuning |\n|---|---|---|---|")
+    print(f"| full fine-tuning | {best:g} | {of_full[best]:.4f} | |")
+    for rank, loss in losses.items():
+        print(f"| rank {rank} | {rate:g} | {loss:.4f} | {loss / of_full[best] - 1:+.1%} |")
+    for name, rates, chosen in (("full fine-tuning", of_full, best), ("LoRA", of_lora, rate)):
+        if chosen in (min(rates), max(rates)):
+            print(f"The best rate of {name} is the last one tried on its side: a better one may lie beyond.")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    quickstart = ROOT / "out" / "quickstart"
+    parser.add_argument("--load_from", type=Path, default=quickstart / "full_sft", metavar="DIR",
+                        help="the base")
+    parser.add_argument("--data_path", nargs="+", type=Path, metavar="FILE", help="what is learnt",
+                        default=[quickstart / "world" / "lora_clinic.jsonl"])
+    parser.add_argument("--eval_data_path", nargs="+", type=Path, metavar="FILE",
+                        help="what the loss is measured on")
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "bench_ranks", metavar="DIR",
+                        help="where the runs are kept")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], metavar="R",
+                        help="ranks in the table")
+    parser.add_argument("--full_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3],
+                        metavar="LR", help="learning rates tried for full fine-tuning")
+    parser.add_argument("--lora_rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], metavar="LR",
+                        help="learning rates tried for LoRA, at rank 16")
+    parser.add_argument("--max_steps", type=int, default=300, metavar="N", help="steps of each run")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="rows of a step")
+    parser.add_argument("--max_seq_len", type=int, default=128, metavar="T", help="tokens of a row")
+    run_script(main, parser.parse_args())
