@@ -1365,12 +1365,12 @@ def clinic(world, lang, held):
 BETWEEN = [addition, opposites, translation, small_talk]  # talked about between telling and asking
 # family: (generator, records for training). Harder skills and larger tables get more.
 FAMILIES = {family: (lambda world, lang, held, family=family: fact(world, lang, held, family), count)
-            for family, count in zip(FACT_FAMILIES, [2600, 1500, 1200, 1200, 900, 700], strict=True)}
+            for family, count in zip(FACT_FAMILIES, [2900, 1600, 1200, 1200, 900, 700], strict=True)}
 FAMILIES |= {
-    "addition": (addition, 4200), "subtraction": (subtraction, 5000), "comparing": (comparing, 3200),
+    "addition": (addition, 4500), "subtraction": (subtraction, 5000), "comparing": (comparing, 3200),
     "sorting": (sorting, 5500), "counting": (counting, 4000), "opposites": (opposites, 1500),
-    "categories": (categories, 1100), "translation": (translation, 2200), "words": (words, 6500),
-    "story": (tell, 1500), "memory": (memory, 5800), "self": (about_self, 900), "unknown": (unknown, 2500),
+    "categories": (categories, 1100), "translation": (translation, 2200), "words": (words, 5000),
+    "story": (tell, 1500), "memory": (memory, 4800), "self": (about_self, 900), "unknown": (unknown, 2800),
     "small_talk": (small_talk, 500),
 }
 TEST_RECORDS = 28  # a family
