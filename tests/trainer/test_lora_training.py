@@ -75,9 +75,9 @@ def base_of(model):
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_base_is_held_in_the_compute_dtype_and_stays_to_the_bit(go, dtype, quantize):
     before = {}
-    model, losses = go(prepare=lambda m: before.update(base_of(m)), dtype=dtype, quantize=quantize,
-                       learning_rate=0.05, max_steps=20)
-    assert np.mean(losses[-3:]) < losses[0] - 0.1
+    model, losses = go(samples=Samples(4), prepare=lambda m: before.update(base_of(m)), dtype=dtype,
+                       quantize=quantize, learning_rate=0.05, max_steps=20)  # one batch, learnt by heart
+    assert np.mean(losses[-3:]) < losses[0] - 0.2
     for name, parameter in model.named_parameters():
         if ".lora." in name:
             assert parameter.dtype == torch.float32 and parameter.requires_grad
@@ -223,7 +223,7 @@ def test_8bit_adamw_is_bitsandbytes_and_resumes_from_a_file(make_model, tmp_path
         return layer.weight, optimizer
 
     theirs = torch.nn.Parameter(start.clone())
-    reference = bnb.optim.AdamW8bit([theirs], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    reference = bnb.optim.AdamW8bit([theirs], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
     ours, optimizer = fresh()
     for step, gradient in enumerate(gradients):
         if step == 3:  # killed, and resumed from what lies on disk
