@@ -82,8 +82,8 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
     """Optimizers over the parameters that train (`requires_grad`), and over no other.
 
     Decay pulls matrices towards zero. It leaves gains and biases alone, which are few and scale what follows,
-    and the embedding, which is a lookup table: the rows of words that a stage never meets would shrink until
-    nothing could tell them apart, and no later stage or adapter could learn to say them.
+    and the embedding, which is a lookup table: the rows of words that a stage never meets would shrink to
+    nothing.
     With "muon" the matrices inside the blocks go to Muon, the rest stays with AdamW.
 
     Each group carries its `ratio` to the learning rate: 1, and lora_plus_ratio for LoRA's B (LoRA+: Hayou et
@@ -103,6 +103,8 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
     optimizers: list[torch.optim.Optimizer] = []
     if rest:
         device = rest[0]["params"][0].device.type
+        # beta2 of 0.99, not 0.95: the row of a rare word gets a gradient once in many steps, and its scale
+        # should still be known by then.
         settings = {"lr": learning_rate, "betas": (0.9, 0.99)}
         if "8bit" in name:
             optimizers.append(_adamw_8bit(name, device)(rest, **settings))
