@@ -385,7 +385,8 @@ table { border-collapse: collapse; width: 100%; font-size: .93rem }
 th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 600 } tr.all td { font-weight: 700 }
 td.score { background: color-mix(in srgb, #22a06b calc(var(--share) * 55%), transparent); width: 9rem }
-pre { background: var(--box); padding: .8rem 1rem; border-radius: .5rem; overflow-x: auto; font-size: .84rem }
+pre { background: var(--box); padding: .8rem 1rem; border-radius: .5rem; font-size: .84rem;
+      white-space: pre-wrap; overflow-wrap: anywhere }
 img { width: 100%; border-radius: .5rem; background: #fff } .stage { color: var(--soft); width: 8rem }
 """
 
