@@ -344,10 +344,13 @@ def obey(speaker: Speaker, line: str, messages: list[dict]) -> list[dict]:
 
 def parse_mix(value: str) -> dict[str, float] | None:
     """"a:0.7 b:0.3" -> {"a": 0.7, "b": 0.3}; None for anything else, which is a name."""
+    parts = [part.rpartition(":") for part in value.split()]
     try:
-        return {name: float(weight) for name, _, weight in (part.rpartition(":") for part in value.split())}
+        mix = {name: float(weight) for name, _, weight in parts}
     except ValueError:
         return None
+    sound = all(name and abs(weight) <= 100 for name, weight in mix.items())  # nan is not <= 100
+    return mix if sound and len(mix) == len(parts) else None
 
 
 def main(args: argparse.Namespace) -> None:

@@ -32,6 +32,8 @@ def main(args):
 
     if args.out_dir.resolve() in (args.base.resolve(), args.tuned.resolve()):
         raise ModelError(f"--out_dir {args.out_dir} is one of the two models; name another folder")
+    if args.out_dir.suffix == ".pth" or args.out_dir.is_file():
+        raise ModelError(f"--out_dir {args.out_dir} must be a folder, new or empty")
     if args.out_dir.is_dir() and any(args.out_dir.iterdir()) and not args.overwrite:
         raise ModelError(f"--out_dir {args.out_dir} holds something; name another folder, or add --overwrite")
     base, tuned = (dequantize_model(load_model(path)) for path in (args.base, args.tuned))

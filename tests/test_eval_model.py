@@ -508,3 +508,12 @@ def test_piped_chat_as_a_script_in_chinese(home):
         "--load_from", home / "chat", "--max_new_tokens", 3, stdin="你好\n/quit\n", env={"LC_ALL": "C"}
     )
     assert done.returncode == 0 and "tokens/s" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("value", ["a", "a:x", ":0.5", "a:nan", "a:1e38", "a:0.5 a:0.5", "a:1 b"])
+def test_what_is_no_mix_is_taken_for_a_name(value):
+    assert eval_model.parse_mix(value) is None
+
+
+def test_a_mix():
+    assert eval_model.parse_mix("a:0.7 out/b:-0.3") == {"a": 0.7, "out/b": -0.3}

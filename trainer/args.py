@@ -160,6 +160,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     if args.name in ("", ".", "..") or "/" in args.name or "\\" in args.name:
         parser.error(f"--name {args.name!r} must be a plain folder name; --out_dir says where it lies")
     args.run_dir = args.out_dir / args.name
+    if args.load_from and args.load_from.resolve() == args.run_dir.resolve():
+        parser.error(f"--name {args.name} would write over --load_from {args.load_from}: choose another name")
     return args
 
 

@@ -327,3 +327,11 @@ def test_flags_out_of_range(flag, value, capsys):
         parse_args(training_parser("a test"), ["--name", "x", f"--{flag}", str(value)])
     err = capsys.readouterr().err
     assert ended.value.code == 2 and err.count("error:") == 1 and f"--{flag}" in err.splitlines()[-1]
+
+
+def test_a_run_never_writes_over_the_weights_it_starts_from(tmp_path, capsys):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        parse_args(training_parser("a test"), ["--load_from", str(tmp_path / "base"),
+                                               "--out_dir", str(tmp_path), "--name", "base"])
+    assert ended.value.code == 2 and "would write over --load_from" in capsys.readouterr().err
