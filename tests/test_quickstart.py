@@ -35,7 +35,7 @@ def finish(process, folder):
     return code, *((folder.parent / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=150):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end and process.poll() is None, "did not come to it"
