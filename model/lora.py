@@ -101,6 +101,7 @@ class LoRALinear(nn.Linear):
         lora = self.lora
         if not lora.active:
             return F.linear(x, self.weight, self.bias)
+        # _LoRAMatMul is for a frozen W and one LoRA without dropout; model/adapters.py's RowLoRA has many.
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
         if trains or not isinstance(lora, LoRA) or (lora.dropout and lora.training):
             return F.linear(x, self.weight, self.bias) + lora(x)
@@ -255,6 +256,14 @@ def freeze_all_but_lora(model: nn.Module) -> None:
     model.requires_grad_(False)
     for parameter in lora:
         parameter.requires_grad_(True)
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the frozen matrices in the type that the forward pass computes in: nothing adds small updates to
+    them. Norms and biases, which are few, stay as they are, and so do 4-bit weights."""
+    for weight in model.parameters():
+        if not weight.requires_grad and weight.is_floating_point() and weight.ndim == 2:
+            weight.data = weight.data.to(dtype)  # the same Parameter: embedding and head may share it
 
 
 def count_line(model: nn.Module) -> str:

@@ -88,7 +88,9 @@ def work(args) -> None:
 
 def build(args):
     """The model of args.method, its optimizers and the size of its vocabulary."""
-    from model.lora import apply_lora, freeze_all_but_lora
+    import torch
+
+    from model.lora import apply_lora, cast_frozen, freeze_all_but_lora
     from model.quantize import quantize_model
     from model.transformer import CausalLM, preset
     from model.weights import config_to_dict
@@ -109,16 +111,14 @@ def build(args):
     model.to(args.device).train()
     if "NF4" in code:
         quantize_model(model)
-    if targets is not None:
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.data = parameter.data.bfloat16()
     if code == "PEFT":
         settings = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=targets)
         model = peft.get_peft_model(model, settings)  # adapters in float32, as ours
     elif targets is not None:
         apply_lora(model, args.rank, target_modules=targets)
         freeze_all_but_lora(model)
+    if targets is not None:
+        cast_frozen(model, torch.bfloat16)
     return model, build_optimizers(model, "adamw", 1e-4, 0.0), config.vocab_size
 
 

@@ -75,7 +75,9 @@ def measure(args) -> dict:
 
 def build(config, args):
     """The model and its optimizers as --measure names them."""
-    from model.lora import apply_lora, freeze_all_but_lora
+    import torch
+
+    from model.lora import apply_lora, cast_frozen, freeze_all_but_lora
     from model.quantize import quantize_model
     from model.transformer import CausalLM
     from trainer.optim import build_optimizers
@@ -85,11 +87,9 @@ def build(config, args):
     if base == "nf4":
         quantize_model(model)
     if base != "float32":
-        for parameter in model.parameters():  # frozen, so bfloat16 rounds no small updates away
-            if parameter.ndim == 2:
-                parameter.data = parameter.data.bfloat16()
         apply_lora(model, args.rank)
         freeze_all_but_lora(model)
+        cast_frozen(model, torch.bfloat16)
     model.gradient_checkpointing = args.gradient_checkpointing
     return model, build_optimizers(model, optimizer, 1e-4, 0.0)
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from dataset.synthetic import ensure_world
-from model.lora import apply_lora, count_line, freeze_all_but_lora
+from model.lora import apply_lora, cast_frozen, count_line, freeze_all_but_lora
 from model.quantize import memory_line, quantize_model
 from trainer.args import ROOT, UsageError
 from trainer.distributed import Ranks, choose_dtype
@@ -36,8 +36,7 @@ def check_vocabulary(tokenizer, model, folder: Path) -> None:
 
 def add_lora(model, args, ranks: Ranks) -> None:
     """Adapters in float32 over a frozen base, which is held in 4 bits (--quantize nf4) or in the type that
-    the forward pass computes in: nothing adds small updates to it. The norms, which are few, stay float32.
-    """
+    the forward pass computes in."""
     if args.quantize == "nf4":
         quantize_model(model)
         if ranks.is_main:
@@ -46,10 +45,7 @@ def add_lora(model, args, ranks: Ranks) -> None:
     apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.target_modules,
                args.lora_rslora, args.lora_init)
     freeze_all_but_lora(model)
-    dtype = choose_dtype(args.dtype, ranks.device)
-    for weight in model.parameters():
-        if not weight.requires_grad and weight.is_floating_point() and weight.ndim == 2:
-            weight.data = weight.data.to(dtype)  # the same Parameter: embedding and head may share it
+    cast_frozen(model, choose_dtype(args.dtype, ranks.device))
 
 
 def what_trains(model) -> str:
