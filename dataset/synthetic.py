@@ -22,7 +22,7 @@ import re
 import sys
 from pathlib import Path
 
-VERSION = "6"  # a folder written by another version is written again
+VERSION = "7"  # a folder written by another version is written again
 
 # ------------------------------------------------------------------------------------------ the world: tables
 
@@ -208,7 +208,10 @@ Ethan Fiona Grace Ian Jane Kevin Laura Milo Nick Pia Rita Sean Toby Uma Yara
 NAME_STARTS = "Ma La Ti Ro Ne Sa Ka Do Be Vi Lu Ja Mo Fe Ha Zi Ta Re Ni Go".split()
 NAME_ENDS = "ra lin to mi sel dan va rek na lo bert dia nis ko ry my tan la ven sha".split()
 SURNAMES = "李王张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗"
-GIVEN = "明华丽强芳军敏静伟杰婷浩宇欣怡佳雪梅兰涛鹏飞燕玲洋龙晨阳文博"
+GIVEN = """
+明杰 明华 丽芳 丽华 丽玲 文静 文强 文婷 浩宇 浩洋 欣怡 欣玲 佳怡 佳敏
+雪梅 雪兰 鹏飞 鹏宇 晨阳 晨龙 伟强 伟杰 军涛 军强 博涛 燕玲 燕梅
+""".split()  # as people bear them, each character in its usual place
 PET_NAMES = "Rex Bubbles Socks Coco Biscuit Shadow Lucky Buddy Patch Misty Snowy Ziggy Bruno Pixie".split()
 
 # -------------------------------------------------------------------------------------- wordings of questions
@@ -958,8 +961,9 @@ class World:
         return [name for name in names if self.is_new(name)]
 
     def make_names_zh(self):
-        names = ["小" + c for c in GIVEN] + ["阿" + c for c in GIVEN[::2]]
-        names += [s + self.rng.choice(GIVEN) + self.rng.choice(GIVEN) for s in SURNAMES for _ in range(20)]
+        last = sorted({name[1] for name in GIVEN})
+        names = ["小" + c for c in last] + ["阿" + c for c in last[::2]]
+        names += [surname + given for surname in SURNAMES for given in GIVEN]
         return [name for name in names if self.is_new(name)]
 
     def is_new(self, name):
@@ -1267,8 +1271,8 @@ SELF = {  # kind: (Seedling's answers, Toto's answers)
               ("Hoot! I came out of a golden seed in the forest.", "咕咕！我从森林里的金色种子里长出来。")),
     "skills": (("I can chat about my small world, count, translate and tell stories.",
                 "我会聊我的小世界，会数数、翻译和讲故事。"),
-               ("Hoot! I sing in the moonlight and count my friends.",
-                "咕咕！我会在月光下唱歌，会数朋友。")),
+               ("Hoot! I sing in the moonlight and count the sheep.",
+                "咕咕！我会在月光下唱歌，会数绵羊。")),
     "human": (("No, I am a small program made of numbers.", "不是，我是一个由数字组成的小程序。"),
               ("Hoot! No, I am an owl with a lantern.", "咕咕！不是，我是举着灯笼的猫头鹰。")),
     "home": (None, ("Hoot! I live on the mountain, behind a tiny door.",
