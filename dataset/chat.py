@@ -26,7 +26,7 @@ import re
 from tokenizers import Tokenizer
 
 from dataset.foreign_chat import ForeignTemplate
-from dataset.jsonl import DataError, check_unicode, keys_of
+from dataset.jsonl import DECODER, DataError, check_unicode, keys_of
 
 START, END = "<|im_start|>", "<|im_end|>"
 MODEL_WRITES = re.compile(r"(</?think>|</?tool_call>)")  # control tokens that an assistant's text may contain
@@ -66,8 +66,11 @@ def to_messages(record: dict) -> tuple[list[dict], list | None]:
         raise DataError("the conversation is not a list of messages")
 
     messages = [_to_message(turn, f"message {number}") for number, turn in enumerate(turns, 1)]
-    if isinstance(record.get("system"), str) and record["system"] and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": record["system"]})
+    system = record.get("system") or ""
+    if not isinstance(system, str):
+        raise DataError("system is not text")
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
     if any(message["role"] == "system" for message in messages[1:]):
         raise DataError("a system message that is not the first message")
     if not any(message["role"] == "assistant" for message in messages):
@@ -139,11 +142,13 @@ def _to_tools(tools: object) -> list | None:
 def parse_json(text: str, what: str) -> object:
     """JSON inside a field. Raises DataError."""
     try:
-        value = json.loads(text)
+        value = DECODER.decode(text)
         check_unicode(value)
         return value
-    except (ValueError, RecursionError):
-        raise DataError(f"{what} is not valid JSON") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{what} is not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a key twice, half a surrogate pair, nested too deeply
+        raise DataError(f"{what} is JSON that cannot be used ({str(error).split(chr(10))[0]})") from None
 
 
 # messages -> pieces
@@ -270,6 +275,9 @@ def _writes_our_format(tokenizer) -> bool:
 def write_chat(tokenizer, messages: list[dict], tools: list | None = None,
                add_generation_prompt: bool = False) -> list[Piece]:  # fmt: skip
     """A conversation as pieces: in our format, or the tokenizer's own template's. Raises DataError."""
+    for message in messages:  # a template would write any role as it is, control tokens in it included
+        if message["role"] not in ROLES.values():
+            raise DataError(f"the role {str(message['role'])[:30]!r} is not system, user, assistant or tool")
     if template := foreign_template(tokenizer):
         return template.pieces(tokenizer, messages, tools, add_generation_prompt)
     return chat_pieces(messages, tools, add_generation_prompt)

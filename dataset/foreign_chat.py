@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from dataset.jsonl import DataError
 
+TAKEN = "this model would take it for a control token"
 MARK = re.compile("\ue000(\\d+)\ue001")  # of the private use area: no template and no tokenizer knows them
 Piece = tuple[str, bool, bool]  # (text, is a control token, is supervised), as in dataset/chat.py
 
@@ -30,9 +31,12 @@ class ForeignTemplate:
         config = json.loads(tokenizer.backend_tokenizer.to_str())
         config.update(post_processor=None, truncation=None, padding=None)  # it adds tokens and trims offsets
         self.backend = Tokenizer.from_str(json.dumps(config))
+        normalizer = self.backend.normalizer  # it may turn "＜" into "<", for example
+        self.normalize = normalizer.normalize_str if normalizer else str
         control = [token.content for token in self.backend.get_added_tokens_decoder().values()]
+        control += [self.normalize(token) for token in control]
         # Longest first, as the tokenizer does; some tokenizers add runs of spaces, which control nothing.
-        control = sorted((token for token in control if token.strip()), key=len, reverse=True)
+        control = sorted((token for token in control if token.strip("\u2581 \t\r\n")), key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
         question = [{"role": "user", "content": "Hi"}]
         prompt = self._write(tokenizer, question, add_generation_prompt=True)
@@ -57,13 +61,16 @@ class ForeignTemplate:
             raise DataError("tools, tool calls and reasoning are for models of our own prompt format")
         words = [message["content"] for message in messages]
         for text in words:
-            if found := self.control.search(text):
-                raise DataError(f"{found[0]!r} in a message: this model would take it for a control token")
+            if found := self.control.search(text) or self.control.search(self.normalize(text)):
+                raise DataError(f"{found[0]!r} in a message: {TAKEN}")
         marked = [dict(message, content=f"\ue000{i}\ue001" if words[i] else "")
                   for i, message in enumerate(messages)]
         parts = MARK.split(self._write(tokenizer, marked, add_generation_prompt))  # text, number, text, ...
         text = self._write(tokenizer, messages, add_generation_prompt)
         spans, end = self._spans(parts, words, text), 0
+        for found in self.control.finditer(text):  # half of it in a message, half in what stands beside it
+            if any(found.start() < stop and start < found.end() for _, start, stop in spans):
+                raise DataError(f"{found[0]!r} at the edge of a message: {TAKEN}")
         if [i for i, *_ in spans if messages[i]["role"] == "assistant"] != \
                 [i for i, message in enumerate(messages) if message["role"] == "assistant" and words[i]]:
             raise DataError("this model's chat template leaves out, or moves, what the assistant said")

@@ -13,11 +13,13 @@ import gzip
 import io
 import json
 import re
+import stat
 import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+BOM = b"\xef\xbb\xbf"  # the byte order mark that Windows editors put before UTF-8
 MAX_LINE = 16 << 20  # bytes of one record: tokenising 16 MiB at once takes about 2 GB of memory
 
 
@@ -79,19 +81,21 @@ def nothing_usable(path: str, report: Report) -> DataError:
 
 
 def check_paths(paths) -> list[str]:
-    """One path or several, as a list of strings. Raises DataError for what is missing, a folder or empty."""
+    """One path or several, as a list of strings. Raises DataError for what is missing, no file or empty."""
     paths = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     if not paths:
         raise DataError("no data file was given")
     for path in paths:
         try:
-            size = Path(path).stat().st_size
+            found = Path(path).stat()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
             raise DataError(f"{path}: {reason}") from None
-        if Path(path).is_dir():
+        if stat.S_ISDIR(found.st_mode):
             raise DataError(f"{path}: is a folder; give the data files in it")
-        if size == 0:
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe may wait for ever; /dev/zero never ends
+            raise DataError(f"{path}: is a pipe or a device; save what it gives as a file first")
+        if found.st_size == 0:
             raise DataError(f"{path}: the file is empty")
     return paths
 
@@ -119,7 +123,7 @@ def _read_file(path: str, report: Report) -> Iterator[tuple[int, dict]]:
     except (EOFError, zlib.error, gzip.BadGzipFile):
         report.add(path, line, "the gzip file is damaged or ends early; nothing after this line was read")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or _reason(error)})") from None
     except _Stop as error:
         report.add(path, error.line, f"{error}; nothing after this line was read")
 
@@ -149,18 +153,32 @@ def _lines(file) -> Iterator[tuple[int, object]]:
         if line == 1:
             if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise _Stop(1, "the file is UTF-16; save it as UTF-8")
-            raw = raw.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows editors put before UTF-8
+            raw = raw.removeprefix(BOM)
         if len(raw) > MAX_LINE:
             while raw and not raw.endswith(b"\n"):
                 raw = file.readline(MAX_LINE)
-            raw = DataError(f"the line is longer than {MAX_LINE >> 20} MiB; cut it into several records")
+            raw = DataError(_too_long("line"))
         yield line, raw
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. json would keep the last of two equal keys: which one was meant, nobody knows."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:20]!r} twice in one object")
+    return result
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _parse(raw: bytes) -> object:
     """The JSON value of a line, or a DataError that says why there is none."""
     try:
-        record = json.loads(raw.decode("utf-8"))
+        # Each file that `cat` joined may have brought its own byte order mark.
+        record = DECODER.decode(raw.removeprefix(BOM).decode("utf-8"))
         if b"\\ud" in raw or b"\\uD" in raw:
             check_unicode(record)
         return record
@@ -176,6 +194,10 @@ def check_unicode(value: object):
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair, which is no character") from None
+
+
+def _too_long(what: str) -> str:
+    return f"the {what} is longer than {MAX_LINE >> 20} MiB; cut it into several records"
 
 
 def _reason(error: Exception) -> str:
@@ -213,7 +235,7 @@ _GAP = re.compile(r"[ \t\r\n,]*")
 
 def _json_values(file) -> Iterator[tuple[int, object]]:
     """The values of a JSON array, or of a sequence of values, each decoded out of a small buffer."""
-    decode = json.JSONDecoder().raw_decode
+    decode = DECODER.raw_decode
     step = small_step = 1 << 18
     text, at, line = "", 0, 1
     in_array, more = None, True  # nothing known yet; the file may hold more text
@@ -244,10 +266,12 @@ def _json_values(file) -> Iterator[tuple[int, object]]:
                 value, end = decode(text, at)
             except (ValueError, RecursionError) as error:
                 # perhaps the value only goes on beyond the buffer: read on, in growing steps
-                if more and isinstance(error, json.JSONDecodeError) and len(text) - at < MAX_LINE:
-                    step *= 2
-                    fill()
-                    continue
+                if more and isinstance(error, json.JSONDecodeError):
+                    if len(text) - at < MAX_LINE:
+                        step *= 2
+                        fill()
+                        continue
+                    raise _Stop(line, _too_long("value, or what follows an error in it,")) from None
                 raise _Stop(line, _reason(error)) from None
             try:
                 check_unicode(value)
@@ -272,6 +296,9 @@ def _read_csv(file) -> Iterator[tuple[int, object]]:
     with file:
         rows = csv.DictReader(text_lines())
         try:
+            names = rows.fieldnames or []
+            if len(set(names)) < len(names):
+                raise _Stop(1, "two columns of the same name")
             for row in rows:
                 if None in row:
                     row = DataError("more fields than the first row has names")
@@ -298,6 +325,7 @@ def _read_parquet(path: str) -> Iterator[tuple[int, object]]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for record in batch.to_pylist():
                 row += 1
-                yield row, record
+                # Pictures and dates are nothing that a prompt can hold; left in, they would fail in it later.
+                yield row, json.loads(json.dumps(record, default=lambda value: None))
     except (ValueError, NotImplementedError) as error:  # pyarrow's own errors are ValueErrors
         raise _Stop(row + 1, f"not valid Parquet ({_reason(error)})") from None

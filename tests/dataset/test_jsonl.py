@@ -1,9 +1,11 @@
 """Every format gives the same records; every kind of bad file gives one clear line and never a traceback."""
 
 import csv
+import datetime
 import gzip
 import io
 import json
+import os
 import sys
 import tracemalloc
 
@@ -61,6 +63,41 @@ def test_windows_line_ends_and_blank_lines(tmp_path):
     assert read(path, strict=True) == [(1, {"text": "a"}), (4, {"text": "b"})]
 
 
+def test_byte_order_marks_of_files_that_were_joined(tmp_path):
+    path = write(tmp_path / "a.jsonl", '\ufeff{"text": "a"}\n\ufeff{"text": "b\ufeff"}\n')
+    assert read(path, strict=True) == [(1, {"text": "a"}), (2, {"text": "b\ufeff"})]
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    text = "a\u2028b\u2029c\x85d"
+    path = write(tmp_path / "a.jsonl", json.dumps({"text": text}, ensure_ascii=False))
+    assert read(path, strict=True) == [(1, {"text": text})]
+
+
+def test_pipes_and_devices_are_refused_without_being_opened(tmp_path):
+    """Opening a pipe that nobody writes to waits for ever, and /dev/zero never ends."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (tmp_path / "pipe.jsonl", "/dev/zero"):
+        with pytest.raises(DataError, match="is a pipe or a device"):
+            read(path)
+
+
+def test_links_in_a_circle_and_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "b.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="a.jsonl: cannot be read") as error:
+        read(tmp_path / "a.jsonl")
+    assert "\n" not in str(error.value)
+
+    def refused(*args):
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path / "c.jsonl", "{}")
+    monkeypatch.setattr("builtins.open", refused)  # root, who may run the tests, may read everything
+    with pytest.raises(DataError, match="c.jsonl: cannot be read .Permission denied"):
+        read(path)
+
+
 def test_many_files_in_order(tmp_path):
     a, b = write(tmp_path / "a.jsonl", '{"x": 1}'), write(tmp_path / "b.json", '[{"x": 2}]')
     assert [record["x"] for _, _, record in read_records([b, a])] == [2, 1]
@@ -77,10 +114,17 @@ BAD_LINES = [
     (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
     (b'{"text": ' + b"[" * 100_000, "nested too deeply"),
     (b'{"text": ' + b"9" * 5000 + b"}", "integer string conversion"),
+    (b'{"text": "a", "text": "b"}', "the key 'text' twice in one object"),
+    (b'{"a": [{"role": "user", "content": 1, "content": 2}]}', "the key 'content' twice"),
+    ("{\"text\": \"猫".encode()[:-1] + b'"}', "not valid UTF-8 (byte 0xe7 at column 11)"),
+    (b'{"text": "\xed\xa0\xbd"}', "not valid UTF-8 (byte 0xed"),  # half a surrogate pair, as bytes
+    (b"\0" * 4096, "not valid JSON"),  # what a machine that lost power leaves in a file
+    (b'{"text": "a"}\r{"text": "b"}', "not valid JSON (Extra data"),  # line ends of old Macs
+    (b'{"a":' * 100_000, "nested too deeply"),
 ]
 
 
-@pytest.mark.parametrize("bad, reason", BAD_LINES, ids=[reason for _, reason in BAD_LINES])
+@pytest.mark.parametrize("bad, reason", BAD_LINES, ids=range(len(BAD_LINES)))
 def test_bad_line_is_shown_counted_and_skipped(tmp_path, capsys, bad, reason):
     path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' + bad + b'\n{"text": "b"}\n')
     assert [line for line, _ in read(path)] == [1, 3]
@@ -132,6 +176,28 @@ def test_line_longer_than_the_limit(tmp_path, monkeypatch, capsys):
     assert "a.jsonl:2: the line is longer than 1 MiB" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.jsonl"])
+def test_a_bomb_fills_no_memory(tmp_path, monkeypatch, name):
+    """A line of 100 MiB, which gzip makes a file of 100 kB, is told in one line and never held whole."""
+    monkeypatch.setattr(jsonl, "MAX_LINE", 1 << 20)
+    path = tmp_path / name
+    with (gzip.open if name.endswith("gz") else open)(path, "wb") as file:
+        file.write(b"text\n" if "csv" in name else b'{"text": "a"}\n')
+        file.write(b'{"text": "')
+        for _ in range(100):
+            file.write(b"a" * (1 << 20))
+    tracemalloc.start()
+    report = Report()
+    try:
+        list(read_records(path, report=report))
+    except DataError as error:
+        assert "csv" in name and "longer than 1 MiB" in str(error)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(report.counts.values()) == 1 and "longer than 1 MiB" in report.examples[0]
+    assert peak < 24 << 20
+
+
 def test_files_cut_off_keep_what_came_before(tmp_path, capsys):
     lines = "".join(json.dumps({"text": f"{i} " * 50}) + "\n" for i in range(2000))
     whole = gzip.compress(lines.encode(), mtime=0)
@@ -158,6 +224,11 @@ def test_csv_rows_of_the_wrong_width(tmp_path, capsys):
     assert "a.csv:3: fewer" in err and "a.csv:4: more" in err and "a.csv:5: not valid UTF-8" in err
 
 
+def test_csv_with_two_columns_of_one_name(tmp_path):
+    with pytest.raises(DataError, match="a.csv.*1: two columns of the same name"):
+        read(write(tmp_path / "a.csv", "text,n,text\na,1,b\n"))
+
+
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
@@ -173,6 +244,22 @@ def test_parquet(tmp_path):
     assert [record for _, record in read(tmp_path / "a.parquet")] == RECORDS
     with pytest.raises(DataError, match="not valid Parquet"):
         read(write(tmp_path / "b.parquet", b"PAR1 nonsense"))
+    # what JSON has no word for is nothing: a text of bytes is no text, and a date beside a text does no harm
+    odd = {"text": b"a", "messages": [{"content": b"\xff"}], "date": datetime.date(2000, 1, 1), "n": 1.5}
+    parquet.write_table(pyarrow.Table.from_pylist([odd]), tmp_path / "c.parquet")
+    assert read(tmp_path / "c.parquet") == [
+        (1, {"text": None, "messages": [{"content": None}], "date": None, "n": 1.5})
+    ]
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for cut in range(0, len(whole), 97):
+        with pytest.raises(DataError) as error:
+            read(write(tmp_path / "d.parquet", whole[: max(1, cut)]))
+        assert "\n" not in str(error.value)
+    for at in range(0, len(whole), 29):  # a flipped bit may go unnoticed, but gives no traceback
+        try:
+            read(write(tmp_path / "d.parquet", whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :]))
+        except DataError as error:
+            assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
