@@ -97,8 +97,8 @@ class TokenCache:
     """A folder of flat arrays, memory-mapped; sample i is tokens[offsets[i] : offsets[i + 1]].
 
     tokens (uint16, or uint32 for vocabularies over 65,536), mask (uint8, 1 = supervised; absent: all but the
-    first), offsets (int64), lengths and num_targets (int32), num_bytes (int64), and meta.json. Pickles as its
-    path, so that worker processes map the same pages instead of copying them.
+    first), offsets (int64), lengths and num_targets (int32), num_bytes (int64), and meta.json, whose sha256
+    is that of all values. Pickles as its path, so that worker processes map the same pages and copy none.
     """
 
     ARRAYS = {"tokens": None, "mask": "uint8", "offsets": "int64", "lengths": "int32",
@@ -156,7 +156,7 @@ class CacheWriter:
             self.files = {name: open(self.temporary / f"{name}.bin", "wb") for name in self.dtypes}
         except OSError as error:
             raise self._failed(error) from None
-        self.sizes = dict.fromkeys(self.dtypes, 0)
+        self.sizes, self.sha256 = dict.fromkeys(self.dtypes, 0), hashlib.sha256()
         self._write("offsets", [0])
         return self
 
@@ -165,6 +165,7 @@ class CacheWriter:
 
     def _write(self, name: str, values):
         values = np.asarray(values, dtype=self.dtypes[name])
+        self.sha256.update(values.tobytes())
         try:
             self.files[name].write(values.tobytes())
         except OSError as error:  # a full disk
@@ -187,7 +188,8 @@ class CacheWriter:
                 file.close()  # before the rename: Windows does not move open files
             if kind is None:
                 arrays = {name: [self.dtypes[name], size] for name, size in self.sizes.items()}
-                meta = json.dumps(dict(self.meta, arrays=arrays), ensure_ascii=False, indent=1)
+                meta = dict(self.meta, arrays=arrays, sha256=self.sha256.hexdigest())
+                meta = json.dumps(meta, ensure_ascii=False, indent=1)
                 (self.temporary / "meta.json").write_text(meta, encoding="utf-8")
                 if open_cache(self.folder) is None:  # else another process was faster with the same result
                     shutil.rmtree(self.folder, ignore_errors=True)

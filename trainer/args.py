@@ -5,14 +5,50 @@ Nothing heavy is imported here, so that `--help` answers at once (importing torc
 
 import argparse
 import importlib.util
+import os
+import re
+import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # defaults hang from here; typed paths are relative to the cwd
 
+# 75 is EX_TEMPFAIL of sysexits.h, "try again"; a shell reports 128 + n for a process that signal n ended.
+TIME_IS_UP, INTERRUPTED, TERMINATED = 75, 128 + signal.SIGINT, 128 + signal.SIGTERM
+EXIT_CODES = """exit codes:
+  0    finished
+  1    the run cannot go on: a full disk, numbers that are not finite, too little memory
+  2    a mistake in the flags or the data
+  75   stopped by --max_minutes   \\
+  130  stopped by Ctrl-C           } a checkpoint is saved and the command that goes on is printed;
+  143  stopped by SIGTERM         /  a second Ctrl-C or SIGTERM stops at once and saves nothing
+(torchrun itself exits with 1 where a process of it did not exit with 0.)"""
+
 
 class UsageError(ValueError):
     """A flag that cannot be honoured: its message is one line that says what to do."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, by no mistake of the command line: one line, exit code 1."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, for whatever handles Ctrl-C."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line, without argparse's screen of usage; of torchrun's ranks one says it."""
+
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": HelpFormatter} | options)
+
+    def error(self, message: str):
+        says = os.environ.get("RANK", "0") == "0"
+        self.exit(2, f"error: {message} (--help lists the flags)\n" if says else None)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -27,7 +63,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def training_parser(description: str) -> argparse.ArgumentParser:
     """The flags of every stage. A stage states its character with `parser.set_defaults(...)`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = Parser(description=description, epilog=EXIT_CODES)
 
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", nargs="+", type=Path, metavar="FILE",
@@ -48,9 +84,15 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     run.add_argument("--out_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where runs are kept")
     run.add_argument("--name", metavar="NAME", help="the run's folder below --out_dir")
     run.add_argument("--resume", action="store_true", help="continue this run from its newest checkpoint")
+    run.add_argument("--overwrite", action="store_true",
+                     help="start anew although --name holds an unfinished run, whose checkpoints are dropped")
     run.add_argument("--save_interval", type=int, default=500, metavar="N",
                      help="steps between resumable checkpoints")
     run.add_argument("--keep_last", type=int, default=2, metavar="K", help="checkpoints kept")
+    run.add_argument("--on_full_disk", choices=("stop", "continue"), default="stop",
+                     help="where a checkpoint cannot be written: end the run, or go on until the next one")
+    run.add_argument("--max_minutes", type=float, metavar="M",
+                     help="after M minutes finish the step, save and stop (default: no limit)")
     run.add_argument("--seed", type=int, default=42, metavar="N",
                      help="of the initial weights, the data order and dropout")
 
@@ -127,8 +169,18 @@ def lora_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses, checks what can be checked before anything is loaded, adds `args.run_dir`, the run's folder."""
+    """Parses, checks what can be checked before anything is loaded, and adds what no flag says.
+
+    run_dir: the run's folder; stop_at: when --max_minutes are over, as time.monotonic(); content: empty here,
+    it will hold what identifies the data and the weights (see trainer/stage.py).
+    """
     args = parser.parse_args(argv)
+    if args.max_minutes is not None and not args.max_minutes > 0:
+        parser.error(f"--max_minutes must be above 0, not {args.max_minutes}")
+    args.stop_at = time.monotonic() + 60 * args.max_minutes if args.max_minutes else float("inf")
+    args.content = {}
+    if args.resume and args.overwrite:
+        parser.error("--resume continues a run and --overwrite starts it anew: give one of them")
     for name in ("max_seq_len", "save_interval", "keep_last", "epochs", "batch_size", "log_interval"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
@@ -148,7 +200,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     if args.wandb_project and not args.use_wandb:
         parser.error("--wandb_project has no effect without --use_wandb")
     if not 0 < args.lora_plus_ratio < float("inf"):
-        parser.error(f"--lora_plus_ratio must be above 0, not {args.lora_plus_ratio}")
+        parser.error(f"--lora_plus_ratio must be a number above 0, not {args.lora_plus_ratio}")
     if "8bit" in args.optimizer and not importlib.util.find_spec("bitsandbytes"):
         parser.error(f"--optimizer {args.optimizer} needs bitsandbytes: pip install bitsandbytes")
     if not 0 <= args.seed < 2**32:
@@ -166,14 +218,89 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 
 def run_script(main, args: argparse.Namespace) -> None:
-    """Runs `main(args)`; a user's mistake becomes one line on stderr and exit code 2, Ctrl-C code 130."""
+    """Runs `main(args)`. What goes wrong becomes one line on stderr and an exit code (EXIT_CODES)."""
     from dataset.jsonl import DataError  # here, because --help needs neither
     from model.transformer import ModelError
 
+    def terminate(number, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         main(args)
-    except (DataError, ModelError, UsageError, OSError) as error:  # OSError: a full disk, say
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        return
+    except (DataError, ModelError, UsageError, OSError) as error:  # OSError: a file that can't be read, say
+        code, line = 2, f"error: {error}"
+    except RunError as error:
+        code, line = 1, f"error: {error}"
+    except Terminated:
+        code, line = TERMINATED, "stopped by SIGTERM"
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        code, line = INTERRUPTED, "stopped by Ctrl-C"
+    except (MemoryError, RuntimeError) as error:
+        code, line = 1, f"error: {failure(error, args)}"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        # Most often all ranks fail alike and rank 0 says so: torchrun ends the others while they wait.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        time.sleep(3)
+        line = f"rank {rank}: {line}"
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def failure(error: MemoryError | RuntimeError, args: argparse.Namespace) -> str:
+    """One line for what befalls a sound program; any other error is raised again, with its traceback."""
+    # CUDA's is an OutOfMemoryError, the CPU's allocators raise a RuntimeError.
+    lacking = r"OutOfMemory|not enough memory|can't allocate memory"
+    if isinstance(error, MemoryError) or re.search(lacking, repr(error)):
+        return out_of_memory(str(error), args)
+    if re.search(r"Connection (closed|reset|refused)|gloo|NCCL|DataLoader worker", str(error)):
+        return f"a process that this one works with ended ({str(error).splitlines()[0]})"
+    raise error
+
+
+def command_to_resume() -> str:
+    """The command line of this process with --resume at its end, to be copied into a shell.
+
+    Of torchrun's processes: torchrun's own, as Linux knows it; elsewhere what its variables tell of it.
+    """
+    words = [sys.orig_argv[0], *sys.argv]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        try:
+            parent = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")[:-1]
+        except OSError:
+            parent = []
+        if sys.argv[0] in parent:
+            words = ["torchrun", *parent[2:]] if Path(parent[1]).name == "torchrun" else parent
+        else:
+            words = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}", *sys.argv]
+    words += [] if "--resume" in words else ["--resume"]
+    return shlex.join(words) if os.name == "posix" else subprocess.list2cmdline(words)
+
+
+def out_of_memory(message: str, args: argparse.Namespace) -> str:
+    """One line: what was asked, what there is, and the flags that would need less."""
+    asked = re.search(r"tried to allocate ([\d.]+) ?(\w+)", message, re.IGNORECASE)
+    there = re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", message)
+    line = "out of memory"
+    if asked:
+        asked = f"{float(asked[1]) / 2**30:.2f} GiB" if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
+        line += f": {asked} were asked for"
+    if there:
+        line += f", of {there[1]} on the GPU {there[2]} are free"
+    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        total, free = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") / 2**30
+                       for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+        line += f", of {total:.1f} GiB in this machine {free:.1f} GiB are free"
+    if not hasattr(args, "micro_batch_size"):
+        return line  # not a training script
+    rows = args.micro_batch_size or -(-args.batch_size // int(os.environ.get("WORLD_SIZE", 1)))
+    same = [f"--micro_batch_size {rows // 2}"] if rows > 1 else []
+    same += ["--gradient_checkpointing"] if not args.gradient_checkpointing else []
+    other = [f"--max_seq_len {args.max_seq_len // 2}"]
+    other += ["--optimizer adamw8bit"] if "8bit" not in args.optimizer else []
+    other += ["--quantize nf4"] if getattr(args, "quantize", "nf4") == "none" else []
+    line += f"; less is needed with {' or '.join(same)} (same result; --resume goes on)" if same else ""
+    return line + f"; or, trained anew, with {' or '.join(other)}"

@@ -1,23 +1,31 @@
 """Resumable training states: what a run needs to go on as if it had never stopped.
 
 out/NAME/checkpoints/step_00000500/state.pt holds the parameters that train (float32), the optimizers, the
-loss scaler and the position in the data. Random states are not needed: the loop seeds each batch by its
-number.
+loss scaler and the position in the data; state.pt.sha256 beside it tells whether it is whole (`sha256sum -c`
+reads it). Random states are not needed: the loop seeds each batch by its number.
 """
 
+import hashlib
 import os
+import pickle
 import re
 import shutil
+import sys
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from trainer.args import UsageError
+from trainer.args import RunError, UsageError
 
-# Flags that may differ between the first part of a run and its continuation, because the result is the same.
-FREE = {"resume", "save_interval", "keep_last", "log_interval", "num_workers", "device", "use_wandb",
-        "wandb_project", "out_dir", "run_dir", "strict"}
+# Flags that may differ between the first part of a run and its continuation: the result is the same, with
+# the third line to float rounding.
+FREE = {"resume", "overwrite", "save_interval", "keep_last", "on_full_disk", "max_minutes", "log_interval",
+        "num_workers", "device", "use_wandb", "wandb_project", "out_dir", "run_dir", "strict",
+        "micro_batch_size", "gradient_checkpointing", "compile",
+        "stop_at", "content"}  # no flags
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -26,44 +34,125 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def settings(args) -> dict[str, str]:
-    """The flags that decide the result, as text, to be compared when a run is resumed."""
-    return {k: str([str(v) for v in value] if isinstance(value, list) else value)
-            for k, value in vars(args).items() if k not in FREE}
+    """What decides the result, as text, to be compared when a run is resumed: flags, data and weights."""
+    flags = {f"--{k}": str([str(v) for v in value] if isinstance(value, list) else value)
+             for k, value in vars(args).items() if k not in FREE}
+    return flags | getattr(args, "content", {})
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first; one whose writing never ended is not among them."""
     return sorted(p for p in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name))
 
 
+class _Hashing:
+    """A file that is written from its beginning to its end, and the SHA-256 of what was meant to be in it."""
+
+    def __init__(self, file):
+        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:  # torch.save replaces it by one that says nothing of the disk
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save_checkpoint(run_dir: Path, step: int, state: dict, keep_last: int) -> Path:
-    """Writes `state` whole or not at all (temporary folder, fsync, rename); then drops all but the newest."""
+    """Writes `state` whole or not at all (temporary folder, fsync, rename); then drops all but the newest.
+
+    Raises OSError where it can't be written; the other checkpoints are as they were then.
+    """
     target = run_dir / "checkpoints" / f"step_{step:08}"
     temporary = target.with_name(f".{target.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with (temporary / "state.pt").open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    try:
+        temporary.mkdir(parents=True)
+        with (temporary / "state.pt").open("wb") as file:
+            hashing = _Hashing(file)
+            try:
+                torch.save(state, hashing)
+            except Exception:
+                raise hashing.error or sys.exception() from None
+            file.flush()
+            os.fsync(file.fileno())
+        with (temporary / "state.pt.sha256").open("w", encoding="ascii", newline="\n") as file:
+            file.write(f"{hashing.sha256.hexdigest()}  state.pt\n")
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(temporary)
+        if not target.exists() or damage(target):  # else it holds the same: a step of a run has one state
+            drop(target)
+            os.replace(temporary, target)
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(run_dir)[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+        drop(old)
     return target
 
 
-def load_checkpoint(run_dir: Path, args) -> dict | None:
-    """The newest state of the run, or None where there is none. Raises UsageError where flags differ."""
+def sync_folder(folder: Path) -> None:
+    """Makes renames within a folder survive a power cut; Windows has no call for that."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def drop(folder: Path) -> None:
+    """Removes a folder so that at no moment a part of it has its name."""
+    dropped = folder.with_name(f".{folder.name}.dropped")
+    shutil.rmtree(dropped, ignore_errors=True)
+    with suppress(OSError):  # FileNotFoundError most often
+        os.replace(folder, dropped)
+        shutil.rmtree(dropped, ignore_errors=True)
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with the files of a checkpoint; empty where they are as they were written."""
+    try:
+        wanted = (checkpoint / "state.pt.sha256").read_text(encoding="ascii", errors="replace").split()
+        with (checkpoint / "state.pt").open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
+    return "" if wanted[:1] == [found] else "its checksum is another"
+
+
+def load_checkpoint(run_dir: Path, now: dict[str, str], is_main: bool = True) -> dict | None:
+    """The newest whole state of the run, or None where there is none at all.
+
+    A damaged one is named, by the main rank, and the one before is taken. Raises UsageError where all are
+    damaged, or where `now`, the settings of this run, differ from those that it began with.
+    """
     found = checkpoints(run_dir)
-    if not found:
+    for checkpoint in reversed(found):
+        reason = damage(checkpoint)
+        if not reason:
+            try:
+                state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+                break
+            except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+                reason = str(error).splitlines()[0]
+        if is_main:
+            print(f"warning: {checkpoint} is damaged ({reason}); the one before is taken", file=sys.stderr)
+    else:
+        if found:
+            raise UsageError(f"--resume: every checkpoint is damaged: {', '.join(str(p) for p in found)}; "
+                             f"start anew with --overwrite")
         return None
-    state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
-    now = settings(args)
     for name, before in state["settings"].items():
         if now.get(name) != before:
-            raise UsageError(f"--resume: this run began with --{name} {before}, not {now.get(name)}; "
-                             f"give the same flags, or start anew without --resume")
+            raise UsageError(f"--resume: this run began with {name} {before}, not {now.get(name)}; "
+                             f"give the same, or start anew with --overwrite")
     return state
 
 
@@ -72,13 +161,44 @@ def restore(state: dict, model: nn.Module, optimizers: list, scaler) -> None:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in state["parameters"].items()}:
         raise UsageError("--resume: the checkpoint holds other parameters than this model; "
-                         "start anew without --resume")
+                         "start anew with --overwrite")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     scaler.load_state_dict(state["scaler"])
+
+
+def last_good(run_dir: Path) -> str:
+    """For a message: the newest checkpoint."""
+    found = checkpoints(run_dir)
+    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
+def refuse_bad_weights(model: nn.Module, step: int, run_dir: Path) -> None:
+    """Raises RunError where a weight is no finite number: such a state is worth nothing, and never saved."""
+    for name, parameter in trained_state(model).items():
+        if not parameter.isfinite().all():
+            raise RunError(f"after step {step} {name} holds numbers that are not finite: lower "
+                           f"--learning_rate or raise --warmup_ratio; {last_good(run_dir)}")
+
+
+def complaint(error: OSError, run_dir: Path, step: int, state: dict) -> str:
+    """For a message: why a checkpoint could not be written, what it takes and what is free."""
+    free = ""
+    with suppress(OSError):
+        free = f", {shutil.disk_usage(run_dir).free / 1e6:,.1f} MB are free"
+    return (f"the checkpoint of step {step} can't be written ({error.strerror or error}): it takes "
+            f"{sum(t.nbytes for t in tensors(state)) / 1e6:,.1f} MB{free}; {last_good(run_dir)}")
+
+
+def tensors(state) -> list[torch.Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    state = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [tensor for value in state for tensor in tensors(value)]
 
 
 def begin_anew(run_dir: Path) -> None:
@@ -90,4 +210,4 @@ def begin_anew(run_dir: Path) -> None:
 
 def drop_checkpoints(run_dir: Path) -> None:
     """Once the final weights are saved, the resumable states have no more use."""
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    drop(run_dir / "checkpoints")

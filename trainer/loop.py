@@ -4,7 +4,9 @@ What differs between the stages is the data and which parameters train; both are
 """
 
 import math
+import os
 import signal
+import time
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -14,13 +16,34 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset.lm_dataset import collate
 from dataset.packing import pack_rows, single_rows
-from trainer.args import UsageError
-from trainer.checkpoint import begin_anew, load_checkpoint, restore, save_checkpoint, settings, trained_state
-from trainer.distributed import Ranks, choose_dtype
+from trainer.args import (
+    INTERRUPTED,
+    TERMINATED,
+    TIME_IS_UP,
+    RunError,
+    Terminated,
+    UsageError,
+    command_to_resume,
+)
+from trainer.checkpoint import (
+    begin_anew,
+    complaint,
+    last_good,
+    load_checkpoint,
+    refuse_bad_weights,
+    restore,
+    save_checkpoint,
+    settings,
+    trained_state,
+)
+from trainer.distributed import Ranks, choose_dtype, leave_ranks
 from trainer.optim import build_optimizers, learning_rate_factor
 from trainer.tracking import Stopwatch, Tracker, clock
 
-MAX_SKIPPED = 100  # float16 steps in a row whose gradients overflow before we call the run lost
+# Batches in a row without finite gradients before we call the run lost. One can be a broken record, five are
+# the model's own; float16 starts with a loss scale that is halved until nothing overflows.
+MAX_SKIPPED, MAX_SKIPPED_FLOAT16 = 5, 100
+ECHO = 2.0  # seconds within which torchrun hands on a signal that its processes have had already
 
 
 class Batches(Dataset):
@@ -54,7 +77,8 @@ class Batches(Dataset):
         """Batches in one pass over the data; the last may be smaller, and counts by its tokens."""
         return math.ceil((len(self.rows) + self.num_old) / self.batch_size)
 
-    def __getitem__(self, number: int) -> tuple[list[dict], int, int]:
+    def rows_of(self, number: int) -> list[list[int]]:
+        """The sample numbers of each row of batch `number`."""
         epoch, number = divmod(number, len(self))
         if epoch != self.epoch:  # each pass has an order of its own, which the seed decides
             self.epoch = epoch
@@ -63,8 +87,11 @@ class Batches(Dataset):
                 self.old = shuffled_again(len(self.old_rows), epoch * self.num_old, self.num_old, self.seed)
         chosen = self.order[number * self.batch_size:(number + 1) * self.batch_size]
         new = len(self.rows)
-        rows = [self.samples[self.rows[i]] if i < new else self.replayed[self.old_rows[self.old[i - new]]]
+        return [self.samples[self.rows[i]] if i < new else self.replayed[self.old_rows[self.old[i - new]]]
                 for i in chosen]
+
+    def __getitem__(self, number: int) -> tuple[list[dict], int, int]:
+        rows = self.rows_of(number)
         samples = np.concatenate(rows)
         mine = rows[self.ranks.rank::self.ranks.world_size]
         share = math.ceil(len(rows) / self.ranks.world_size)  # rows of the fullest rank
@@ -122,8 +149,8 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
         batches: the training data; eval_batches: the validation data, or None for no validation.
         args: the flags of `trainer/args.py`.
     Returns: steps, tokens, seconds, and the last loss, eval_loss and bits_per_byte, for training.json.
-    Raises UsageError where a checkpoint does not fit or the loss is no longer a number, KeyboardInterrupt
-    when stopped by Ctrl-C or SIGTERM (after saving a checkpoint).
+    Raises UsageError where a checkpoint does not fit, RunError where the run can't go on, and SystemExit,
+    after saving a checkpoint, when stopped by Ctrl-C, SIGTERM or --max_minutes (codes: trainer/args.py).
     """
     device = ranks.device
     dtype = choose_dtype(args.dtype, device)
@@ -143,7 +170,10 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     step = batch_number = tokens = 0  # steps taken; batches drawn: more than steps where float16 skipped some
     loss_sum, logged_step, logged_tokens, logged_seconds = 0.0, 0, 0, 0.0  # loss_sum: since the last log line
     metrics, seconds_before = {}, 0.0
-    state = load_checkpoint(args.run_dir, args) if args.resume else None
+    identity = settings(args) | {"--dtype": str(dtype).removeprefix("torch.")}  # not "auto"
+    state = load_checkpoint(args.run_dir, identity, ranks.is_main) if args.resume else None
+    if ranks.any(bool(state)) and not state:
+        raise UsageError(f"--resume: this host sees no checkpoint in {args.run_dir}: let --out_dir be shared")
     if state:
         restore(state, model, optimizers, scaler)
         step, batch_number, tokens = state["step"], state["batch"], state["tokens"]
@@ -152,7 +182,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     elif ranks.is_main:
         begin_anew(args.run_dir)
     wandb_project = (args.wandb_project or "seedling") if args.use_wandb else None
-    tracker = Tracker(args.run_dir, ranks.is_main, step, wandb_project, settings(args))
+    tracker = Tracker(args.run_dir, ranks.is_main, step, wandb_project, identity)
     old_rows = f" and {batches.num_old:,} old" if batches.num_old else ""
     tracker.say(f"{len(batches.rows):,}{old_rows} rows, {max_steps:,} steps of {args.batch_size} rows, "
                 f"{str(dtype).removeprefix('torch.')} on {device} x {ranks.world_size}"
@@ -168,7 +198,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     loss_sum = torch.tensor(loss_sum if ranks.is_main else 0.0, dtype=torch.float32, device=device)
     skipped = 0
 
-    with stop_signals() as stopped:
+    with stop_signals() as signalled:
         while step < max_steps:
             # 1. The learning rate of this step
             factor = learning_rate_factor(step, max_steps, args.warmup_ratio)
@@ -186,6 +216,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
                 with nullcontext() if last or replica is model else replica.no_sync():
                     with autocast():
                         loss = replica(**to_device(batch, device)).loss_sum / max(1, targets)
+                    loss = loss * (1 + 0 * loss.detach())  # times 1; but an infinite loss has gradient NaN
                     scaler.scale(loss * ranks.world_size).backward()  # DDP averages over ranks; we want sums
                 step_loss += loss.detach()
             batch_number += 1
@@ -194,18 +225,22 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
-            overflow = scaler.is_enabled() and not math.isfinite(grad_norm)
-            if not overflow:  # else no optimizer may step, not even one whose own gradients are sound
+            sound = math.isfinite(grad_norm)  # the same on all ranks; here the CPU waits for the GPU
+            if sound:  # else no optimizer may step, not even one whose own gradients are sound
                 for optimizer in optimizers:
                     scaler.step(optimizer)
             scaler.update()
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            if overflow:  # no weight moved, so the schedule waits too
+            if not sound:  # no weight moved, so the schedule waits too
                 skipped += 1
-                if skipped >= MAX_SKIPPED:
-                    raise UsageError(f"float16 gradients overflowed {skipped} times in a row at step {step}; "
-                                     f"use --dtype bfloat16 or float32, or a lower --learning_rate")
+                if ranks.is_main and not scaler.is_enabled():
+                    tracker.say(f"warning: step {step + 1}: batch {batch_number - 1} is skipped: "
+                                + diagnose(model, batches, batch_number - 1, autocast, device))
+                if skipped >= (MAX_SKIPPED_FLOAT16 if scaler.is_enabled() else MAX_SKIPPED):
+                    raise RunError(f"{skipped} batches in a row had gradients that are not finite after step "
+                                   f"{step}: lower --learning_rate, raise --warmup_ratio, or use --dtype "
+                                   f"float32 or bfloat16; {last_good(args.run_dir)}")
                 continue
             step, tokens, skipped = step + 1, tokens + batch_tokens, 0
             loss_sum += step_loss
@@ -213,14 +248,12 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
             # 4. What the outside sees: log, validate, save
             if step % args.log_interval == 0 or step == max_steps:
                 mean_loss = ranks.sum(loss_sum)[0] / (step - logged_step)
-                if not math.isfinite(mean_loss):
-                    raise UsageError(f"the loss became {mean_loss} before step {step}; lower --learning_rate,"
-                                     f" raise --warmup_ratio, or use --dtype float32")
                 now = clock_now()
                 speed = (tokens - logged_tokens) / max(1e-9, now - logged_seconds)
                 metrics |= {"step": step, "max_steps": max_steps, "loss": mean_loss,
                             "learning_rate": args.learning_rate * factor, "grad_norm": grad_norm.item(),
-                            "tokens": tokens, "tokens_per_second": speed, "seconds": now}
+                            "skipped": batch_number - step, "tokens": tokens,
+                            "tokens_per_second": speed, "seconds": now}
                 tracker.log({k: v for k, v in metrics.items() if k not in ("eval_loss", "bits_per_byte")})
                 left = (now - logged_seconds) / (step - logged_step) * (max_steps - step)
                 tracker.say(f"step {step:>{len(str(max_steps))}}/{max_steps} | loss {mean_loss:.4f} | "
@@ -235,44 +268,103 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
                 tracker.say(f"step {step:>{len(str(max_steps))}}/{max_steps} | validation loss "
                             f"{metrics['eval_loss']:.4f} | {metrics['bits_per_byte']:.4f} bits per byte")
                 logged_seconds += clock_now() - before  # not the training's time
-            stop = ranks.any(stopped())
+            stop = agree(ranks, signalled() or TIME_IS_UP * (time.monotonic() > args.stop_at))
             if stop or step % args.save_interval == 0 or step == max_steps:
-                unlogged = (ranks.sum(loss_sum)[0], logged_step, logged_tokens, logged_seconds)
+                refuse_bad_weights(model, step, args.run_dir)
+                unlogged, failed = (ranks.sum(loss_sum)[0], logged_step, logged_tokens, logged_seconds), ""
                 if ranks.is_main:
-                    save_checkpoint(args.run_dir, step, {
-                        "parameters": trained_state(model), "scaler": scaler.state_dict(),
-                        "optimizers": [o.state_dict() for o in optimizers],
-                        "step": step, "batch": batch_number, "tokens": tokens, "seconds": clock_now(),
-                        "metrics": metrics, "unlogged": unlogged, "settings": settings(args)}, args.keep_last)
-                ranks.barrier()
+                    state = {"parameters": trained_state(model), "scaler": scaler.state_dict(),
+                             "optimizers": [o.state_dict() for o in optimizers],
+                             "step": step, "batch": batch_number, "tokens": tokens, "seconds": clock_now(),
+                             "metrics": metrics, "unlogged": unlogged, "settings": identity}
+                    try:
+                        save_checkpoint(args.run_dir, step, state, args.keep_last)
+                    except OSError as error:
+                        failed = complaint(error, args.run_dir, step, state)
+                        tracker.say(f"warning: {failed}")
+                if ranks.any(bool(failed)) and (stop or args.on_full_disk == "stop"):
+                    raise RunError(f"{failed}; to go on when there is room: {command_to_resume()}")
             if stop and step < max_steps:
-                tracker.say(f"stopped at step {step}; the same command with --resume goes on from here")
-                raise KeyboardInterrupt
+                tracker.say(f"stopped at step {step}; to go on: {command_to_resume()}")
+                leave_ranks(ranks)
+                raise SystemExit(stop)
 
     tracker.finish()
-    return {"steps": step, "tokens": tokens, "seconds": clock_now(),
+    return {"steps": step, "skipped": batch_number - step, "tokens": tokens, "seconds": clock_now(),
             **{k: metrics[k] for k in ("loss", "eval_loss", "bits_per_byte") if k in metrics}}
 
 
 def ignore_interrupts(worker: int) -> None:
     """Ctrl-C reaches the processes that prepare batches too: they go on, so the loop can end its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def stop_signals():
-    """Within the block the first Ctrl-C or SIGTERM only asks the loop to stop; a second one stops at once."""
-    seen = []
+    """Within the block the first Ctrl-C or SIGTERM only asks the loop to stop; a second one stops at once.
+
+    Gives a function that returns the exit code that was asked for, or 0.
+    """
+    codes, seen = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}, []
 
     def ask(number, frame):
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-        print("\nstopping after this step (again to stop at once)", flush=True)
+        if not seen:
+            print("\nstopping after this step (again to stop at once)", flush=True)
+        # A terminal, or Slurm, signals torchrun and its processes, and torchrun hands it on to them: that
+        # second one is nobody's wish.
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - seen[0][1] > ECHO:
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        seen.append((codes[number], time.monotonic()))
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in codes}
     try:
-        yield lambda: bool(seen)
+        yield lambda: seen[0][0] if seen else 0
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def agree(ranks: Ranks, code: int) -> int:
+    """The exit code that any rank was asked to stop with, the same on all; 0: go on."""
+    codes = (INTERRUPTED, TERMINATED, TIME_IS_UP)
+    votes = [float(code == c) for c in codes]
+    votes = ranks.sum(*votes) if ranks.world_size > 1 else votes
+    return next((c for c, vote in zip(codes, votes, strict=True) if vote), 0)
+
+
+def diagnose(model, batches: Batches, number: int, autocast, device: torch.device) -> str:
+    """What is not finite about batch `number`: its samples, each run alone once more, and the activations.
+
+    One rank finds out for all: every rank has all the weights, and knows all the rows.
+    """
+    samples = [int(sample) for row in batches.rows_of(number) for sample in row]
+    largest: dict[str, float] = {}  # module -> its largest output, in the order of computation
+
+    def look(name):
+        def hook(module, inputs, output):
+            if isinstance(output, torch.Tensor) and output.is_floating_point() and output.numel():
+                size = output.abs().max().nan_to_num(math.inf).item()
+                largest[name] = max(largest.get(name, 0.0), size)
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    guilty, was_training = [], model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast():
+            for sample in samples:
+                batch = collate(batches.dataset, [[sample]], batches.pad_token_id)
+                if not math.isfinite(model(**to_device(batch, device)).loss_sum):
+                    guilty.append(str(sample))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    top = sorted(largest, key=largest.get, reverse=True)[:3]
+    named = guilty or [str(sample) for sample in samples]
+    return (f"{'the loss' if guilty else 'the gradient, not the loss,'} of sample"
+            f" {', '.join(named[:8])}{', ...' * (len(named) > 8)} is not finite; largest activations: "
+            + ", ".join(f"{name} {largest[name]:.3g}" for name in top)
+            + f"; weights that are not finite: {', '.join(bad[:3])}" * bool(bad))

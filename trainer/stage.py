@@ -1,18 +1,22 @@
 """What every stage does before and after its loop: find the data, find the weights, say what was done."""
 
+import hashlib
 import platform
 import subprocess
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from dataset.synthetic import ensure_world
 from model.lora import apply_lora, cast_frozen, count_line, freeze_all_but_lora
 from model.quantize import memory_line, quantize_model
-from trainer.args import ROOT, UsageError
+from trainer.args import ROOT, RunError, UsageError, command_to_resume
+from trainer.checkpoint import checkpoints, drop_checkpoints
 from trainer.distributed import Ranks, choose_dtype
 from trainer.loop import Batches, split
 from trainer.retention import Both, hold_out
@@ -58,8 +62,15 @@ def what_trains(model) -> str:
 
 
 def is_finished(args, ranks: Ranks) -> bool:
-    """With --resume: True, and a line that says so, where the run was carried to its end before."""
+    """With --resume: True, and a line that says so, where the run was carried to its end before.
+
+    Raises UsageError where a run that was stopped would be lost for want of --resume. A finished one may be
+    trained anew: what it made stays until the new result takes its place.
+    """
     saved, unfinished = args.run_dir / "training.json", args.run_dir / "checkpoints"
+    if (states := checkpoints(args.run_dir)) and not (args.resume or args.overwrite):
+        raise UsageError(f"{args.run_dir} holds an unfinished run ({states[-1].name}): give --resume to go "
+                         f"on with it, another --name, or --overwrite to drop it")
     done = args.resume and saved.exists() and not unfinished.exists()
     if done and ranks.is_main:
         print(f"{args.run_dir} is finished already; without --resume it is trained anew")
@@ -95,12 +106,43 @@ def load_data(kind, tokenizer, args, ranks: Ranks) -> tuple[Batches, Batches | N
     eval_batches = Batches(eval_set, eval_samples, args, pad, ranks) if len(eval_samples) else None
     retained = replayed = None
     if args.retain_data_path:
+        args.content["the old data of"] = identify(old_set)
         replayed, measured = hold_out(old_set, args.seed)
         retained = Batches(old_set, measured, args, pad, ranks)
         if args.replay:
             train_set, replayed = Both(train_set, old_set), len(train_set) + replayed
+    args.content["the training data of"] = identify(train_set)
+    if eval_paths:
+        args.content["the validation data of"] = identify(eval_set)
     batches = Batches(train_set, train_samples, args, pad, ranks, replayed if args.replay else None)
     return batches, eval_batches, retained
+
+
+def identify(dataset) -> str:
+    """What tells a dataset from others, and from itself after a change: its sizes and its checksum."""
+    return (f"{len(dataset):,} samples of {int(dataset.lengths.sum()):,} tokens, "
+            f"sha256 {dataset.cache.meta['sha256'][:16]}")
+
+
+def note_weights(model, args) -> None:
+    """Remembers which weights a run starts from: one that is resumed must start from the same."""
+    sha256 = hashlib.sha256(str(model.config).encode())
+    for name, tensor in model.state_dict().items():
+        sha256.update(name.encode())
+        sha256.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    args.content["weights in --load_from of"] = f"sha256 {sha256.hexdigest()[:16]}"
+
+
+@contextmanager
+def last_save(args):
+    """Around the saving of the result: the checkpoints are dropped when it is on the disk, not before."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"the result can't be written to {args.run_dir} ({error}); its last checkpoint is "
+                       f"safe; to go on when there is room: {command_to_resume()}") from None
+    drop_checkpoints(args.run_dir)
+    print(f"saved {args.run_dir}")
 
 
 def git_hash() -> str | None:
@@ -121,7 +163,7 @@ def describe(args, result: dict) -> dict:
         return str(value) if isinstance(value, Path) else value
 
     return {"stage": args.stage, "parent": plain(args.load_from), **result,
-            "arguments": {name: plain(value) for name, value in vars(args).items()},
+            "arguments": {name: plain(value) for name, value in vars(args).items() if name != "stop_at"},
             "finished": datetime.now(UTC).isoformat(timespec="seconds"), "git": git_hash(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "transformers": transformers.__version__}}

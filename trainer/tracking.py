@@ -1,6 +1,8 @@
 """What a run tells: a line on the terminal, metrics.jsonl, loss.png and, if asked, Weights & Biases."""
 
 import json
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -8,7 +10,8 @@ from pathlib import Path
 class Tracker:
     """Writes the log of one run. `metrics.jsonl` is the whole story; the rest is drawn from it.
 
-    Only the main rank logs; on the others every method returns at once.
+    Only the main rank logs; on the others every method returns at once. What a full disk has no room for is
+    kept and written with the next line: no log is worth a run.
     """
 
     def __init__(self, run_dir: Path, active: bool, start_step: int = 0, wandb_project: str | None = None,
@@ -19,7 +22,10 @@ class Tracker:
         run_dir.mkdir(parents=True, exist_ok=True)
         # A resumed run forgets what was logged after its checkpoint: those steps are about to happen again.
         kept = [m for m in read_metrics(self.path) if m["step"] <= start_step] if start_step else []
-        self.path.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8", newline="\n")
+        new = self.path.with_name(".metrics.jsonl.writing")
+        new.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8", newline="\n")
+        os.replace(new, self.path)  # a run that is killed right here has its log, too
+        self.unwritten = ""
         if wandb_project:
             import wandb  # here, because it is slow to import and few need it
 
@@ -29,8 +35,15 @@ class Tracker:
         """Appends one object to metrics.jsonl, so that a killed run keeps it and others can watch it grow."""
         if not self.active:
             return
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(metrics) + "\n")
+        self.unwritten += json.dumps(metrics) + "\n"
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            os.truncate(self.path, size)  # a part of a line may be there
+            print(f"warning: {self.path} can't be written ({error.strerror})", file=sys.stderr)
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
@@ -42,7 +55,10 @@ class Tracker:
         """Draws loss.png and closes Weights & Biases."""
         if not self.active:
             return
-        plot_loss(read_metrics(self.path), self.path.with_name("loss.png"))
+        try:
+            plot_loss(read_metrics(self.path), self.path.with_name("loss.png"))
+        except OSError as error:
+            print(f"warning: loss.png can't be written ({error.strerror})", file=sys.stderr)
         if self.wandb:
             self.wandb.finish()
 

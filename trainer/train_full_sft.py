@@ -20,7 +20,6 @@ def main(args):
     from dataset.lm_dataset import SFTDataset
     from model.weights import load_model, load_tokenizer, save_model
     from trainer import stage
-    from trainer.checkpoint import drop_checkpoints
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train
     from trainer.retention import compare, measure
@@ -33,6 +32,7 @@ def main(args):
     tokenizer = load_tokenizer(args.load_from)
     model = load_model(args.load_from)
     stage.check_vocabulary(tokenizer, model, args.load_from)
+    stage.note_weights(model, args)
     # The data: conversations, of which only the assistant's words are predicted
     batches, eval_batches, retained = stage.load_data(SFTDataset, tokenizer, args, ranks)
     if ranks.is_main:
@@ -41,9 +41,8 @@ def main(args):
     result = train(model, batches, eval_batches, args, ranks)
     result |= compare(before, measure(model, eval_batches, retained, args, ranks), ranks)
     if ranks.is_main:
-        save_model(model, args.run_dir, tokenizer, training=stage.describe(args, result))
-        drop_checkpoints(args.run_dir)
-        print(f"saved {args.run_dir}")
+        with stage.last_save(args):
+            save_model(model, args.run_dir, tokenizer, training=stage.describe(args, result))
     leave_ranks(ranks)
 
 

@@ -21,7 +21,6 @@ def main(args):
     from model.lora import save_lora
     from model.weights import load_model, load_tokenizer
     from trainer import stage
-    from trainer.checkpoint import drop_checkpoints
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train
     from trainer.retention import compare, measure
@@ -34,6 +33,7 @@ def main(args):
     tokenizer = load_tokenizer(args.load_from)
     model = load_model(args.load_from)
     stage.check_vocabulary(tokenizer, model, args.load_from)
+    stage.note_weights(model, args)
     stage.add_lora(model, args, ranks)  # from here on nothing but the adapters trains
     # The data: conversations, of which only the assistant's words are predicted
     batches, eval_batches, retained = stage.load_data(SFTDataset, tokenizer, args, ranks)
@@ -43,9 +43,8 @@ def main(args):
     result = train(model, batches, eval_batches, args, ranks)
     result |= compare(before, measure(model, eval_batches, retained, args, ranks), ranks)
     if ranks.is_main:
-        save_lora(model, args.run_dir, base=args.load_from, training=stage.describe(args, result))
-        drop_checkpoints(args.run_dir)
-        print(f"saved {args.run_dir}")
+        with stage.last_save(args):
+            save_lora(model, args.run_dir, base=args.load_from, training=stage.describe(args, result))
     leave_ranks(ranks)
 
 

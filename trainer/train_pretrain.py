@@ -26,7 +26,6 @@ def main(args):
     from model.transformer import CausalLM, preset
     from model.weights import load_model, load_tokenizer, save_model
     from trainer import stage
-    from trainer.checkpoint import drop_checkpoints
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train
 
@@ -39,6 +38,7 @@ def main(args):
     if args.load_from:
         model = load_model(args.load_from)
         stage.check_vocabulary(tokenizer, model, args.load_from)
+        stage.note_weights(model, args)
     else:
         shape = {k: v for k in SHAPE if (v := getattr(args, k)) is not None}
         model = CausalLM(replace(preset(args.preset), vocab_size=len(tokenizer), **shape))
@@ -48,9 +48,8 @@ def main(args):
         print(stage.what_trains(model))
     result = train(model, batches, eval_batches, args, ranks)
     if ranks.is_main:
-        save_model(model, args.run_dir, tokenizer, training=stage.describe(args, result))
-        drop_checkpoints(args.run_dir)
-        print(f"saved {args.run_dir}")
+        with stage.last_save(args):
+            save_model(model, args.run_dir, tokenizer, training=stage.describe(args, result))
     leave_ranks(ranks)
 
 

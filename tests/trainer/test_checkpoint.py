@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import trainer.checkpoint
 import trainer.loop
+import trainer.stage
 from trainer.checkpoint import begin_anew, checkpoints, load_checkpoint, save_checkpoint
 from trainer.optim import learning_rate_factor
 
@@ -135,12 +136,12 @@ class Killed(BaseException):
     """Nothing in our code catches it."""
 
 
-def die_on(monkeypatch, owner, name, number=1, after=False):
-    """The number-th call of owner.name kills, before or after it did its work."""
+def die_on(monkeypatch, owner, name, number=1, after=False, when=lambda *args: True):
+    """The number-th call of owner.name for which `when` holds kills, before or after it did its work."""
     real, calls = getattr(owner, name), iter(range(1, 10**6))
 
     def deadly(*args, **kwargs):
-        last = next(calls) == number
+        last = when(*args) and next(calls) == number
         if last and not after:
             raise Killed
         result = real(*args, **kwargs)
@@ -152,14 +153,21 @@ def die_on(monkeypatch, owner, name, number=1, after=False):
 
 
 MOMENTS = {
-    "while a checkpoint is written": lambda m: die_on(m, trainer.checkpoint.os, "fsync", 2),
-    "before the rename": lambda m: die_on(m, trainer.checkpoint.os, "replace", 2),
-    "after the rename": lambda m: die_on(m, trainer.checkpoint.os, "replace", 3, after=True),
+    "before its first byte is safe": lambda m: die_on(m, os, "fsync", 5),
+    "between a checkpoint and its checksum": lambda m: die_on(m, os, "fsync", 6),
+    "before the rename": lambda m: die_on(m, os, "replace", 2, when=named("step_*", 1)),
+    "after the rename": lambda m: die_on(m, os, "replace", 3, after=True, when=named("step_*", 1)),
+    "while an old one is dropped": lambda m: die_on(m, shutil, "rmtree", 2, when=named(".step_*.dropped", 0)),
     "before the first checkpoint": lambda m: die_on(m, trainer.loop, "save_checkpoint"),
     "after the last checkpoint": lambda m: die_on(m, trainer.loop.Tracker, "finish"),
     "before the weights are saved": lambda m: die_on(m, __import__("model.weights").weights, "save_model"),
-    "before the checkpoints are dropped": lambda m: die_on(m, trainer.checkpoint, "drop_checkpoints", 2),
+    "before the checkpoints are dropped": lambda m: die_on(m, trainer.stage, "drop_checkpoints"),
 }
+
+
+def named(pattern, place):
+    """Whether the path at that place of a call's arguments has such a name."""
+    return lambda *args: fnmatch(os.path.basename(args[place]), pattern)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -174,7 +182,7 @@ def test_killed_at_the_worst_moment(moment, workshop, finished, read_log, tmp_pa
 
 def test_training_anew_forgets_the_run_before(workshop, finished, read_log, tmp_path):
     """Another seed, killed late; then anew with ours, killed early: nothing of the first may come back."""
-    for changes, number in (({"seed": 7}, 4), ({}, 1)):
+    for changes, number in (({"seed": 7}, 4), ({"overwrite": True}, 1)):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             die_on(patch, trainer.loop, "save_checkpoint", number)
             workshop.run("pretrain", *workshop.flags("pretrain", tmp_path, **changes))
@@ -263,9 +271,9 @@ def steps(run_dir):
 def test_keep_last_and_order(tmp_path):
     for step in (5, 99, 100, 123456789, 1000):
         save_checkpoint(tmp_path, step, {"step": step, "settings": {}}, keep_last=10)
-    assert load_checkpoint(tmp_path, SimpleNamespace())["step"] == 123456789
+    assert load_checkpoint(tmp_path, {})["step"] == 123456789
     begin_anew(tmp_path)
-    assert load_checkpoint(tmp_path, SimpleNamespace()) is None
+    assert load_checkpoint(tmp_path, {}) is None
     for step in range(1, 8):
         save_checkpoint(tmp_path, step, {"step": step, "settings": {}}, keep_last=3)
         assert steps(tmp_path) == list(range(max(1, step - 2), step + 1))
@@ -277,9 +285,9 @@ def test_half_written_checkpoints_are_ignored_and_then_overwritten(tmp_path):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "state.pt").write_bytes(b"half a")
     assert steps(tmp_path) == [5]
-    assert load_checkpoint(tmp_path, SimpleNamespace())["step"] == 5
+    assert load_checkpoint(tmp_path, {})["step"] == 5
     save_checkpoint(tmp_path, 6, {"step": 6, "settings": {}}, keep_last=2)
-    assert load_checkpoint(tmp_path, SimpleNamespace())["step"] == 6
+    assert load_checkpoint(tmp_path, {})["step"] == 6
     assert not (tmp_path / "checkpoints" / ".step_00000006.writing").exists()
 
 

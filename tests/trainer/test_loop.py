@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import trainer.loop
 from model.lora import apply_lora, freeze_all_but_lora
-from trainer.args import UsageError
+from trainer.args import INTERRUPTED, TERMINATED, TIME_IS_UP, RunError
 from trainer.distributed import Ranks
 from trainer.loop import Batches, evaluate, split, train
 from trainer.optim import learning_rate_factor
@@ -223,10 +223,11 @@ def spoil(model, calls):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_skipped_step_changes_no_weight_at_all(go, make_model, monkeypatch, optimizer):
-    monkeypatch.setattr(trainer.loop, "MAX_SKIPPED", 4)
+    monkeypatch.setattr(trainer.loop, "MAX_SKIPPED_FLOAT16", 4)
     model = spoil(make_model(VOCABULARY), range(100))
     before = weights(model)
-    with pytest.raises(UsageError, match="float16 gradients overflowed 4 times in a row at step 0") as error:
+    says = "4 batches in a row had gradients that are not finite after step 0"
+    with pytest.raises(RunError, match=says) as error:
         go(Samples(RAGGED), model, packing=False, dtype="float16", optimizer=optimizer)
     assert "\n" not in str(error.value)
     for name, weight in weights(model).items():  # Muon's matrix overflowed: AdamW has to wait with it
@@ -240,12 +241,80 @@ def test_skipped_step_does_not_spoil_the_logged_mean(go, make_model):
     assert losses(runs[1]) == pytest.approx([np.mean(losses(runs[0]))], rel=1e-6)
 
 
-def test_loss_that_is_no_number_ends_the_run_in_one_line(go, make_model):
+# --- numbers that are not finite ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_bad_batch_is_as_if_it_had_not_been_drawn(go, make_model, dtype, optimizer, monkeypatch, capsys):
+    flags = {"packing": False, "dtype": dtype, "optimizer": optimizer, "max_steps": 5}
+    model, log, result = go(Samples(RAGGED), spoil(make_model(VOCABULARY), {2}), **flags)
+    assert [line["skipped"] for line in log] == [0, 0, 1, 1, 1] and result["skipped"] == 1
+    assert "step 3: batch 2 is skipped" in capsys.readouterr().out
+    real = Batches.__getitem__
+    monkeypatch.setattr(Batches, "__getitem__", lambda self, n: real(self, n + (n >= 2)))
+    expected, other, _ = go(Samples(RAGGED), **flags)
+    assert losses(log) == losses(other)
+    for name, weight in weights(expected).items():
+        assert torch.equal(weights(model)[name], weight), name
+
+
+def test_the_message_names_the_sample_and_the_module(go, make_model, capsys):
+    samples, model = Samples(RAGGED), make_model(VOCABULARY)
+    for ids, _ in samples.samples:
+        ids[ids == 49] = 5
+    samples.samples[6][0][2] = 49  # what no other sample holds, and the model can't bear
+
+    def burst(module, inputs, output):
+        return output.masked_fill((inputs[0] == 49)[..., None], math.inf)
+
+    model.model.embed_tokens.register_forward_hook(burst)
+    _, log, _ = go(samples, model, packing=False, batch_size=2, epochs=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    says = "is skipped: the loss of sample 6 is not finite; largest activations: model.embed_tokens inf"
+    assert log[-1]["step"] == 6 and log[-1]["skipped"] == len(lines) > 0 and all(says in line for line in lines)
+
+
+def test_the_message_names_the_weights(go, make_model, capsys):
     model = make_model(VOCABULARY)
     with torch.no_grad():
-        model.model.norm.weight.fill_(math.nan)
-    with pytest.raises(UsageError, match="the loss became nan"):
+        model.model.norm.weight[3] = math.nan
+    with pytest.raises(RunError, match="5 batches in a row"):
         go(Samples(RAGGED), model, packing=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(lines) == 5 and all("weights that are not finite: model.norm.weight" in line for line in lines)
+
+
+def test_an_infinite_loss_is_caught_though_its_gradient_is_finite(go, make_model, monkeypatch):
+    model = make_model(VOCABULARY)
+    real = type(model).forward
+
+    def forward(self, *args, **batch):
+        output = real(self, *args, **batch)
+        output.loss_sum = output.loss_sum + math.inf
+        return output
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    before = weights(model)
+    with pytest.raises(RunError, match="5 batches in a row"):
+        go(Samples(RAGGED), model, packing=False)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+
+
+def test_bad_batches_in_a_row_end_the_run_and_name_the_last_good_checkpoint(go, make_model, arguments):
+    with pytest.raises(RunError) as error:
+        model = spoil(make_model(VOCABULARY), range(7, 100))
+        go(Samples(RAGGED), model, packing=False, epochs=9, save_interval=3)
+    assert "5 batches in a row had gradients that are not finite after step 7" in str(error.value)
+    last = arguments().run_dir / "checkpoints" / "step_00000006"
+    assert str(error.value).endswith(f"the last good checkpoint is {last}") and last.is_dir()
+
+
+def test_weights_that_are_not_finite_are_never_saved(go, arguments):
+    with pytest.raises(RunError, match="not finite.*there is no checkpoint yet") as error:
+        go(Samples(RAGGED), packing=False, learning_rate=1e38, max_steps=1, weight_decay=100)
+    assert "after step 1 " in str(error.value)
+    assert not list((arguments().run_dir / "checkpoints").iterdir())
 
 
 # --- what else the flags promise ---------------------------------------------------------------------------
@@ -305,8 +374,39 @@ def test_first_stop_signal_finishes_the_step_and_handlers_come_back(go, monkeypa
         return learning_rate_factor(step, *rest)
 
     monkeypatch.setattr(trainer.loop, "learning_rate_factor", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         go(Samples(RAGGED), packing=False, max_steps=9)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert ended.value.code == INTERRUPTED == 130 and signal.getsignal(signal.SIGINT) is before
     assert "stopped at step 4" in capsys.readouterr().out
     assert (arguments().run_dir / "checkpoints" / "step_00000004" / "state.pt").is_file()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)])
+def test_a_second_signal_stops_at_once(number, code, go, monkeypatch, arguments):
+    calls = []
+
+    def interrupt(step, *rest):
+        calls.append(step)
+        if step == 3:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return learning_rate_factor(step, *rest)
+
+    monkeypatch.setattr(trainer.loop, "learning_rate_factor", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        go(Samples(RAGGED), packing=False, max_steps=9, save_interval=2)
+    assert calls == [0, 1, 2, 3]
+    assert sorted(os.listdir(arguments().run_dir / "checkpoints")) == ["step_00000002"]
+    # torchrun hands on what its processes have had already: no second wish
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(SystemExit) as ended:
+        go(Samples(RAGGED), packing=False, max_steps=9)
+    assert ended.value.code == code
+
+
+def test_time_is_up(go, capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        go(Samples(RAGGED), packing=False, max_steps=9, max_minutes=1e-9)
+    assert ended.value.code == TIME_IS_UP == 75
+    assert "stopped at step 1; to go on: " in capsys.readouterr().out
+    assert (arguments().run_dir / "checkpoints" / "step_00000001" / "state.pt").is_file()

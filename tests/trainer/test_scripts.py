@@ -41,8 +41,8 @@ def test_help_is_grouped_complete_and_imports_nothing_heavy(stage):
     for flag in re.findall(r"^  (--\w+)(?! \| | *\n? *-)", ended.stdout, re.MULTILINE):
         text = ended.stdout.split(f"\n  {flag}", 1)[1].split("\n  --", 1)[0]
         assert "(default:" in text or re.search(r"--(load_from|max_steps|\w+_size|num_\w+|name)", flag) or \
-            flag in ("--strict", "--resume", "--compile", "--gradient_checkpointing", "--use_wandb",
-                     "--lora_rslora"), flag
+            flag in ("--strict", "--resume", "--overwrite", "--compile", "--gradient_checkpointing",
+                     "--use_wandb", "--lora_rslora"), flag
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +86,7 @@ def test_what_a_run_leaves_behind(stage, finished, read_log):
     trained, validated = [m for m in log if "loss" in m], [m for m in log if "eval_loss" in m]
     assert [m["step"] for m in trained] == [4, 8, 12, 16, 20, 24]
     assert [m["step"] for m in validated] == [9, 18, 24]
-    assert set(trained[0]) == {"step", "max_steps", "loss", "learning_rate", "grad_norm", "tokens"}
+    assert set(trained[0]) == {"step", "max_steps", "loss", "learning_rate", "grad_norm", "skipped", "tokens"}
     assert set(validated[0]) == {"step", "eval_loss", "bits_per_byte"}
     assert all(math.isfinite(value) for line in log for value in line.values())
     if stage != "lora":
