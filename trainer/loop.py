@@ -344,7 +344,7 @@ def diagnose(model, batches: Batches, number: int, autocast, device: torch.devic
     def look(name):
         def hook(module, inputs, output):
             if isinstance(output, torch.Tensor) and output.is_floating_point() and output.numel():
-                size = output.abs().max().nan_to_num(math.inf).item()
+                size = output.abs().max().nan_to_num(math.inf, math.inf).item()
                 largest[name] = max(largest.get(name, 0.0), size)
         return hook
 
