@@ -1,13 +1,17 @@
 """The benchmarks run, compare like with like, and their tables add up. How fast is the machine's matter."""
 
+import json
 import subprocess
 import sys
 from argparse import Namespace
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
 
-from model.transformer import preset
-from scripts import bench_lora, bench_memory, bench_ranks
+from model.transformer import CausalLM, preset
+from scripts import bench, bench_memory, bench_ranks
 
 SETTINGS = {"preset": "tiny", "rank": 4, "batch_size": 1, "seq_len": 8, "device": "cpu"}
 
@@ -40,25 +44,60 @@ def test_bench_memory(monkeypatch, capsys):
     assert rows["QLoRA"][0] == rows["LoRA"][0] < 0.2 * rows["full fine-tuning"][0]
 
 
-def test_bench_lora_compares_equals():
-    def trained(method):
-        model, optimizers, vocab_size = bench_lora.build(Namespace(**SETTINGS, method=method))
+def test_bench_trains_equals():
+    def trained(contender, job="lora"):
+        model, optimizers = bench.build(Namespace(**SETTINGS, job=job, contender=contender))
         inside = {p for o in optimizers for group in o.param_groups for p in group["params"]}
-        assert inside == {p for p in model.parameters() if p.requires_grad} and vocab_size == 6400
+        assert inside == {p for p in model.parameters() if p.requires_grad}
         return sorted((tuple(p.shape), p.dtype) for p in inside)
 
     assert trained("LoRA, q and o") == trained("PEFT, q and o")
     assert trained("LoRA, all linear") == trained("PEFT, all linear") == trained("QLoRA, all linear")
     assert len(trained("LoRA, q and o")) == 2 * 2 * 4  # A and B, q and o, layers
+    assert trained("Seedling", "pretrain") == trained("transformers", "pretrain")
 
 
-def test_bench_lora_runs():
+def test_bench_gives_both_the_same_conversations(tmp_path):
+    chats = [{"instruction": f"Say {word}.", "output": word} for word in ("one", "two", "three", "four")]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
+    args = Namespace(**SETTINGS | {"batch_size": 4, "seq_len": 64}, data_path=[path])
+    [(ours, our_targets)], [(theirs, their_targets)] = (bench.sft_batches(args, p) for p in (True, False))
+    assert our_targets == their_targets > 0
+    real = theirs["attention_mask"].bool()
+    ours_real = ours["document_ids"] >= 0
+    assert ours["input_ids"][ours_real].sort().values.equal(theirs["input_ids"][real].sort().values)
+    assert theirs["input_ids"].shape == (4, 64) and ours["input_ids"].numel() < 4 * 64
+
+
+def test_flops_are_what_torch_counts():
+    """Against torch's own counter, on a forward pass without a mask, whose attention is not halved."""
+    config, length = preset("tiny"), 64
+    model = CausalLM(config)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(2, length, dtype=torch.long)).logits.sum().backward()
+    attention = 6 * config.num_hidden_layers * config.hidden_size * length
+    norms = 6 * sum(p.numel() for n, p in model.model.layers.named_parameters() if "norm" in n)
+    counted = counter.get_total_flops() / (2 * length)
+    assert bench.flops_per_token(config, length) == pytest.approx(counted - attention + norms, rel=0.001)
+
+
+def test_bench_runs_every_job(tmp_path):
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    command = [sys.executable, bench_lora.__file__, *flags, "--rounds", "2", "--steps", "1"]
-    methods = ["full fine-tuning", "LoRA, all linear"]
-    done = subprocess.run([*command, "--methods", *methods], capture_output=True, text=True, check=False)
+    path, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    command = [sys.executable, bench.__file__, *flags, "--rounds", "2", "--new_tokens", "2", "--json", path,
+               "--plot", picture, "--jobs", "lora", "decode 1 x 32", "save",
+               "--contenders", "full fine-tuning", "LoRA, all linear", *bench.JOBS["save"][1]]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert list(cells(done.stdout)) == methods and "2 rounds of 1 steps, wall time" in done.stdout
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert {job: list(rows) for job, rows in report["jobs"].items()} == {
+        "lora": ["full fine-tuning", "LoRA, all linear"], "decode 1 x 32": ["Seedling"],
+        "save": ["Seedling", "write and fsync"]}
+    for table in report["jobs"].values():
+        for row in table.values():
+            assert row["rate"] == sorted(row["rate"]) and row["rate"][0] > 0
+    assert cells(done.stdout)["LoRA, all linear"] and picture.stat().st_size > 1000
 
 
 def test_bench_ranks_takes_the_best_rate_of_each_and_repeats_nothing(monkeypatch, capsys, tmp_path):
