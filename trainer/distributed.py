@@ -8,7 +8,7 @@ import ctypes
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -16,14 +16,22 @@ import torch.distributed as dist
 
 from trainer.args import UsageError
 
+TIMEOUT, PATIENCE = timedelta(minutes=10), timedelta(days=7)
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place: `rank` of `world_size`, training on `device`."""
+    """This process's place: `rank` of `world_size`, training on `device`.
+
+    `patient` is the process group for waiting on what rank 0 does alone (caches, checkpoints), which may take
+    hours. All other collectives end with an error after TIMEOUT: a host that vanished without closing its
+    connections would otherwise never be missed.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = field(default=None, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -31,29 +39,38 @@ class Ranks:
 
     @contextmanager
     def main_first(self):
-        """Rank 0 runs the block first (it builds caches on disk), the others once rank 0 is through."""
-        if not self.is_main:
-            self.barrier()
+        """Rank 0 runs the block first (it builds caches on disk), the others once rank 0 is through.
+
+        Where the block raises on rank 0 the others end silently: one complaint is enough.
+        """
+        if not self.is_main and self.any(False, self.patient):
+            raise SystemExit(2)
+        failed = True
         try:
             yield
+            failed = False
         finally:
             if self.is_main:
-                self.barrier()
+                self.any(failed, self.patient)
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(self.patient)
 
-    def sum(self, *values: float | torch.Tensor) -> list[float]:
+    def sum(self, *values: float | torch.Tensor, group: dist.ProcessGroup | None = None) -> list[float]:
         """Each value summed over all ranks, in float64."""
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values])
         if self.world_size > 1:
-            dist.all_reduce(total)  # on the CPU, through gloo
+            dist.all_reduce(total, group=group)  # on the CPU, through gloo
         return total.tolist()
 
-    def any(self, flag: bool) -> bool:
+    def any(self, flag: bool, group: dist.ProcessGroup | None = None) -> bool:
         """True on every rank if it is true on one."""
-        return self.sum(float(flag))[0] > 0 if self.world_size > 1 else flag
+        return self.sum(float(flag), group=group)[0] > 0 if self.world_size > 1 else flag
+
+    def agree(self, *values: float) -> bool:
+        """False on at least one rank if they do not all have these same values."""
+        return self.sum(*values) == [self.world_size * float(v) for v in values]
 
 
 def keep_freed_memory() -> None:
@@ -109,8 +126,8 @@ def join_ranks(device_flag: str) -> Ranks:
         torch.cuda.set_device(device)
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # Rank 0 may tokenise a large file while the others wait, so the timeout is generous.
-        dist.init_process_group(backend, timeout=timedelta(hours=4))
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=PATIENCE))
     return Ranks(rank, world_size, device)
 
 

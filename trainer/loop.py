@@ -162,7 +162,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     model.to(device).train()
     model.gradient_checkpointing = args.gradient_checkpointing
     optimizers = build_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
-                                  args.lora_plus_ratio)
+                                  args.lora_plus_ratio, dtype)
     # float16 gradients underflow below 6e-8: the loss is multiplied up, the gradients divided down again.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parameters = [p for p in model.parameters() if p.requires_grad]

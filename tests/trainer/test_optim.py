@@ -38,7 +38,24 @@ def test_orthogonalise_keeps_singular_vectors_and_evens_the_values():
     assert result.shape == matrices.shape and values.min() > 0.6 and values.max() < 1.3
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     torch.testing.assert_close(result, u @ v, atol=0.1, rtol=0.5)
-    assert torch.equal(orthogonalise(torch.zeros(1, 4, 4)), torch.zeros(1, 4, 4, dtype=torch.bfloat16))
+    assert torch.equal(orthogonalise(torch.zeros(1, 4, 4)), torch.zeros(1, 4, 4))
+
+
+def test_in_float32_muon_carries_rounding_on_and_does_not_blow_it_up():
+    torch.manual_seed(0)
+    weight, moved = torch.randn(64, 32), {}  # dtype of the iteration -> how far rounding moved a weight
+    gradient, noise = torch.randn(64, 32), 1e-5 * torch.randn(64, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        ends = []
+        for g in (gradient, gradient + noise):
+            model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.Linear(32, 64, bias=False)})})
+            model.load_state_dict({"model.layers.weight": weight})
+            (optimizer,) = build_optimizers(model, "muon", 1.0, 0.0, dtype=dtype)
+            model.model.layers.weight.grad = g
+            optimizer.step()
+            ends.append(model.model.layers.weight.detach())
+        moved[dtype] = (ends[0] - ends[1]).abs().max().item()
+    assert moved[torch.float32] < 1e-3 < moved[torch.bfloat16]
 
 
 def test_muon_resumes_from_its_state():
