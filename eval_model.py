@@ -166,7 +166,8 @@ class Speaker:
 
         Returns what report_lora does. Raises ModelError, and leaves on what was on, where one does not fit.
         """
-        from model.lora import report_line, report_lora
+        from model.adapters import report_line
+        from model.lora import report_lora
 
         places = {name: self.find(name) for name in (what if isinstance(what, dict) else [what]) if name}
         new = [path for path in places.values() if str(path) not in self.adapters.adapters]

@@ -19,7 +19,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.lora import LoRA, _inject, _linears, low_rank, read_lora, remove_lora
+from model.lora import (
+    LoRA,
+    LoRAReport,
+    _adapted,
+    _inject,
+    _linears,
+    low_rank,
+    read_lora,
+    remove_lora,
+    set_lora,
+)
 from model.transformer import ModelError, matmul_dtype
 
 COMBINATIONS = ("linear", "cat", "svd")
@@ -161,3 +171,33 @@ def _combine(adapters: list[dict[str, LoRA]], weights: list[float], how: str, ra
         new.A.weight.copy_(a)
         combined[layer] = new
     return combined
+
+
+@torch.no_grad()
+def logit_shift(model: nn.Module) -> tuple[float, float]:
+    """What the adapter does to the logits of 32 fixed tokens: the largest change, and the mean KL divergence
+    of the adapted model's prediction from the base model's, in nats. Undoes a merge."""
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 33, device=device)[None] * 37 % model.config.vocab_size
+    adapted, training, logits = _adapted(model).values(), model.training, {}
+    was = [linear.lora.enabled for linear in adapted]
+    model.eval()
+    for on in (False, True):
+        set_lora(model, on)
+        logits[on] = model(ids).logits.float()
+    model.train(training)
+    for linear, enabled in zip(adapted, was, strict=True):
+        linear.lora.enabled = enabled
+    base, now = (logits[on].log_softmax(dim=-1) for on in (False, True))
+    kl = (base.exp() * (base - now)).sum(-1).mean().item()
+    return (logits[True] - logits[False]).abs().max().item(), max(kl, 0.0)
+
+
+def report_line(model: nn.Module, path: str | Path, report: LoRAReport) -> str:
+    """What loading did, for a person to read; an adapter that does nothing is called out."""
+    line = f"{path}: {report.matched}/{report.matched} layers matched"
+    if not report.relative_norm:
+        return f"{line}, but it changes nothing: all its updates are zero; was it trained and saved?"
+    change, kl = logit_shift(model)
+    return (f"{line}, updates {report.relative_norm:.4f} of the weights they change, logits move by up to "
+            f"{change:.3g} (KL {kl:.2g} nats)")

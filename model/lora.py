@@ -14,7 +14,6 @@ Several adapters on one model: model/adapters.py.
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.adapter_files import clean, read_adapter, write_adapter, write_plain
+from model.adapter_files import (
+    check_shapes,
+    fingerprint,
+    other_base,
+    read_adapter,
+    select_layers,
+    write_adapter,
+    write_plain,
+)
+from model.files import clean
 from model.quantize import NF4Linear
-from model.transformer import ModelError, matmul_dtype
+from model.transformer import ModelError, count_parameters, matmul_dtype
 
 
 class LoRA(nn.Module):
@@ -171,30 +179,6 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
             if type(m) in kinds and name and ".lora." not in f".{name}."}
 
 
-def _select(linears: dict[str, nn.Linear], targets: str | list[str]) -> list[str]:
-    """The names of the linear layers that target_modules means."""
-    found = set()
-    for target in [targets] if isinstance(targets, str) else targets or [""]:
-        try:
-            if target in ("all-linear", "square"):  # without the head: often the embedding too
-                here = [name for name, layer in linears.items() if name.split(".")[-1] != "lm_head"
-                        and (target == "all-linear" or layer.in_features == layer.out_features)]
-            else:
-                here = [name for name in linears if _ends(name, target)]
-                here = here or [name for name in linears if re.fullmatch(target, name)]
-        except re.error as error:
-            raise ModelError(f"target_modules: {target!r} is no regular expression: {error}") from None
-        if not here:
-            there_is = ", ".join(dict.fromkeys(name.split(".")[-1] for name in linears)) or "none at all"
-            raise ModelError(f"target_modules: {target!r} matches no linear layer; there is: {there_is}")
-        found.update(here)
-    return [name for name in linears if name in found]
-
-
-def _ends(name: str, ending: str) -> bool:
-    return f".{name}".endswith(f".{ending}")  # in whole parts: "q_proj" doesn't end in "proj"
-
-
 def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dropout: float = 0.0,
                target_modules: str | list[str] = "all-linear", rslora: bool = False,
                init: str = "gaussian") -> list[str]:
@@ -219,7 +203,7 @@ def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dro
     # First all the names, then the injection: a walk that injects as it goes meets LoRA's own A, which is
     # square too when rank = width, and never ends.
     linears = _linears(model)
-    names = _select(linears, target_modules)
+    names = select_layers(linears, target_modules)
     widths = [min(linears[name].in_features, linears[name].out_features) for name in names]
     width = min(widths) if init == "pissa" else max(widths)  # W has no more singular vectors than that
     if rank > width:
@@ -268,10 +252,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 def count_line(model: nn.Module) -> str:
     """How many parameters there are and how few of them train, for a person to read."""
-    total, lora = (sum(p.numel() for p in group) for group in (model.parameters(), lora_parameters(model)))
-    for layer in model.modules():
-        if isinstance(layer, NF4Linear):  # what it stores are packed codes and constants
-            total += layer.in_features * layer.out_features - sum(p.numel() for p in layer._stored())
+    total, lora = count_parameters(model), sum(p.numel() for p in lora_parameters(model))
     return f"{total:,} parameters in all, {lora:,} LoRA, {100 * lora / total:.2f} %"
 
 
@@ -325,27 +306,11 @@ def remove_lora(model: nn.Module, keep_merged: bool = False) -> None:
         linear.__class__ = _WITHOUT_LORA[type(linear)]
 
 
-def _peft_targets(model: nn.Module) -> list[str]:
-    """The shortest name endings that mean the adapted modules and no others, as ["o_proj", "q_proj"]."""
-    names, adapted, targets = [clean(name) for name, _ in model.named_modules()], _adapted(model), set()
-    for name in adapted:
-        endings = [name.split(".", n)[-1] for n in range(name.count("."), -1, -1)]
-        exact = (e for e in endings if all(n in adapted for n in names if _ends(n, e)))
-        targets.add(next(exact, name))
-    return sorted(targets)
-
-
-def _fingerprint(model: nn.Module) -> dict[str, list[float]]:
-    """Four values of each base weight. Unlike a hash, they still tell a model by its half-precision copy."""
+def _base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that is not LoRA's, as it is without a merge."""
+    weights = {clean(name): p for name, p in model.named_parameters() if ".lora." not in name}
     merged = {f"{name}.weight": linear.lora.original for name, linear in _adapted(model, False).items()}
-    marks = {}
-    for name, weight in model.named_parameters():
-        name = clean(name)
-        if ".lora." not in name and weight.numel() and not weight.is_meta:
-            weight = weight if merged.get(name) is None else merged[name]  # the base's own
-            places = torch.tensor([1, 3, 5, 7], device=weight.device) * weight.numel() // 8
-            marks[name] = [float(f"{x:.6g}") for x in weight.detach().reshape(-1)[places].tolist()]
-    return marks
+    return weights | {name: weight for name, weight in merged.items() if weight is not None}
 
 
 def save_lora(model: nn.Module, path: str | Path, base: str | Path | None = None, tokenizer=None,
@@ -354,27 +319,14 @@ def save_lora(model: nn.Module, path: str | Path, base: str | Path | None = None
 
     The folder: adapter_model.safetensors, adapter_config.json (`base`: where the base model lies), and where
     given, the tokenizer and training.json. The .pth: {"NAME.lora.A.weight": ...} alone; it has no place for
-    alpha, so it holds B times alpha / rank. Each file is complete or absent; other files survive.
+    alpha, so it holds B times alpha / rank. Each file is complete or absent; other files survive. Raises
+    ModelError, and writes nothing, where A or B hold NaN or infinity.
     """
     path, loras = Path(path), {name: linear.lora for name, linear in _adapted(model).items()}
-    factors = {name: [part.detach().cpu() for part in lora.factors()] for name, lora in loras.items()}
     if path.suffix == ".pth":
-        return write_plain(path, {name: (b * loras[name].scaling, a) for name, (b, a) in factors.items()})
-    # B A - B0 A0 has twice the rank, which must not change the scale.
-    ranks = {name: len(a) for name, (_, a) in factors.items()}
-    alphas = {name: lora.alpha * (ranks[name] / lora.rank) ** (0.5 if lora.rslora else 1)
-              for name, lora in loras.items()}
-    first, lora = next(iter(loras.items()))
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
-        "base_model_name_or_path": None if base is None else str(base),
-        "r": ranks[first], "lora_alpha": alphas[first], "use_rslora": lora.rslora,
-        "lora_dropout": lora.dropout, "target_modules": _peft_targets(model),
-        # Layers unlike the first: an adapter that came from elsewhere may mix ranks.
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != ranks[first]},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
-    }
-    write_adapter(path, factors, config, _fingerprint(model), tokenizer, training)
+        return write_plain(path, loras)
+    modules, marks = [clean(name) for name, _ in model.named_modules()], fingerprint(_base_weights(model))
+    write_adapter(path, loras, modules, marks, base, tokenizer, training)
 
 
 def read_lora(model: nn.Module, path: str | Path) -> dict[str, LoRA]:
@@ -383,24 +335,14 @@ def read_lora(model: nn.Module, path: str | Path) -> dict[str, LoRA]:
     A PEFT folder, ours or PEFT's own, or a plain .pth, also an old one in half precision. Raises ModelError:
     a missing or misshapen matrix, a layer that isn't here, another base model, a damaged file.
     """
-    parts, config, marks = read_adapter(Path(path))
+    parts, marks = read_adapter(Path(path))
     linears = _linears(model)
-    if surplus := sorted(parts.keys() - linears.keys()):
-        raise ModelError(f"{path}: {len(surplus)} of its layers are no linear layers here, as {surplus[0]}")
-    for name, part in parts.items():
-        linear, rank = linears[name], len(part["A"])
-        for key, shape in (("A", (rank, linear.in_features)), ("B", (linear.out_features, rank))):
-            if part[key].shape != shape:
-                raise ModelError(f"{path}: {name} lora {key} is {tuple(part[key].shape)}, not {shape}")
-    here = _fingerprint(model)
-    for name in sorted(marks.keys() & here.keys()):  # not all: a quantized base has fewer plain weights
-        # 2^-7: twice the rounding of bf16, and far below what training does to a weight
-        if any(abs(a - b) > 2**-7 * abs(a) + 1e-6 for a, b in zip(marks[name], here[name], strict=False)):
-            raise ModelError(f"{path}: made for another base model (other values in {name})")
+    check_shapes(parts, linears, path)
+    if name := other_base(marks, fingerprint(_base_weights(model))):
+        raise ModelError(f"{path}: made for another base model (other values in {name})")
     loras = {}
     for name, part in parts.items():
-        loras[name] = _new_lora(linears[name], len(part["A"]), part["alpha"],
-                                config.get("lora_dropout", 0.0), bool(config.get("use_rslora")))
+        loras[name] = _new_lora(linears[name], len(part["A"]), part["alpha"], part["dropout"], part["rslora"])
         loras[name].A.weight.data.copy_(part["A"])
         loras[name].B.weight.data.copy_(part["B"])
     return loras
@@ -455,33 +397,3 @@ def report_lora(model: nn.Module) -> LoRAReport:
         update += linear.lora.scaling**2 * ((b.T @ b) * (a @ a.T)).sum().item()
         weight += _base_weight(linear).square().sum().item()
     return LoRAReport(len(adapted), sorted(adapted), math.sqrt(max(update, 0.0) / max(weight, 1e-30)))
-
-
-@torch.no_grad()
-def logit_shift(model: nn.Module) -> tuple[float, float]:
-    """What the adapter does to the logits of 32 fixed tokens: the largest change, and the mean KL divergence
-    of the adapted model's prediction from the base model's, in nats. Undoes a merge."""
-    device = next(model.parameters()).device
-    ids = torch.arange(1, 33, device=device)[None] * 37 % model.config.vocab_size
-    adapted, training, logits = _adapted(model).values(), model.training, {}
-    was = [linear.lora.enabled for linear in adapted]
-    model.eval()
-    for on in (False, True):
-        set_lora(model, on)
-        logits[on] = model(ids).logits.float()
-    model.train(training)
-    for linear, enabled in zip(adapted, was, strict=True):
-        linear.lora.enabled = enabled
-    base, now = (logits[on].log_softmax(dim=-1) for on in (False, True))
-    kl = (base.exp() * (base - now)).sum(-1).mean().item()
-    return (logits[True] - logits[False]).abs().max().item(), max(kl, 0.0)
-
-
-def report_line(model: nn.Module, path: str | Path, report: LoRAReport) -> str:
-    """What loading did, for a person to read; an adapter that does nothing is called out."""
-    line = f"{path}: {report.matched}/{report.matched} layers matched"
-    if not report.relative_norm:
-        return f"{line}, but it changes nothing: all its updates are zero; was it trained and saved?"
-    change, kl = logit_shift(model)
-    return (f"{line}, updates {report.relative_norm:.4f} of the weights they change, logits move by up to "
-            f"{change:.3g} (KL {kl:.2g} nats)")

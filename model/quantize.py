@@ -203,6 +203,11 @@ class NF4Linear(nn.Module):
         names = ("codes", "absmax", "nested_absmax", "nested_offset")
         return [getattr(self, name) for name in names if name in self._parameters]
 
+    @property
+    def packed(self) -> int:
+        """How many weights there are beyond the numbers that are stored for them: see count_parameters."""
+        return self.in_features * self.out_features - sum(stored.numel() for stored in self._stored())
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W as a new dense tensor (out, in)."""
         return _dense((self.out_features, self.in_features), dtype, *self._stored())
@@ -344,6 +349,8 @@ def from_bitsandbytes(model: nn.Module, tensors: dict) -> dict:
             raise ModelError(f"{name} is quantized, but is no linear layer of the model")
         linear = linears[name]
         try:
+            if tensors[key].numel() > 10_000:  # bytes; it takes 150
+                raise ValueError("its description is too long")
             state = json.loads(bytes(tensors.pop(key).tolist()))
             constants = {"quant_map": NF4}
             found = {"blocksize": state["blocksize"], "shape": list(state["shape"])}

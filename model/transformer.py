@@ -51,9 +51,12 @@ class ModelConfig:
         optional = ("head_dim", "sliding_window")
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                      "intermediate_size", "vocab_size", "max_position_embeddings", *optional):
+            if not (name in optional and getattr(self, name) is None):
+                check_size(name, getattr(self, name))
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value > 0) and not (value is None and name in optional):
-                raise ModelError(f"{name} must be a positive integer, not {value!r}")
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ModelError(f"{name} must be a positive number, not {value!r}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ModelError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
@@ -66,7 +69,25 @@ class ModelConfig:
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.qk_norm and self.attention_bias:
             raise ModelError("no standard class has both qk_norm and attention_bias: choose one")
-        rope_frequencies(self, "cpu")  # raises for rotary settings that are unknown or incomplete
+        if not isinstance(self.rope_scaling, dict | None):
+            raise ModelError(f"rope_scaling must be an object or null, not {self.rope_scaling!r}")
+        frequency, scale = rope_frequencies(self, "cpu")  # raises for what is unknown or incomplete
+        if not isinstance(scale, (int, float)) or not frequency.mul(scale).isfinite().all():
+            raise ModelError(f"rope_scaling gives angles that are no numbers: {self.rope_scaling}")
+
+
+def check_size(name: str, value: int) -> None:
+    """Raises ModelError for a number that can't be that size of a model. The limits are far above any model
+    there is: a config.json that claims more is nonsense, which even shapes without memory would choke on."""
+    limit = {"num_hidden_layers": 10_000, "head_dim": 2**16}.get(name, 2**31)
+    if not isinstance(value, int) or not 0 < value < limit:
+        raise ModelError(f"{name} must be a positive integer below {limit:,}, not {value!r}")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights of the model, a tied matrix once. In 4 bits they are packed: those layers tell the rest."""
+    packed = sum(getattr(module, "packed", 0) for module in model.modules())
+    return sum(parameter.numel() for parameter in model.parameters()) + packed
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
@@ -397,7 +418,7 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())  # which names a tied matrix once
+        return count_parameters(self)
 
     def forward(self, input_ids, labels=None, document_ids=None, cache=None) -> Output:
         """input_ids (B, T) -> Output. labels (B, T): tokens to learn, each at its own place; -100 elsewhere.

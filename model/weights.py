@@ -3,87 +3,86 @@
     model = load_model("out/full_sft")         # or a Llama, Mistral, Qwen2 or Qwen3 directory, or "x.pth"
     save_model(model, "out/mine", tokenizer)   # AutoModelForCausalLM.from_pretrained("out/mine") opens it
 
-Reading is strict: every tensor must be there, in the shape that the config says, and belong somewhere. It
-never runs code from a file: safetensors hold numbers only, and torch.load is called with weights_only=True.
+Reading is strict: every tensor must be there, in the shape that the config says, and belong somewhere; all
+that is checked before memory is taken. It never runs code from a file (see model/files.py), and never asks
+the network: a path that is not there is an error and no name of a model on some hub.
 """
 
 import json
 import os
-import pickle
 import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 
+from model.files import check_finite, explained, one_line, read_json, read_safetensors, read_state_dict
 from model.quantize import from_bitsandbytes, quantization_config, to_bitsandbytes
-from model.transformer import CausalLM, ModelConfig, ModelError
+from model.transformer import CausalLM, ModelConfig, ModelError, check_size
 
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # tokenizer.json alone says it all
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+LARGEST_TOKENIZER = 2**28  # bytes; those of vocabularies of 260,000 take 2**25
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 # --- config.json <-> ModelConfig ------------------------------------------------------------------------
 
 
-def config_from_dict(raw: dict, where: Path) -> ModelConfig:
+def config_from_dict(raw: dict) -> ModelConfig:
     """The ModelConfig of a config.json. Raises ModelError for what our model can't compute."""
     architecture = (raw.get("architectures") or ["none named"])[0]
     if architecture not in ARCHITECTURES:
-        raise ModelError(f"{where}: can't read architecture {architecture}, only {', '.join(ARCHITECTURES)}")
+        raise ModelError(f"can't read architecture {architecture}, only {', '.join(ARCHITECTURES)}")
     family = architecture.removesuffix("ForCausalLM")
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     for name in sizes:
         if name not in raw:
-            raise ModelError(f"{where}: {name} is missing")
+            raise ModelError(f"{name} is missing")
+        check_size(name, raw[name])  # before anything is made of that size
     if raw.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported, only silu")
+        raise ModelError(f"hidden_act {raw['hidden_act']!r} is not supported, only silu")
     if raw.get("mlp_bias") or (family in ("Llama", "Qwen3") and raw.get("attention_bias")):
-        raise ModelError(f"{where}: biases on the output projections are not supported")
+        raise ModelError("biases on the output projections are not supported")
     quantized = raw.get("quantization_config") or {}
     if quantized and quantized.get("bnb_4bit_quant_type", quantized.get("quant_method")) != "nf4":
-        raise ModelError(f"{where}: of quantized weights only bitsandbytes' NF4 is read; use the unquantized "
+        raise ModelError("of quantized weights only bitsandbytes' NF4 is read; use the unquantized "
                          "model")
 
     # transformers 5 keeps it all in rope_parameters; before, there were rope_theta and rope_scaling.
     rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     if any(isinstance(value, dict) for value in rope.values()):
-        raise ModelError(f"{where}: rotary settings that differ between layers are not supported")
+        raise ModelError("rotary settings that differ between layers are not supported")
     if (rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ModelError(f"{where}: partial_rotary_factor is not supported")
+        raise ModelError("partial_rotary_factor is not supported")
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
 
     heads = raw["num_attention_heads"]
     # Where a key is missing, the default is that of the class: Qwen3's head_dim, Mistral's window.
-    try:
-        return ModelConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            intermediate_size=raw["intermediate_size"],
-            head_dim=raw.get("head_dim", 128 if family == "Qwen3" else None),
-            qk_norm=family == "Qwen3",
-            attention_bias=family == "Qwen2",
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            rope_theta=float(theta),
-            rope_scaling=None if rope["rope_type"] == "default" else rope,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            max_position_embeddings=raw.get("max_position_embeddings", 32768),
-            initializer_range=raw.get("initializer_range", 0.02),
-            sliding_window=_sliding_window(raw, family, where),
-        )
-    except ModelError as error:
-        raise ModelError(f"{where}: {error}") from None
+    return ModelConfig(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        intermediate_size=raw["intermediate_size"],
+        head_dim=raw.get("head_dim", 128 if family == "Qwen3" else None),
+        qk_norm=family == "Qwen3",
+        attention_bias=family == "Qwen2",
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        rope_theta=float(theta),
+        rope_scaling=None if rope["rope_type"] == "default" else rope,
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        max_position_embeddings=raw.get("max_position_embeddings", 32768),
+        initializer_range=raw.get("initializer_range", 0.02),
+        sliding_window=_sliding_window(raw, family),
+    )
 
 
-def _sliding_window(raw: dict, family: str, where: Path) -> int | None:
+def _sliding_window(raw: dict, family: str) -> int | None:
     """The window of all layers. Qwen has a switch, and can have it in upper layers only; we can't."""
     if family == "Llama":
         return None
@@ -95,7 +94,7 @@ def _sliding_window(raw: dict, family: str, where: Path) -> int | None:
     first = min(raw.get("max_window_layers", 28), layers)
     kinds = raw.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
     if len(set(kinds)) > 1:
-        raise ModelError(f"{where}: a sliding window in some layers only is not supported")
+        raise ModelError("a sliding window in some layers only is not supported")
     return raw.get("sliding_window", 4096) if kinds[0] == "sliding_attention" else None
 
 
@@ -140,109 +139,103 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM
     lost. Raises ModelError, one line, for what is missing, surplus, misshapen, truncated or of another
     architecture.
     """
-    path = Path(path)
-    if path.is_dir():
-        config = config_from_dict(_read_json(path / "config.json"), path / "config.json")
-        tensors = _read_safetensors(path)
-    elif path.is_file():
-        tensors = _read_legacy(path)
-        config = _infer_config(tensors, path)
-    else:
-        raise ModelError(f"no model at {path}: neither a folder with config.json nor a .pth file")
-
-    with torch.device("meta"):  # shapes without memory, so that a wrong file costs nothing
-        model = CausalLM(config).to(dtype or torch.float32)
-    try:
+    path, tensors, files = Path(path), {}, {}
+    with explained(path):
+        if path.is_dir():
+            with explained(path / "config.json"):
+                config = config_from_dict(read_json(path / "config.json"))
+            for file in _weight_files(path):
+                read = read_safetensors(file)[0]
+                tensors |= read
+                files |= dict.fromkeys(read, file)
+        elif path.is_file():
+            tensors = _read_legacy(path)
+            config = _infer_config(tensors)
+        else:
+            raise ModelError(f"no model at {path}: neither a folder with config.json nor a .pth file")
+        if config.num_hidden_layers > len(tensors):
+            raise ModelError(f"{config.num_hidden_layers} layers in the config, but {len(tensors)} tensors")
+        with torch.device("meta"):  # shapes without memory, so that a wrong file costs nothing
+            model = CausalLM(config).to(dtype or torch.float32)
         tensors = from_bitsandbytes(model, tensors)  # those layers that the file holds in 4 bits
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from None
-    tensors = _check(tensors, model, path)
-    model.to_empty(device=device)
+        tensors = _check(tensors, model)
+    return _fill(model, tensors, files, device, path)
+
+
+@torch.no_grad()
+def _fill(model: CausalLM, tensors: dict, files: dict[str, Path], device, path: Path) -> CausalLM:
+    """Gives the model on the meta device memory and the tensors' numbers."""
+    try:
+        model.to_empty(device=device)
+    except (RuntimeError, MemoryError):
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        raise ModelError(f"{path}: no memory on {device} for {size:,} bytes of weights") from None
     model.tie_weights()  # to_empty gave each its own memory
-    model.load_state_dict(tensors)
+    for name, parameter in model.named_parameters():
+        # Mapped anew and let go, one by one: so there is never more in memory than the model and one tensor.
+        tensor = read_safetensors(files[name], name)[0][name] if name in files else tensors[name]
+        check_finite({name: tensor}, f"load {path}")
+        parameter.copy_(tensor)
     return model.eval()
 
 
-def _check(tensors: dict, model: CausalLM, path: Path) -> dict:
+def _check(tensors: dict, model: CausalLM) -> dict:
     """The tensors that the model wants, complete and in shape. Raises ModelError."""
     wanted = model.state_dict()
     # Rotary tables that old files carry: we compute them from the config.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         embedding = tensors["model.embed_tokens.weight"]
-        if not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
-            raise ModelError(f"{path}: lm_head.weight is not the embedding, yet tie_word_embeddings is true")
+        if not _equal(tensors.setdefault("lm_head.weight", embedding), embedding):
+            raise ModelError("lm_head.weight is not the embedding, yet tie_word_embeddings is true")
     missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     for names, problem in ((missing, "has no"), (unknown, "has an unknown")):
         if names:
             more = f" and {len(names) - 1} like it" if len(names) > 1 else ""
-            raise ModelError(f"{path} {problem} {min(names)}{more}: the weights don't fit the config")
+            raise ModelError(f"it {problem} {min(names)}{more}: the weights don't fit the config")
     for name, blank in wanted.items():
         tensor = tensors[name]
         if tensor.shape != blank.shape:
             shapes = f"is {list(tensor.shape)}, the config asks for {list(blank.shape)}"
-            raise ModelError(f"{path}: {name} {shapes}")
-        floats = tensor.is_floating_point() and blank.is_floating_point()  # those are cast
+            raise ModelError(f"{name} {shapes}")
+        floats = tensor.is_floating_point() and blank.is_floating_point() and tensor.itemsize > 1  # are cast
         if tensor.dtype != blank.dtype and not floats:
-            raise ModelError(f"{path}: {name} holds {tensor.dtype}; of quantized weights only NF4 is read")
+            raise ModelError(f"{name} holds {tensor.dtype}; of quantized weights only NF4 is read")
     return tensors
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"no {path.name} in {path.parent}: not a model folder") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must hold one JSON object")
-    return value
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.float(), b.float())  # of other types torch.equal raises
 
 
-def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+def _weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that model.safetensors.index.json names."""
     if (folder / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    elif (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ModelError(f"{folder / INDEX} has no weight_map")
-        files = sorted(set(weight_map.values()))
-    else:
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
         raise ModelError(f"no {WEIGHTS} in {folder} (pickled .bin weights are not read: they may run code)")
-    tensors = {}
-    for file in files:
-        if re.search(r"[/\\:]", file) or file in ("", ".", ".."):  # a stranger's index reaches no further
-            raise ModelError(f"{folder / INDEX} names {file!r}, which is outside of the folder")
-        try:
-            tensors |= safetensors.torch.load_file(folder / file)
-        except FileNotFoundError:
-            raise ModelError(f"{folder / file} is missing, though {INDEX} names it") from None
-        except (safetensors.SafetensorError, ValueError, OSError) as error:
-            raise ModelError(f"{folder / file} is damaged or cut off: {_one_line(error)}") from None
-    return tensors
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{INDEX} has no weight_map")
+    names, home = sorted(set(weight_map.values())), folder.resolve()
+    # A stranger's index reaches no further than its folder. (A hub's cache links its files to ../../blobs.)
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for name in names:
+        plain = name and not re.search(r"[/\\:\0]", name) and name not in (".", "..")
+        if not plain or (folder / name).resolve().parent not in allowed:
+            raise ModelError(f"{INDEX} names {name[:100]!r}, which is outside of the folder")
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder / name} is missing, though {INDEX} names it")
+    return [folder / name for name in names]
 
 
 def _read_legacy(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from torch.save, its keys cleaned of what was wrapped around the model then."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ModelError(f"{path}: refused, for it holds more than tensors, or is no torch file: loading it "
-                         "could run code") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} is damaged or no torch file: {_one_line(error)}") from None
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]  # a training state with the weights among other things
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"{path} does not hold a state dict (a flat dict of tensors)")
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in state.items()}
+    """A MiniMind state dict, without the rotary tables that were saved with it."""
     rotary = ("freqs_cos", "freqs_sin", "freqs_cis")
-    return {name: tensor for name, tensor in state.items() if not name.endswith(rotary)}
+    return {name: tensor for name, tensor in read_state_dict(path).items() if not name.endswith(rotary)}
 
 
-def _infer_config(tensors: dict, path: Path) -> ModelConfig:
+def _infer_config(tensors: dict) -> ModelConfig:
     """The shape behind a legacy state dict. Everything but the heads can be read off the tensors.
 
     With q_norm (as long as a head) the heads follow too, and the rest is as in MiniMind's newer models: eps
@@ -257,14 +250,14 @@ def _infer_config(tensors: dict, path: Path) -> ModelConfig:
         k_rows = tensors[f"{first}self_attn.k_proj.weight"].shape[0]
         intermediate_size = tensors[f"{first}mlp.gate_proj.weight"].shape[0]
     except (KeyError, ValueError) as error:
-        raise ModelError(f"{path} is not a dense MiniMind state dict: {error} is missing") from None
+        raise ModelError(f"not a dense MiniMind state dict: {error} is missing") from None
     q_norm = tensors.get(f"{first}self_attn.q_norm.weight")
     head_dim = q_rows // 8 if q_norm is None else q_norm.shape[0]
     if not head_dim or q_rows % head_dim or k_rows % head_dim or (q_norm is None and q_rows % 8):
-        raise ModelError(f"{path}: can't tell the heads from {q_rows} query and {k_rows} key rows; make it a "
+        raise ModelError(f"can't tell the heads from {q_rows} query and {k_rows} key rows; make it a "
                          "Hugging Face directory, whose config.json says")
     head = tensors.get("lm_head.weight")
-    layers = [int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))]
+    layers = [int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))]
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -275,7 +268,7 @@ def _infer_config(tensors: dict, path: Path) -> ModelConfig:
         head_dim=head_dim,
         qk_norm=q_norm is not None,
         attention_bias=f"{first}self_attn.q_proj.bias" in tensors,
-        tie_word_embeddings=head is None or torch.equal(head, tensors["model.embed_tokens.weight"]),
+        tie_word_embeddings=head is None or _equal(head, tensors["model.embed_tokens.weight"]),
         rope_theta=1e6,
         rms_norm_eps=1e-5 if q_norm is None else 1e-6,
     )
@@ -284,22 +277,23 @@ def _infer_config(tensors: dict, path: Path) -> ModelConfig:
 def load_tokenizer(path):
     """transformers' tokenizer of a model or tokenizer folder. Raises ModelError where there is none."""
     path = Path(path)
-    if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
+    file, settings = path / "tokenizer.json", path / "tokenizer_config.json"
+    if not file.is_file() and not settings.is_file():
         raise ModelError(f"no tokenizer in {path}: tokenizer.json is missing")
+    if file.is_file() and file.stat().st_size > LARGEST_TOKENIZER:
+        raise ModelError(f"{file} is too large to be a tokenizer: {file.stat().st_size:,} bytes")
+    config = read_json(settings) if settings.is_file() else {}
+    if config.get("tokenizer_class") in GENERIC_TOKENIZERS and file.is_file():
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+    else:  # a class with rules of its own; finding it imports every model: two seconds
+        from transformers import AutoTokenizer as Tokenizer
     try:
-        file = path / "tokenizer_config.json"
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if config.get("tokenizer_class") in GENERIC_TOKENIZERS and (path / "tokenizer.json").is_file():
-            from transformers import PreTrainedTokenizerFast as Tokenizer
-        else:  # a class with rules of its own; finding it imports every model: two seconds
-            from transformers import AutoTokenizer as Tokenizer
-        return Tokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise bare Exceptions for damaged files
-        raise ModelError(f"the tokenizer in {path} can't be read: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        # Not by default: left out, transformers would ask the person whether to run code of the folder.
+        return Tokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of damaged files: bare Exceptions, and panics of Rust, which are none
+        raise ModelError(f"the tokenizer in {path} can't be read: {one_line(error)}") from None
 
 
 # --- writing --------------------------------------------------------------------------------------------
@@ -312,12 +306,13 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
     Never half-written: all files go to a temporary folder beside `path` first. A new folder then appears in
     one rename; in a folder that exists each file is replaced in one rename, config.json and training.json
     last, and what else lies there (metrics.jsonl, checkpoints/) stays. Raises ModelError where adapters are
-    in the way.
+    in the way, or a weight is NaN or infinite.
     """
     path = Path(path).resolve()
     if path.is_file():
         raise ModelError(f"{path} is a file; a model is saved as a folder")
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    check_finite(tensors, f"save {path}")
     tensors = to_bitsandbytes(model, tensors)
     with torch.device("meta"):
         plain = CausalLM(model.config).state_dict()

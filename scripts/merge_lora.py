@@ -25,8 +25,8 @@ def main(args):
     # Imported here and not above, so that --help and a mistyped flag answer at once.
     import torch
 
-    from model.adapters import Adapters
-    from model.lora import merge_lora, remove_lora, report_line, report_lora
+    from model.adapters import Adapters, report_line
+    from model.lora import merge_lora, remove_lora, report_lora
     from model.weights import load_model, load_tokenizer, save_model
 
     check_out_dir(args)

@@ -5,27 +5,15 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from small_models import IDS, close, logits, twins
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from model import lora as L
 from model.adapters import Adapters, RowLoRA
 from model.generate import generate
 from model.quantize import quantize_model
-from model.transformer import CausalLM, ModelConfig, ModelError
+from model.transformer import ModelError
 
-SHAPE = dict(
-    vocab_size=61,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=64,
-    tie_word_embeddings=True,
-)
-IDS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(0))
 # a, b and c have the same layers; a and b the same rank; d has other layers
 KINDS = {
     "a": dict(rank=4, alpha=8),
@@ -35,31 +23,11 @@ KINDS = {
 }
 
 
-def ours():
-    torch.manual_seed(0)
-    return CausalLM(ModelConfig(**{**SHAPE, "rope_theta": 1e4})).eval()
-
-
-def theirs():
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa"))
-    model.load_state_dict(ours().state_dict())
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model, ids=IDS):
-    return model(ids).logits
-
-
-def close(a, b, tolerance=1e-5):
-    return (a - b).abs().max().item() < tolerance
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     for seed, (name, options) in enumerate(KINDS.items()):
-        model = ours()
+        model = twins()[0]
         L.apply_lora(model, **options)
         torch.manual_seed(seed)
         for linear in (m for m in model.modules() if isinstance(m, L.LoRALinear)):
@@ -70,14 +38,14 @@ def home(tmp_path_factory):
 
 def alone(home, name, ids=IDS, model=None):
     """The logits of one adapter on a model of its own, or of the base."""
-    model = ours() if model is None else model
+    model = twins()[0] if model is None else model
     if name is not None:
         L.load_lora(model, home / name)
     return logits(model, ids)
 
 
 def loaded(home, names="abcd", model=None):
-    adapters = Adapters(ours() if model is None else model)
+    adapters = Adapters(twins()[0] if model is None else model)
     assert [adapters.load(home / name) for name in names] == list(names)
     return adapters
 
@@ -205,7 +173,7 @@ SAME, OTHER = [dict(a=0.7, b=0.3), dict(a=1.5, b=-0.5)], [dict(a=1.0, c=0.5)]  #
     + [(how, rank, w) for how, rank in (("cat", None), ("svd", None), ("svd", 2)) for w in SAME + OTHER],
 )
 def test_combinations_are_those_of_peft(home, tmp_path, how, rank, weights):
-    peft = PeftModel.from_pretrained(theirs(), home / "a", adapter_name="a")
+    peft = PeftModel.from_pretrained(twins()[1], home / "a", adapter_name="a")
     for name in weights.keys() - {"a"}:
         peft.load_adapter(home / name, name)
     peft.add_weighted_adapter(list(weights), list(weights.values()), "new", how, svd_rank=rank)
@@ -217,7 +185,7 @@ def test_combinations_are_those_of_peft(home, tmp_path, how, rank, weights):
     assert close(logits(adapters.model), logits(peft.eval()))
     L.save_lora(adapters.model, tmp_path / "new")
     assert close(alone(tmp_path, "new"), logits(peft))
-    again = PeftModel.from_pretrained(theirs(), tmp_path / "new").eval()
+    again = PeftModel.from_pretrained(twins()[1], tmp_path / "new").eval()
     assert close(logits(again), logits(peft))
     ranks = [6 if name == "c" else 4 for name in weights]
     wanted = {"linear": 4, "cat": sum(ranks), "svd": rank or max(ranks)}
@@ -253,7 +221,7 @@ def test_rows_of_different_layers_and_generation(home):
     adapters.use_rows(rows)
     together = torch.stack(list(generate(adapters.model, IDS, 6, temperature=0)), dim=1)
     for i, name in enumerate(rows):
-        model = ours()
+        model = twins()[0]
         if name:
             L.load_lora(model, home / name)
         row = torch.stack(list(generate(model, IDS[i : i + 1], 6, temperature=0)), dim=1)
@@ -261,12 +229,12 @@ def test_rows_of_different_layers_and_generation(home):
 
 
 def test_rows_over_4_bits_and_in_half_precision(home):
-    adapters = loaded(home, "ab", quantize_model(ours()))
+    adapters = loaded(home, "ab", quantize_model(twins()[0]))
     adapters.use_rows(["a", None, "b", "b"])
     together = logits(adapters.model)
     for i, name in enumerate(["a", None, "b", "b"]):
-        assert close(together[i], alone(home, name, IDS[i : i + 1], quantize_model(ours()))[0])
-    adapters = loaded(home, "ab", ours().to(torch.bfloat16))
+        assert close(together[i], alone(home, name, IDS[i : i + 1], quantize_model(twins()[0]))[0])
+    adapters = loaded(home, "ab", twins()[0].to(torch.bfloat16))
     adapters.use_rows(["a", None, "b", "b"])
     half = logits(adapters.model)
     assert half.dtype == torch.bfloat16

@@ -11,46 +11,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_models import IDS, close, logits, ours, twins
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from model import lora as L
+from model.adapters import logit_shift, report_line
 from model.quantize import NF4Linear, quantize_model
-from model.transformer import CausalLM, ModelConfig, ModelError, preset
+from model.transformer import CausalLM, ModelError, preset
 
-SHAPE = dict(
-    vocab_size=61,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=64,
-    tie_word_embeddings=True,
-)
-IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-
-
-def ours(seed=0, **changes):
-    torch.manual_seed(seed)
-    return CausalLM(ModelConfig(**{**SHAPE, "rope_theta": 1e4, **changes})).eval()
-
-
-def theirs(seed=0):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa")).eval()
-
-
-def twins(qk_norm=False):
-    """Our model and transformers' with the same weights."""
-    torch.manual_seed(3)
-    cls, config = (Qwen3ForCausalLM, Qwen3Config) if qk_norm else (LlamaForCausalLM, LlamaConfig)
-    reference = cls(config(**SHAPE, head_dim=8)).eval()
-    model = ours(qk_norm=qk_norm)
-    model.load_state_dict(reference.state_dict())
-    return model, reference
 
 
 def wake(model, seed=1, std=0.1):
@@ -63,17 +32,8 @@ def wake(model, seed=1, std=0.1):
     return model
 
 
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
-
-
 def base_state(model):
     return {k: v.clone() for k, v in model.state_dict().items() if "lora" not in k}
-
-
-def close(a, b, tolerance=1e-5):
-    return (a - b).abs().max().item() < tolerance
 
 
 # ---- injection
@@ -401,6 +361,8 @@ def test_ours_in_peft(tmp_path, qk_norm, targets):
         dict(use_rslora=True),
         dict(target_modules=["q_proj", "lm_head"]),
         dict(init_lora_weights=False),
+        dict(layers_to_transform=[1], layers_pattern="layers"),
+        dict(exclude_modules=["k_proj", "down_proj"]),
         dict(rank_pattern={"q_proj": 2, "layers.0.mlp.up_proj": 6}, alpha_pattern={"q_proj": 5, "k_proj": 1}),
     ],
 )
@@ -420,6 +382,34 @@ def test_peft_in_ours(tmp_path, options):
     L.save_lora(model, tmp_path / "ours")  # whatever came in, goes out again
     again = PeftModel.from_pretrained(twins()[1], tmp_path / "ours").eval()
     assert close(logits(again), expected)
+
+
+@pytest.mark.parametrize(
+    "options, key",
+    [
+        (dict(use_dora=True), "use_dora"),
+        (dict(modules_to_save=["norm"]), "modules_to_save"),
+        (dict(bias="lora_only"), "bias"),
+        (dict(bias="all"), "bias"),
+        (dict(lora_bias=True), "lora_bias"),
+        (dict(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
+        (dict(trainable_token_indices=[1, 2]), "trainable_token_indices"),
+        (dict(alora_invocation_tokens=[3]), "alora_invocation_tokens"),
+        (dict(target_parameters=["model.norm.weight"]), "target_parameters"),
+        (dict(something_new={"a": 1}), "something_new"),
+    ],
+)
+def test_what_peft_can_and_we_cannot_is_refused_by_name(tmp_path, options, key):
+    """Written by PEFT where it lets us, else into the config that it wrote."""
+    model, reference = twins()
+    made = {} if key in ("something_new", "target_parameters") else options
+    get_peft_model(reference, LoraConfig(r=2, target_modules=["q_proj"], **made)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | options), encoding="utf-8")
+    before = logits(model)
+    with pytest.raises(ModelError, match=f"adapter_config.json sets {key} to") as error:
+        L.load_lora(model, tmp_path)
+    assert "\n" not in str(error.value) and torch.equal(logits(model), before)
 
 
 def peft_twin(model, reference, **options):
@@ -533,6 +523,37 @@ def test_a_failed_save_leaves_the_old_adapter(tmp_path):
     assert close(logits(fresh), logits(wake(model))) and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["adapter", "adapter.pth"])
+def test_numbers_that_are_none_are_not_saved(tmp_path, name, value):
+    model = wake_and(ours())
+    L.save_lora(model, tmp_path / name)
+    before = logits(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.lora.B.weight[3, 2] = value
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj.lora[._]B.weight holds NaN or inf") as error:
+        L.save_lora(model, tmp_path / name)
+    assert "\n" not in str(error.value) and [file.name for file in tmp_path.iterdir()] == [name]
+    fresh = ours()
+    L.load_lora(fresh, tmp_path / name)  # what was there before
+    assert close(logits(fresh), before)
+
+
+def test_saving_changes_nothing_in_the_model(tmp_path):
+    model = wake_and(ours(), alpha=12)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    L.save_lora(model, tmp_path / "a.pth")
+    L.save_lora(model, tmp_path / "a")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("view", [(10**6, 10**6), (4, 10**9)])
+def test_a_view_that_claims_more_than_the_file(tmp_path, view):
+    torch.save({"q.lora.A.weight": torch.ones(1).expand(view)}, tmp_path / "x.pth")
+    with pytest.raises(ModelError, match="claim to be larger"):
+        L.load_lora(ours(), tmp_path / "x.pth")
+
+
 def test_saving_while_merged_is_saving_the_same(tmp_path):
     model = wake_and(ours())
     L.merge_lora(model)
@@ -593,7 +614,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
             "layers.9.x",
         ),
         (lambda s, c: c.update(peft_type="IA3"), "type IA3"),
-        (lambda s, c: c.pop("peft_type"), "damaged"),
+        (lambda s, c: c.pop("peft_type"), "type None"),
         (lambda s, c: s.clear(), "holds no LoRA"),
     ],
 )
@@ -630,7 +651,10 @@ def test_bad_files(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "junk.pth").write_bytes(b"not a file of torch")
     torch.save({"a.lora.A.weight": Bomb()}, tmp_path / "hostile.pth")
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps({"a.lora.A.weight": Bomb()}))
     torch.save([1, 2], tmp_path / "list.pth")
+    L.save_lora(wake_and(ours()), tmp_path / "no_weights")
+    (tmp_path / "no_weights" / "adapter_model.safetensors").unlink()
     torch.save({"model.norm.weight": torch.ones(3)}, tmp_path / "model.pth")
     L.save_lora(wake_and(ours()), tmp_path / "cut.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:2000])
@@ -644,13 +668,16 @@ def test_bad_files(tmp_path, monkeypatch):
         ("empty", "adapter_config.json"),
         ("junk.pth", "damaged"),
         ("hostile.pth", "damaged"),
-        ("list.pth", "damaged"),
+        ("list.pth", "does not hold a state dict"),
+        ("bare.pth", "refused"),
+        ("no_weights", "adapter_model.safetensors is missing"),
         ("model.pth", "'model.norm.weight'"),
         ("cut.pth", "damaged"),
         ("cut", "damaged"),
-        ("text", "damaged"),
+        ("text", "adapter_config.json is not valid JSON"),
     ):
-        with pytest.raises(ModelError, match=message) as error:
+        with pytest.raises(ModelError, match=message) as error, warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns of bare pickles before it refuses them
             L.load_lora(ours(), tmp_path / name)
         assert "\n" not in str(error.value) and name in str(error.value)
     assert not (tmp_path / "bomb_was_run").exists()
@@ -958,20 +985,20 @@ def test_report_line(tmp_path):
     model = wake_and(ours())
     L.save_lora(model, tmp_path / "a")
     fresh = ours().train()
-    line = L.report_line(fresh, "a", L.load_lora(fresh, tmp_path / "a"))
+    line = report_line(fresh, "a", L.load_lora(fresh, tmp_path / "a"))
     shift = (logits(model) - logits(ours())).abs().max().item()
-    change, kl = L.logit_shift(fresh)
+    change, kl = logit_shift(fresh)
     assert fresh.training and all(m.lora.enabled for m in fresh.modules() if isinstance(m, L.LoRALinear))
     assert "14/14 layers" in line and f"{change:.3g}" in line and "\n" not in line
     assert shift / 5 < change < shift * 5 and 0 < kl < change
     L.load_lora(fresh, tmp_path / "a")
     L.set_lora(model, False)
-    assert L.logit_shift(model) == (change, kl)
+    assert logit_shift(model) == (change, kl)
     assert not model.model.layers[0].mlp.up_proj.lora.enabled
 
     L.save_lora(wake(model, std=0.0), tmp_path / "zero")
     fresh = ours()
-    assert "changes nothing" in L.report_line(fresh, "zero", L.load_lora(fresh, tmp_path / "zero"))
+    assert "changes nothing" in report_line(fresh, "zero", L.load_lora(fresh, tmp_path / "zero"))
 
 
 @pytest.mark.parametrize(
@@ -980,12 +1007,21 @@ def test_report_line(tmp_path):
         (lambda s, c: c.update(r=8), "rank 4, not the 8 of adapter_config.json"),
         (lambda s, c: c.update(rank_pattern={"q_proj": 2}), "q_proj lora A has rank 4, not the 2"),
         (lambda s, c: c.update(rank_pattern={"(": 2}), "damaged"),
-        (lambda s, c: c.update(rank_pattern=[1]), "damaged"),
-        (lambda s, c: c.update(lora_alpha="x"), "damaged"),
+        (lambda s, c: c.update(rank_pattern={"(q.*)*x": 2}), "too involved"),
+        (lambda s, c: c.update(alpha_pattern={".*.*.*x": 2}), "too involved"),
+        (lambda s, c: c.update(alpha_pattern={"q_proj": None}), "alpha_pattern must give a number"),
+        (lambda s, c: c.update(rank_pattern=[1]), "rank_pattern must give a number"),
+        (lambda s, c: c.update(lora_alpha="x"), "lora_alpha must be a number in adapter_config.*not 'x'"),
+        (lambda s, c: c.update(lora_alpha=None), "lora_alpha must be a number"),
+        (lambda s, c: c.pop("lora_alpha"), "lora_alpha must be a number"),
+        (lambda s, c: c.update(r="4"), "r must be a number"),
+        (lambda s, c: c.clear(), "type None; only LORA"),
+        (lambda s, c: c.pop("r"), "r must be a number"),
+        (lambda s, c: s.update({Q + "lora_B.weight": torch.full((32, 4), math.inf)}), "lora_B.*infinity"),
         (lambda s, c: c.update(lora_alpha=0), "lora_alpha"),
         (lambda s, c: c.update(lora_alpha=math.nan), "lora_alpha"),
         (lambda s, c: c.update(lora_dropout=1), "lora_dropout"),
-        (lambda s, c: c.update(lora_dropout=None), "damaged"),
+        (lambda s, c: c.update(lora_dropout=None), "lora_dropout must be a number"),
         (lambda s, c: s.update({Q + "lora_A.weight": torch.full((4, 32), math.nan)}), "NaN"),
         (lambda s, c: s.update({Q + "lora_A.weight": torch.ones(4)}), "no LoRA matrix"),
         (

@@ -157,6 +157,14 @@ def test_a_model_is_quantized_but_for_embedding_norms_and_head(double_quant):
     assert torch.equal(blank(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_parameters_are_counted_as_if_they_were_not_packed(double_quant):
+    model = tiny()
+    before = model.num_parameters()
+    assert before == sum(p.numel() for p in model.parameters())
+    assert Q.quantize_model(model, double_quant).num_parameters() == before
+
+
 def test_bits_per_parameter():
     plain = nn.Sequential(nn.Linear(512, 512))
     assert Q.bits_per_parameter(Q.quantize_model(copy.deepcopy(plain), double_quant=False)) == 4.5
