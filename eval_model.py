@@ -149,17 +149,34 @@ class Speaker:
         if max(vocabulary.values()) >= config.vocab_size:
             raise ModelError(f"{args.load_from}: its tokenizer has {len(vocabulary)} entries, the model only "
                              f"{config.vocab_size}: they do not belong together")
-        note = args.load_from / "training.json"  # ours; models from elsewhere have none
-        training = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        training = read_if_there(args.load_from / "training.json")  # ours; models from elsewhere have none
         self.plain = args.plain or training.get("stage") == "pretrain" or not self.tokenizer.chat_template
-        ends = {vocabulary.get("<|im_end|>"), vocabulary.get("<|endoftext|>"), self.tokenizer.eos_token_id}
-        self.stop = sorted(ends - {None})
+        self.stop = self.ends(vocabulary)
         # Beyond the length it was trained on, a small model forgets how to speak, though its positions go on.
-        trained = training.get("arguments", {}).get("max_seq_len", config.max_position_embeddings)
-        self.context = min(trained, config.max_position_embeddings)
+        arguments, self.context = training.get("arguments"), config.max_position_embeddings
+        trained = arguments.get("max_seq_len") if isinstance(arguments, dict) else None
+        if isinstance(trained, int) and trained > 0:
+            self.context = min(self.context, trained)
         self.adapters = Adapters(self.model)
         for name in reversed(args.lora):  # every one, so that a bad one is found now; the first stays
             self.switch(name)
+
+    def ends(self, vocabulary: dict[str, int]) -> list[int]:
+        """The tokens that end an answer: by name, and those that generation_config.json lists."""
+        from model.transformer import ModelError
+
+        file = self.args.load_from / "generation_config.json"
+        listed = read_if_there(file).get("eos_token_id")
+        listed = listed if isinstance(listed, list) else [listed]
+        known = [vocabulary.get("<|im_end|>"), vocabulary.get("<|endoftext|>"), self.tokenizer.eos_token_id]
+        ends = [token for token in listed + known if token is not None]
+        size = self.model.config.vocab_size
+        if wrong := [token for token in ends if not isinstance(token, int) or not 0 <= token < size]:
+            raise ModelError(f"{file}: eos_token_id {str(wrong[0])[:50]} is no token of the model")
+        if not ends:
+            raise ModelError(f"{self.args.load_from}: neither its tokenizer nor generation_config.json says "
+                             "which token ends an answer")
+        return sorted(set(ends))
 
     def switch(self, what: str | dict[str, float] | None):
         """Puts an adapter, or several with their weights, in the place of what is on (None: none).
@@ -187,8 +204,17 @@ class Speaker:
     def find(self, name: str) -> Path:
         """Where that adapter lies: the name is a path, one of those given, beside the model, or in out/."""
         given = [path for path in map(Path, self.args.lora) if path.name == name]
-        places = [Path(name), *given, self.args.load_from.parent / name, ROOT / "out" / name]
+        homes = self.homes() if Path(name).name == name else []  # "../x" is a path and no name in there
+        places = [Path(name), *given, *(home / name for home in homes)]
         return next((p for p in places if p.is_file() or (p / "adapter_config.json").is_file()), Path(name))
+
+    def homes(self) -> list[Path]:
+        return [self.args.load_from.resolve().parent, ROOT / "out"]
+
+    def names(self) -> list[str]:
+        """The adapters that /lora NAME finds: those given, and the folders beside the model and in out/."""
+        found = [path.parent for home in self.homes() for path in sorted(home.glob("*/adapter_config.json"))]
+        return list(dict.fromkeys([*map(str, self.args.lora), *(path.name for path in found)]))
 
     def encode(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """The token ids after which the answer begins."""
@@ -323,10 +349,12 @@ def obey(speaker: Speaker, line: str, messages: list[dict]) -> list[dict]:
         print(f"(system message: {value or 'none'}; the conversation is forgotten)")
         return [{"role": "system", "content": value}] if value else []
     elif name == "/lora" and value:
-        found = speaker.switch(None if value == "none" else parse_mix(value) or value)
+        is_name = value == "none" or speaker.find(value).exists()
+        found = speaker.switch(None if value == "none" else value if is_name else parse_mix(value))
         print(f"({speaker.adapter}: {found.matched} layers adapted)" if found else "(no adapter)")
     elif name == "/lora":
-        print(f"(on: {speaker.adapter or 'none'}; loaded: {', '.join(speaker.adapters.adapters) or 'none'})")
+        print(f"(on: {speaker.adapter or 'none'}; loaded: {', '.join(speaker.adapters.adapters) or 'none'}; "
+              f"there is: {', '.join(speaker.names()) or 'none'})")
     elif name == "/temperature":
         try:
             number = float(value)
@@ -343,15 +371,32 @@ def obey(speaker: Speaker, line: str, messages: list[dict]) -> list[dict]:
     return messages
 
 
-def parse_mix(value: str) -> dict[str, float] | None:
-    """"a:0.7 b:0.3" -> {"a": 0.7, "b": 0.3}; None for anything else, which is a name."""
-    parts = [part.rpartition(":") for part in value.split()]
-    try:
-        mix = {name: float(weight) for name, _, weight in parts}
-    except ValueError:
-        return None
-    sound = all(name and abs(weight) <= 100 for name, weight in mix.items())  # nan is not <= 100
-    return mix if sound and len(mix) == len(parts) else None
+def parse_mix(value: str) -> dict[str, float] | str:
+    """"a:0.7 b:0.3" -> {"a": 0.7, "b": 0.3}; "a" -> "a". Raises ModelError for what is neither."""
+    from model.transformer import ModelError
+
+    if ":" not in value:
+        return value
+    mix = {}
+    for part in value.split():
+        name, _, weight = part.rpartition(":")
+        try:
+            number = float(weight)
+        except ValueError:
+            number = math.nan
+        if not name or not abs(number) <= 100:  # nan is not <= 100
+            raise ModelError(f"/lora {value}: {part!r} is no NAME:WEIGHT with a number from -100 to 100")
+        if name in mix:
+            raise ModelError(f"/lora {value}: {name} is there twice")
+        mix[name] = number
+    return mix
+
+
+def read_if_there(path: Path) -> dict:
+    """The object in a JSON file that a model may have. Raises ModelError where it is damaged."""
+    from model.files import read_json
+
+    return read_json(path) if path.exists() else {}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ whether --load_from holds it in 4 bits or not; the script says how far it is fro
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -30,9 +29,9 @@ def main(args):
     from model.weights import load_model, load_tokenizer, save_model
 
     check_out_dir(args)
+    model = load_model(args.load_from)
     dtype = getattr(torch, stored_dtype(args.load_from) if args.dtype == "auto" else args.dtype)
     tokenizer = load_tokenizer(args.tokenizer or args.load_from)
-    model = load_model(args.load_from)
     in_4_bits, original = quantize(model, args)
     adapters = Adapters(model)
     names = [adapters.load(path, str(path)) for path in args.lora]
@@ -77,8 +76,7 @@ def quantize(model, args) -> tuple[list[str], Path | None]:
         return stored, args.original
     if args.original:
         raise ModelError(f"--original: {args.load_from} is not quantized, it is the original itself")
-    notes = [read_json(path / "training.json").get("arguments", {}) for path in args.lora]
-    trained = {note.get("quantize", "none") for note in notes}
+    trained = {str(arguments(path).get("quantize", "none")) for path in args.lora}
     if len(trained) > 1 and not args.quantize:
         raise ModelError("some adapters were trained over 4 bits and some were not: choose with --quantize")
     if args.quantize == "nf4" or (not args.quantize and trained == {"nf4"}):
@@ -124,19 +122,19 @@ def check_out_dir(args):
 
     if args.out_dir.resolve() in [path.resolve() for path in (args.load_from, *args.lora)]:
         raise ModelError(f"--out_dir {args.out_dir} is the base or an adapter; name another folder")
+    if args.out_dir.is_file():
+        raise ModelError(f"--out_dir {args.out_dir} is a file; name a folder")
     if args.out_dir.is_dir() and any(args.out_dir.iterdir()) and not args.overwrite:
         raise ModelError(f"--out_dir {args.out_dir} holds something; name another folder, or add --overwrite")
 
 
 def stored_dtype(folder: Path) -> str:
     """The precision that a model directory is stored in, as its config.json says."""
-    config = read_json(folder / "config.json")
+    from model.files import read_json
+
+    config = read_json(folder / "config.json") if folder.is_dir() else {}
     name = config.get("dtype") or config.get("torch_dtype")
     return name if name in ("bfloat16", "float16") else "float32"
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def logits(model):
@@ -154,11 +152,18 @@ def farthest(model, expected) -> float:
 
 def describe(args) -> dict:
     """training.json. The base's max_seq_len holds on: chat keeps within the length that was trained."""
-    arguments = {name: value for name, value in vars(args).items() if name != "overwrite"}
-    trained = read_json(args.load_from / "training.json").get("arguments", {})
-    if "max_seq_len" in trained:
-        arguments["max_seq_len"] = trained["max_seq_len"]
-    return {"stage": "merge_lora", "parent": args.load_from, "arguments": arguments}
+    flags = {name: value for name, value in vars(args).items() if name != "overwrite"}
+    trained = {name: value for name, value in arguments(args.load_from).items() if name == "max_seq_len"}
+    return {"stage": "merge_lora", "parent": args.load_from, "arguments": flags | trained}
+
+
+def arguments(folder: Path) -> dict:
+    """What training.json says it was trained with; {} where there is none."""
+    from model.files import read_json
+
+    file = folder / "training.json"
+    found = read_json(file).get("arguments") if file.exists() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -510,10 +510,16 @@ def test_piped_chat_as_a_script_in_chinese(home):
     assert done.returncode == 0 and "tokens/s" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("value", ["a", "a:x", ":0.5", "a:nan", "a:1e38", "a:0.5 a:0.5", "a:1 b"])
-def test_what_is_no_mix_is_taken_for_a_name(value):
-    assert eval_model.parse_mix(value) is None
+@pytest.mark.parametrize(
+    "value, part",
+    [("a:x", "'a:x'"), (":0.5", "':0.5'"), ("a:nan", "'a:nan'"), ("a:1e38", "'a:1e38'"), ("a:1 b", "'b'"),
+     ("a:0.5 a:0.5", "a is there twice")],
+)
+def test_what_is_no_mix_says_which_part(value, part):
+    with pytest.raises(ModelError, match=part):
+        eval_model.parse_mix(value)
 
 
 def test_a_mix():
     assert eval_model.parse_mix("a:0.7 out/b:-0.3") == {"a": 0.7, "out/b": -0.3}
+    assert eval_model.parse_mix("a") == "a"
