@@ -12,13 +12,15 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import trainer.checkpoint
 import trainer.loop
 import trainer.stage
+from trainer.args import UsageError
 from trainer.checkpoint import begin_anew, checkpoints, load_checkpoint, save_checkpoint
 from trainer.optim import learning_rate_factor
+from trainer.tracking import Tracker, read_metrics
 
 STAGES = ("pretrain", "full_sft", "lora")
 
@@ -244,7 +246,7 @@ def test_resume_with_another_result_is_refused(changes, named, workshop, interru
 
 def test_resume_with_other_habits_is_fine(workshop, finished, interrupted, tmp_path):
     shutil.copytree(interrupted, tmp_path / "pretrain")
-    changes = {"log_interval": 3, "save_interval": 50, "keep_last": 1, "num_workers": 1}
+    changes = {"log_interval": 3, "save_interval": 50, "keep_last": 1, "num_workers": 1, "max_minutes": 60}
     ended = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path, **changes), "--resume")
     assert ended.code == 0 and "resumed at step 10" in ended.out
     ours, theirs = tensors(tmp_path / "pretrain"), tensors(finished["pretrain"][0])
@@ -259,6 +261,202 @@ def interrupted(workshop):
         die_on(patch, trainer.loop, "save_checkpoint", 3)
         workshop.run("pretrain", *workshop.flags("pretrain", out_dir))
     return out_dir / "pretrain"
+
+
+def test_resume_on_other_data_or_weights_is_refused_and_names_them(workshop, tmp_path):
+    data, base = tmp_path / "chats.jsonl", tmp_path / "base"
+    shutil.copy(workshop.chats, data)
+    shutil.copytree(workshop.base, base)
+    changes = {"data_path": data, "load_from": base, "max_steps": 4, "save_interval": 2}
+    flags = workshop.flags("lora", tmp_path / "out", **changes)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        die_on(patch, trainer.loop, "save_checkpoint", 2)
+        workshop.run("lora", *flags)
+    text = data.read_text(encoding="utf-8")
+    data.write_text(text.replace("owl", "cat", 1), encoding="utf-8")  # as many samples and tokens as before
+    line = workshop.run("lora", *flags, "--resume").error
+    assert "this run began with the training data of 41 samples of" in line and "sha256" in line
+    data.write_text(text.split("\n", 1)[1], encoding="utf-8")
+    assert ", not 40 samples of" in workshop.run("lora", *flags, "--resume").error
+    data.write_text(text, encoding="utf-8")  # another time, but the same words
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][5] += 1e-3
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert "began with weights in --load_from of sha256" in workshop.run("lora", *flags, "--resume").error
+    weights["model.norm.weight"][5] = 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    ended = workshop.run("lora", *flags, "--resume")
+    assert ended.code == 0 and "resumed at step 2" in ended.out
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not in this build")
+def test_resume_on_two_processes_goes_on_with_the_same_batches(workshop, read_log, tmp_path):
+    flags = {"optimizer": "adamw", "learning_rate": 1e-3, "max_steps": 12, "log_interval": 1}
+    assert workshop.run("full_sft", *workshop.flags("full_sft", tmp_path / "one", **flags)).code == 0
+    words = workshop.flags("full_sft", tmp_path / "two", **flags)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        die_on(patch, trainer.loop, "save_checkpoint", 2)
+        workshop.run("full_sft", *words)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               *workshop.command("full_sft", *words, "--resume")]
+    ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert ended.returncode == 0 and "cpu x 2, resumed at step 5" in ended.stdout, ended.stderr
+    one, two = tmp_path / "one" / "full_sft", tmp_path / "two" / "full_sft"
+    for ours, theirs in zip(read_log(two), read_log(one), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    for name, tensor in tensors(one).items():
+        torch.testing.assert_close(tensors(two)[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def test_an_unfinished_run_is_not_dropped_by_mistake(workshop, interrupted):
+    before = {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")}
+    line = workshop.run("pretrain", *workshop.flags("pretrain", interrupted.parent)).error
+    assert "holds an unfinished run (step_00000010)" in line and "--resume" in line and "--overwrite" in line
+    assert {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")} == before
+
+
+# --- damaged files and full disks --------------------------------------------------------------------------
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(workshop, finished, interrupted, read_log, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "pretrain")
+    old, new = checkpoints(tmp_path / "pretrain")
+    flip(new / "state.pt")
+    ended = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path), "--resume")
+    assert ended.code == 0 and "resumed at step 5" in ended.out
+    (line,) = [line for line in ended.err.splitlines() if "damaged" in line]
+    assert line.startswith(f"warning: {new} is damaged (its checksum")
+    assert_same_run(tmp_path / "pretrain", finished["pretrain"][0], read_log)  # step 10 was saved over it
+
+
+def test_any_damage_is_noticed(tmp_path, capsys):
+    def state(step):
+        return {"step": step, "settings": {}, "parameters": {"w": torch.arange(64.0)}}
+
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:-1])
+
+    def other_digits(path):
+        path.write_text("0" * 64 + "  state.pt\n", encoding="ascii")
+
+    ways = [(other_digits, "state.pt.sha256"), (cut, "state.pt"), (os.unlink, "state.pt"),
+            (os.unlink, "state.pt.sha256"), *[(flip, "state.pt")] * 30]
+    save_checkpoint(tmp_path, 1, state(1), keep_last=9)
+    for way, name in ways:
+        newest = save_checkpoint(tmp_path, 2, state(2), keep_last=9)  # over the damaged one, too
+        assert load_checkpoint(tmp_path, {})["step"] == 2 and capsys.readouterr().err == ""
+        way(newest / name)
+        assert load_checkpoint(tmp_path, {})["step"] == 1
+        assert capsys.readouterr().err.count(str(newest)) == 1
+    flip(tmp_path / "checkpoints" / "step_00000001" / "state.pt")
+    with pytest.raises(UsageError, match="every checkpoint is damaged: .*step_00000001, .*step_00000002; "):
+        load_checkpoint(tmp_path, {})
+
+
+def test_sha256sum_reads_the_checksum(tmp_path):
+    if not shutil.which("sha256sum"):
+        pytest.skip("no sha256sum here")
+    folder = save_checkpoint(tmp_path, 1, {"step": 1}, keep_last=1)
+    said = subprocess.run(["sha256sum", "-c", "state.pt.sha256"], cwd=folder, capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout == "state.pt: OK\n"
+
+
+def test_a_whole_checkpoint_is_never_taken_away_for_its_like(tmp_path):
+    save_checkpoint(tmp_path, 1, {"step": 1, "settings": {}}, keep_last=1)
+    inode = (tmp_path / "checkpoints" / "step_00000001" / "state.pt").stat().st_ino
+    save_checkpoint(tmp_path, 1, {"step": 1, "settings": {}}, keep_last=1)
+    assert (tmp_path / "checkpoints" / "step_00000001" / "state.pt").stat().st_ino == inode
+    assert os.listdir(tmp_path / "checkpoints") == ["step_00000001"]
+
+
+@pytest.fixture
+def file_limit():
+    """`file_limit(size)`: from here on no file can grow beyond that, as on a full disk; None: no limit."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+
+    yield limit
+    limit(None)
+
+
+def limited(monkeypatch, owner, name, file_limit, size, number=1):
+    """From the number-th call of owner.name on the disk is full."""
+    real, calls = getattr(owner, name), iter(range(1, 10**6))
+
+    def call(*args, **kwargs):
+        if next(calls) == number:
+            file_limit(size)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+# The state of the pretraining run takes 2 MB, its model 1 MB.
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_full_disk(policy, workshop, finished, read_log, tmp_path, file_limit):
+    flags = workshop.flags("pretrain", tmp_path, on_full_disk=policy)
+    with pytest.MonkeyPatch.context() as patch:
+        limited(patch, trainer.loop, "save_checkpoint", file_limit, 1_200_000, number=3)
+        ended = workshop.run("pretrain", *flags)
+        file_limit(None)
+    last = tmp_path / "pretrain" / "checkpoints" / "step_00000010"
+    says = "the checkpoint of step 15 can't be written (File too large): it takes "
+    assert says in ended.out and f"MB are free; the last good checkpoint is {last}" in ended.out
+    if policy == "stop":
+        assert ended.code == 1 and says in ended.error and ended.error.endswith("--resume")
+        assert sorted(os.listdir(last.parent)) == ["step_00000005", "step_00000010"]  # no temporary one
+        assert workshop.run("pretrain", *flags, "--resume").code == 0
+    assert ended.code == (policy == "stop")
+    assert_same_run(tmp_path / "pretrain", finished["pretrain"][0], read_log)
+
+
+@pytest.mark.parametrize("stage, size", [("pretrain", 500_000), ("lora", 4_000)])
+def test_a_disk_too_full_for_the_result(stage, size, workshop, finished, read_log, tmp_path, file_limit):
+    with pytest.MonkeyPatch.context() as patch:
+        limited(patch, trainer.loop.Tracker, "finish", file_limit, size)
+        ended = workshop.run(stage, *workshop.flags(stage, tmp_path))
+        file_limit(None)
+    assert ended.code == 1 and "the result can't be written" in ended.error
+    assert ended.error.endswith("--resume")
+    assert steps(tmp_path / stage) == [20, 24]
+    ended = workshop.run(stage, *workshop.flags(stage, tmp_path), "--resume")
+    assert ended.code == 0 and "resumed at step 24" in ended.out
+    assert_same_run(tmp_path / stage, finished[stage][0], read_log)
+
+
+def test_a_disk_too_full_for_the_log(tmp_path, file_limit, capsys):
+    tracker = Tracker(tmp_path, active=True)
+    tracker.log({"step": 1, "loss": 2.0})
+    file_limit((tmp_path / "metrics.jsonl").stat().st_size + 9)
+    tracker.log({"step": 2, "loss": 1.0})
+    tracker.log({"step": 3, "loss": 0.5})
+    tracker.finish()
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]  # and no half line
+    file_limit(None)
+    assert "metrics.jsonl can't be written (File too large)" in capsys.readouterr().err
+    tracker.log({"step": 4, "loss": 0.4})
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_resumed_log_is_never_half_there(tmp_path, monkeypatch):
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 9))
+    (tmp_path / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    die_on(monkeypatch, os, "replace")
+    with pytest.raises(Killed):
+        Tracker(tmp_path, active=True, start_step=4)
+    monkeypatch.undo()
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == lines
+    Tracker(tmp_path, active=True, start_step=4)
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 # --- the folder of checkpoints -----------------------------------------------------------------------------

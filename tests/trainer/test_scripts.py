@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import trainer.args
-from trainer.args import parse_args, training_parser
+import trainer.stage
+from model.transformer import CausalLM
+from trainer.args import command_to_resume, parse_args, training_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("pretrain", "full_sft", "lora")
@@ -316,17 +321,89 @@ def test_an_output_folder_that_cannot_be(complaint, tmp_path):
     assert (tmp_path / "file").read_text(encoding="utf-8") == "precious"
 
 
+# --- how a run ends ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, code, says", [(signal.SIGINT, 130, "stopped by Ctrl-C"),
+                                                (signal.SIGTERM, 143, "stopped by SIGTERM")])
+@pytest.mark.parametrize("moment", ["load_data", "describe"])  # before the loop, and after it
+def test_a_signal_outside_the_loop(number, code, says, moment, workshop, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(trainer.stage, moment, lambda *_: os.kill(os.getpid(), number))
+    ended = workshop.run("full_sft", *workshop.flags("full_sft", tmp_path, max_steps=1))
+    assert ended.code == code and ended.err == f"{says}\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_typed(workshop, tmp_path, monkeypatch):
+    flags = workshop.flags("full_sft", tmp_path / "a folder's", max_steps=2, max_minutes=1e-9)
+    ended = workshop.run("full_sft", *flags)
+    assert ended.code == 75
+    command = ended.out.splitlines()[-1].split("stopped at step 1; to go on: ")[1]
+    assert shlex.split(command)[1:] == [str(ROOT / "trainer" / "train_full_sft.py"), *flags, "--resume"]
+    again = workshop.run("full_sft", *shlex.split(command)[2:])
+    assert again.code == 0 and "resumed at step 1" in again.out
+    monkeypatch.setattr(sys, "argv", ["trainer/train_lora.py", "--resume"])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert command_to_resume() == "torchrun --nproc_per_node=2 trainer/train_lora.py --resume"
+
+
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                   "you tried to allocate 3221225472 bytes. Error code 12 (Cannot allocate memory)")
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.50 GiB. GPU 0 has a total capacity of "
+                              "79.10 GiB of which 1.25 GiB is free. Including non-PyTorch memory, ...")
+
+
+@pytest.mark.parametrize("error, says", [
+    (CPU, "out of memory: 3.00 GiB were asked for, of "), (MemoryError(), "out of memory, of "),
+    (CUDA, "out of memory: 12.50 GiB were asked for, of 79.10 GiB on the GPU 1.25 GiB are free")])
+def test_out_of_memory_names_the_flags_that_need_less(error, says, workshop, tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(CausalLM, "forward", fail)
+    flags = workshop.flags("lora", tmp_path, batch_size=12)
+    line = workshop.run("lora", *flags)
+    assert line.code == 1 and says in line.error
+    named = re.findall(r"--(\w+) ?([\w.]*)", line.error)
+    assert named == [("micro_batch_size", "6"), ("gradient_checkpointing", ""), ("resume", "goes"),
+                     ("max_seq_len", "32"), ("optimizer", "adamw8bit"), ("quantize", "nf4")]
+    used = ["--micro_batch_size", "1", "--gradient_checkpointing", "--quantize", "nf4"]
+    line = workshop.run("lora", *flags, *used).error
+    assert [name for name, _ in re.findall(r"--(\w+) ?([\w.]*)", line)] == ["max_seq_len", "optimizer"]
+
+
+def test_a_bug_keeps_its_traceback(workshop, tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+    monkeypatch.setattr(CausalLM, "forward", fail)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        workshop.run("lora", *workshop.flags("lora", tmp_path))
+
+
+def test_only_one_of_many_ranks_complains_of_the_flags(monkeypatch, capsys):
+    for rank, count in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            parse_args(training_parser("a test"), ["--batch_size", "many"])
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.count("\n") == err.count("error: argument --batch_size") == count
+
+
 @pytest.mark.parametrize("flag, value", [
     ("batch_size", 0), ("micro_batch_size", 0), ("epochs", 0), ("max_steps", 0), ("max_seq_len", 1),
     ("learning_rate", 0), ("learning_rate", "nan"), ("warmup_ratio", 1), ("eval_fraction", -0.1),
     ("seed", -1), ("seed", 2**33), ("weight_decay", -1), ("grad_clip", -1), ("num_workers", -1),
+    ("max_minutes", 0), ("max_minutes", "nan"), ("on_full_disk", "hope"), ("resume", "--overwrite"),
     ("log_interval", 0), ("save_interval", 0), ("keep_last", 0), ("eval_interval", -1),
     ("name", ""), ("name", ".."), ("name", "a/b")])
 def test_flags_out_of_range(flag, value, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_args(training_parser("a test"), ["--name", "x", f"--{flag}", str(value)])
     err = capsys.readouterr().err
-    assert ended.value.code == 2 and err.count("error:") == 1 and f"--{flag}" in err.splitlines()[-1]
+    assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and f"--{flag}" in err
 
 
 def test_a_run_never_writes_over_the_weights_it_starts_from(tmp_path, capsys):
