@@ -349,10 +349,10 @@ def test_the_command_that_goes_on_is_the_one_that_was_typed(workshop, tmp_path, 
     assert command_to_resume() == "torchrun --nproc_per_node=2 trainer/train_lora.py --resume"
 
 
-CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
-                   "you tried to allocate 3221225472 bytes. Error code 12 (Cannot allocate memory)")
-CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.50 GiB. GPU 0 has a total capacity of "
-                              "79.10 GiB of which 1.25 GiB is free. Including non-PyTorch memory, ...")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory:"
+                   " you tried to allocate 3221225472 bytes. Error code 12 (Cannot allocate memory)")
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.50 GiB. GPU 0 has a total capacity of"
+                              " 79.10 GiB of which 1.25 GiB is free. Including non-PyTorch memory, ...")
 
 
 @pytest.mark.parametrize("error, says", [
