@@ -200,7 +200,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     if args.wandb_project and not args.use_wandb:
         parser.error("--wandb_project has no effect without --use_wandb")
     if not 0 < args.lora_plus_ratio < float("inf"):
-        parser.error(f"--lora_plus_ratio must be a number above 0, not {args.lora_plus_ratio}")
+        parser.error(f"--lora_plus_ratio must be above 0 and finite, not {args.lora_plus_ratio}")
     if "8bit" in args.optimizer and not importlib.util.find_spec("bitsandbytes"):
         parser.error(f"--optimizer {args.optimizer} needs bitsandbytes: pip install bitsandbytes")
     if not 0 <= args.seed < 2**32:

@@ -172,14 +172,14 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     metrics, seconds_before = {}, 0.0
     identity = settings(args) | {"--dtype": str(dtype).removeprefix("torch.")}  # not "auto"
     state = load_checkpoint(args.run_dir, identity, ranks.is_main) if args.resume else None
-    if ranks.any(bool(state)) and not state:
-        raise UsageError(f"--resume: this host sees no checkpoint in {args.run_dir}: let --out_dir be shared")
     if state:
         restore(state, model, optimizers, scaler)
         step, batch_number, tokens = state["step"], state["batch"], state["tokens"]
         loss_sum, logged_step, logged_tokens, logged_seconds = state["unlogged"]
         metrics, seconds_before = state["metrics"], state["seconds"]
-    elif ranks.is_main:
+    if not ranks.agree(step):
+        raise UsageError(f"--resume: the hosts see different checkpoints in {args.run_dir}: it must be shared")
+    if ranks.is_main and not state:
         begin_anew(args.run_dir)
     wandb_project = (args.wandb_project or "seedling") if args.use_wandb else None
     tracker = Tracker(args.run_dir, ranks.is_main, step, wandb_project, identity)
@@ -282,7 +282,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
                     except OSError as error:
                         failed = complaint(error, args.run_dir, step, state)
                         tracker.say(f"warning: {failed}")
-                if ranks.any(bool(failed)) and (stop or args.on_full_disk == "stop"):
+                if ranks.any(bool(failed), ranks.patient) and (stop or args.on_full_disk == "stop"):
                     raise RunError(f"{failed}; to go on when there is room: {command_to_resume()}")
             if stop and step < max_steps:
                 tracker.say(f"stopped at step {step}; to go on: {command_to_resume()}")

@@ -97,6 +97,8 @@ def load_data(kind, tokenizer, args, ranks: Ranks) -> tuple[Batches, Batches | N
             eval_set = kind(eval_paths, tokenizer, args.max_seq_len, strict=args.strict)
         if args.retain_data_path:
             old_set = kind(args.retain_data_path, tokenizer, args.max_seq_len, strict=args.strict)
+    args.content["training data of"] = identify(train_set)
+    args.content["validation data of"] = identify(eval_set)
     if eval_paths:
         train_samples, eval_samples = np.arange(len(train_set)), np.arange(len(eval_set))
     else:
@@ -106,14 +108,11 @@ def load_data(kind, tokenizer, args, ranks: Ranks) -> tuple[Batches, Batches | N
     eval_batches = Batches(eval_set, eval_samples, args, pad, ranks) if len(eval_samples) else None
     retained = replayed = None
     if args.retain_data_path:
-        args.content["the old data of"] = identify(old_set)
+        args.content["old data of"] = identify(old_set)
         replayed, measured = hold_out(old_set, args.seed)
         retained = Batches(old_set, measured, args, pad, ranks)
         if args.replay:
             train_set, replayed = Both(train_set, old_set), len(train_set) + replayed
-    args.content["the training data of"] = identify(train_set)
-    if eval_paths:
-        args.content["the validation data of"] = identify(eval_set)
     batches = Batches(train_set, train_samples, args, pad, ranks, replayed if args.replay else None)
     return batches, eval_batches, retained
 

@@ -275,7 +275,7 @@ def test_resume_on_other_data_or_weights_is_refused_and_names_them(workshop, tmp
     text = data.read_text(encoding="utf-8")
     data.write_text(text.replace("owl", "cat", 1), encoding="utf-8")  # as many samples and tokens as before
     line = workshop.run("lora", *flags, "--resume").error
-    assert "this run began with the training data of 41 samples of" in line and "sha256" in line
+    assert "this run began with training data of 41 samples of" in line and "sha256" in line
     data.write_text(text.split("\n", 1)[1], encoding="utf-8")
     assert ", not 40 samples of" in workshop.run("lora", *flags, "--resume").error
     data.write_text(text, encoding="utf-8")  # another time, but the same words
