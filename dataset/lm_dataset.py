@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dataset import chat
 from dataset.jsonl import DataError, Report, check_paths, keys_of, nothing_usable, read_records
-from dataset.packing import CACHE_DIR, CacheWriter, TokenCache, fingerprint, open_cache
+from dataset.packing import CACHE_DIR, CacheWriter, TokenCache, fingerprint, open_cache, stamps
 
 BATCH_RECORDS, BATCH_CHARS = 1024, 2 << 20  # tokenised at once: enough for all cores, little for the memory
 
@@ -89,14 +89,17 @@ class _TokenDataset(torch.utils.data.Dataset):
         labels[0] = -100
         if self.cache.mask is not None:
             labels[torch.from_numpy(self.cache.mask[start:end] == 0)] = -100
+        self.cache.was_read()
         return input_ids, labels
 
     def _build(self, folder: Path, tokenizer):
         report = Report(self.strict)
         sizes = token_bytes(tokenizer)
-        before = [os.stat(path) for path in self.paths]
-        dtype = "uint16" if len(sizes) <= 1 << 16 else "uint32"
-        with CacheWriter(folder, dtype, with_mask=self.kind == "sft") as writer:
+        before = stamps(self.paths)
+        dtypes = dict(TokenCache.ARRAYS, tokens="uint16" if len(sizes) <= 1 << 16 else "uint32")
+        if self.kind != "sft":
+            del dtypes["mask"]
+        with CacheWriter(folder, dtypes) as writer:
             # disable=None: no bar where stderr is no terminal
             bar = tqdm(desc="tokenising", unit=" records", delay=1, disable=None, leave=False)
             for path in self.paths:
@@ -107,13 +110,11 @@ class _TokenDataset(torch.utils.data.Dataset):
                         writer.add(ids, mask, len(supervised), supervised.sum())
                         count += 1
                     bar.update(len(batch))
+                    if stamps(self.paths) != before:  # looked at often: a log may grow faster than we read
+                        raise DataError(f"{path}: changed while it was read; start again")
                 if count == 0:
                     raise nothing_usable(path, report)
             bar.close()
-            for path, then in zip(self.paths, before, strict=True):
-                now = os.stat(path)
-                if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
-                    raise DataError(f"{path}: the file was changed while it was read; start again")
             writer.meta = {"paths": self.paths, "summary": report.summary(), "examples": report.examples}
 
     def _records(self, tokenizer, path: str, report: Report) -> Iterator[tuple[int, object, int]]:

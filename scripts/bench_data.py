@@ -16,6 +16,7 @@ import copy
 import io
 import json
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -274,10 +275,105 @@ def fuzz(args) -> None:
         raise UsageError(f"{len(wrong)} of {total['tried']:,} mutated records did harm")
 
 
+# ---------------------------------------------------------------- files of any size
+
+
+def to_bytes(size: str) -> int:
+    """ "5G" -> 5,000,000,000. Raises UsageError."""
+    unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(size[-1:].upper(), 0)
+    if not unit or not size[:-1].isdigit():
+        raise UsageError(f"--size {size}: give a number with K, M or G, such as 5G")
+    return int(size[:-1]) * unit
+
+
+def write_big(path: Path, size: int, sources: list[Path]) -> int:
+    """Writes `size` bytes of numbered {"text"} records made of the sources' words; returns how many."""
+    from dataset.jsonl import read_records
+
+    words = [" ".join(str(value) for value in record.values()) for _, _, record in read_records(sources)]
+    written = number = 0
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        while written < size:
+            line = json.dumps({"text": f"{number}. {words[number % len(words)]}"}, ensure_ascii=False) + "\n"
+            written, number = written + len(line.encode()), number + 1
+            file.write(line)
+    return number
+
+
+def start(args) -> None:
+    """One start on args.files, in a process of its own: prints what it took as JSON."""
+    from types import SimpleNamespace
+
+    from dataset import packing
+    from dataset.lm_dataset import PretrainDataset
+    from model.weights import load_tokenizer
+    from trainer.loop import Batches, split
+
+    packing.CACHE_DIR = args.work_dir / "cache"
+    tokenizer = load_tokenizer(args.tokenizer)
+    result, began = {"imports": resident_peak()}, time.perf_counter()
+    dataset = PretrainDataset(args.files, tokenizer, 512, cache_dir=packing.CACHE_DIR)
+    result |= {"samples": len(dataset), "tokens": int(dataset.cache.offsets[-1]),
+               "open": time.perf_counter() - began, "open_peak": resident_peak()}
+    flags = SimpleNamespace(seed=0, batch_size=16, micro_batch_size=None, max_seq_len=512, replay=0)
+    ranks = SimpleNamespace(rank=0, world_size=1)
+    for flags.packing in (True, False):
+        began = time.perf_counter()
+        batches = Batches(dataset, split(dataset, 0.01, 0)[0], flags, 0, ranks)
+        batches[0]
+        first = time.perf_counter() - began
+        began = time.perf_counter()
+        batches[len(batches) // 2]
+        middle = time.perf_counter() - began
+        for number in range(min(len(batches), args.draw)):
+            batches[number]
+        result["packed" if flags.packing else "unpacked"] = {
+            "first_batch": first, "middle": middle, "batches": len(batches), "peak": resident_peak()}
+    print(json.dumps(result))
+
+
+def resident_peak() -> int:
+    """The most memory that this process ever had resident, in bytes; mapped files count, too."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def any_size(args) -> None:
+    """A small file and a large one: each is read twice, by processes of their own."""
+    if sys.platform == "win32":
+        raise UsageError("--size measures with getrusage, which Windows has not")
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
+        for size in (5_000_000, to_bytes(args.size)):
+            path = Path(folder) / f"{size}.jsonl"
+            records = write_big(path, size, args.files)
+            for turn in ("first", "second"):
+                command = [sys.executable, __file__, path, "--child", "--work_dir", folder,
+                           "--tokenizer", args.tokenizer, "--draw", args.draw]
+                ended = subprocess.run([str(word) for word in command], capture_output=True, encoding="utf-8")
+                if ended.returncode:
+                    raise UsageError(f"the {turn} start failed: {ended.stderr.strip()[-300:]}")
+                found = json.loads(ended.stdout)
+                rows.append((size, records, turn, found))
+                print(f"{size / 1e6:,.0f} MB, {turn} start: {json.dumps(found)}", file=sys.stderr, flush=True)
+    print("| file | records | tokens | start | until it is open (s) | first packed batch (s) "
+          "| one in the middle (s) | peak memory (MB) |\n|---|---|---|---|---|---|---|---|")
+    for size, records, turn, found in rows:
+        packed, peak = found["packed"], max(found["packed"]["peak"], found["unpacked"]["peak"])
+        print(f"| {size / 1e6:,.0f} MB | {records:,} | {found['tokens']:,} | {turn} | {found['open']:.1f} | "
+              f"{packed['first_batch']:.2f} | {packed['middle']:.3f} | {peak / 1e6:,.0f} |")
+
+
 def main(args):
-    if bool(args.fuzz) == bool(args.size):
+    if args.child:
+        start(args)
+    elif bool(args.fuzz) == bool(args.size):
         raise UsageError("give --fuzz N or --size SIZE")
-    fuzz(args)
+    elif args.fuzz:
+        fuzz(args)
+    else:
+        any_size(args)
 
 
 if __name__ == "__main__":
@@ -287,5 +383,9 @@ if __name__ == "__main__":
     parser.add_argument("--size", metavar="SIZE", help="of the file to make, such as 5G or 200M")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "model" / "tokenizer", metavar="DIR",
                         help="what turns text into ids")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the mutations")
+    parser.add_argument("--work_dir", type=Path, metavar="DIR",
+                        help="where the large file and its cache are made")
+    parser.add_argument("--draw", type=int, default=2000, metavar="N", help="batches to read, at --size")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     run_script(main, parser.parse_args())

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.lm_dataset import collate
-from dataset.packing import pack_rows, single_rows
+from dataset.packing import Order, pack_rows, single_rows
 from trainer.args import (
     INTERRUPTED,
     TERMINATED,
@@ -64,7 +64,7 @@ class Batches(Dataset):
         self.samples, self.replayed = samples, replayed
 
         def fill(samples):
-            return (pack_rows(dataset.lengths[samples], args.max_seq_len, args.seed) if args.packing
+            return (pack_rows(dataset.lengths, args.max_seq_len, args.seed, samples) if args.packing
                     else single_rows(len(samples), args.seed))
 
         self.rows, self.num_old = fill(samples), 0  # num_old: rows of old data in an epoch
@@ -82,7 +82,7 @@ class Batches(Dataset):
         epoch, number = divmod(number, len(self))
         if epoch != self.epoch:  # each pass has an order of its own, which the seed decides
             self.epoch = epoch
-            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows) + self.num_old)
+            self.order = Order(len(self.rows) + self.num_old, [self.seed, epoch])
             if self.num_old:
                 self.old = shuffled_again(len(self.old_rows), epoch * self.num_old, self.num_old, self.seed)
         chosen = self.order[number * self.batch_size:(number + 1) * self.batch_size]
@@ -108,11 +108,11 @@ def shuffled_again(size: int, start: int, count: int, seed: int) -> np.ndarray:
     return np.concatenate(shuffles)[start - first * size:][:count]
 
 
-def split(dataset, eval_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sample numbers for training and for validation, by a seeded shuffle. Shapes (n_train,), (n_eval,)."""
-    order = np.random.default_rng(seed).permutation(len(dataset))
+def split(dataset, eval_fraction: float, seed: int) -> tuple[Order, Order]:
+    """Sample numbers for training and for validation, by a seeded shuffle; of n_train and of n_eval."""
+    order = Order(len(dataset), seed)
     held_out = int(len(dataset) * eval_fraction)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    return order[held_out:], order[:held_out]
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

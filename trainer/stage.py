@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
 
+from dataset.packing import Order
 from dataset.synthetic import ensure_world
 from model.lora import apply_lora, cast_frozen, count_line, freeze_all_but_lora
 from model.quantize import memory_line, quantize_model
@@ -100,7 +100,7 @@ def load_data(kind, tokenizer, args, ranks: Ranks) -> tuple[Batches, Batches | N
     args.content["training data of"] = identify(train_set)
     args.content["validation data of"] = identify(eval_set)
     if eval_paths:
-        train_samples, eval_samples = np.arange(len(train_set)), np.arange(len(eval_set))
+        train_samples, eval_samples = Order(len(train_set)), Order(len(eval_set))
     else:
         fraction = 0.01 if args.eval_fraction is None else args.eval_fraction
         train_samples, eval_samples = split(train_set, fraction, args.seed)

@@ -3,15 +3,28 @@
 import json
 import os
 import pickle
+import re
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataset import packing
 from dataset.jsonl import DataError
-from dataset.packing import CacheWriter, TokenCache, fingerprint, open_cache, pack_rows, single_rows
+from dataset.packing import (
+    CacheWriter,
+    Order,
+    TokenCache,
+    fingerprint,
+    open_cache,
+    pack_rows,
+    single_rows,
+    stamps,
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -50,13 +63,89 @@ def test_utilisation():
     assert abs(np.mean(fill[:100]) - np.mean(fill[-100:])) < 8
 
 
+@pytest.mark.parametrize("table", [1 << 20, 0])
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 17, 256, 257])
+def test_an_order_has_every_number_once(monkeypatch, size, table):
+    """With and without a table: a long order, which is computed, is a permutation as well."""
+    monkeypatch.setattr(packing, "TABLE", table)
+    order = Order(size, [3, 1])
+    assert len(order) == size and sorted(order) == list(range(size)) == sorted(np.asarray(order).tolist())
+    assert list(order) == list(Order(size, [3, 1])) == np.asarray(order).tolist()
+    assert [order[i] for i in range(size)] == order[list(range(size))].tolist()
+    assert size < 17 or list(order) != list(Order(size, [3, 2])) and list(order) != list(range(size))
+    assert list(Order(size)) == list(range(size))
+    part = order[size // 3 :]
+    assert list(part) == list(order)[size // 3 :] and len(part[1:3]) == max(0, min(3, len(part)) - 1)
+    assert np.array_equal(np.arange(size)[part], np.asarray(part))
+    with pytest.raises(IndexError):
+        part[len(part)]
+
+
+def test_a_computed_order_is_as_random_as_a_table(monkeypatch):
+    """Neighbours end up far apart, and every tenth of the places holds every tenth of the numbers alike."""
+    monkeypatch.setattr(packing, "TABLE", 0)
+    numbers = np.asarray(Order(100_000, 7))
+    counts, _, _ = np.histogram2d(np.arange(100_000), numbers, bins=10)
+    assert abs(counts - 1000).max() < 150  # five standard deviations of about 30
+    assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 0.02
+    assert (abs(np.diff(numbers)) < 10).mean() < 0.001
+    other = np.asarray(Order(100_000, 8))
+    assert (numbers == other).mean() < 0.001 and abs(np.corrcoef(numbers, other)[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("samples", [None, Order(5000, 3)[1000:], np.arange(0, 5000, 2)])
+def test_long_packings_are_kept_on_disk(tmp_path, monkeypatch, samples):
+    monkeypatch.setattr(packing, "CHUNK", 700)
+    lengths = np.random.default_rng(0).integers(1, 60, 5000).astype(np.int32)
+    count = 5000 if samples is None else len(samples)
+    chosen = lengths if samples is None else lengths[np.asarray(samples)]
+    rows = pack_rows(lengths, 64, 7, samples, cache_dir=tmp_path)
+    assert sorted(sample for row in rows for sample in row) == list(range(count))
+    assert all(0 < chosen[row].sum() <= 64 for row in rows) and chosen.sum() / (64 * len(rows)) > 0.9
+    (folder,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_pack", None)  # the second start packs nothing
+        again = pack_rows(lengths, 64, 7, samples, cache_dir=tmp_path)
+        assert list(again) == list(rows) == list(pickle.loads(pickle.dumps(rows)))
+        assert len(pickle.dumps(rows)) < 500
+    other = [(lengths, 64, 8, samples), (lengths, 65, 7, samples), (lengths[::-1].copy(), 64, 7, samples),
+             (lengths, 64, 7, Order(5000, 4)[1000:]), (lengths, 64, 7, np.arange(1, 5000, 2))]  # fmt: skip
+    for number, changed in enumerate(other, 2):
+        pack_rows(*changed, cache_dir=tmp_path)
+        assert len(list(tmp_path.iterdir())) == number
+    with pytest.raises(DataError, match="does not fit"):
+        pack_rows(lengths, 8, 7, samples, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == number
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is resident is read from /proc")
+def test_pages_that_were_read_are_given_back(tmp_path):
+    """Else reading 100 MB of tokens in random order would count as 100 MB of this process's memory."""
+    def resident():  # MB of mapped files
+        return int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+
+    with CacheWriter(tmp_path / "c", {"tokens": "uint16", "offsets": "int64"}) as writer:
+        writer.write("tokens", np.zeros(50 << 20))
+        writer.write("offsets", [0])
+    cache = TokenCache(tmp_path / "c")
+    before, most = resident(), 0.0
+    for start in np.random.default_rng(0).integers(0, 50 << 20, 5000):
+        assert cache.tokens[start : start + 100].sum() == 0
+        cache.was_read()
+        most = max(most, resident() - before)
+    assert most < 40
+
+
 def test_a_document_longer_than_the_row():
     with pytest.raises(DataError, match="9 tokens does not fit a row of 8"):
         pack_rows([1, 9], 8, seed=0)
 
 
+PLAIN = {name: dtype for name, dtype in TokenCache.ARRAYS.items() if name != "mask"}
+
+
 def write_cache(folder, samples=((1, 2, 3), (70_000, 5)), masked=True):
-    with CacheWriter(folder, "uint32", with_mask=masked) as writer:
+    with CacheWriter(folder, {n: t for n, t in TokenCache.ARRAYS.items() if masked or n != "mask"}) as writer:
         for ids in samples:
             writer.add(np.array(ids), np.ones(len(ids)) if masked else None, len(ids), 10 * len(ids))
         writer.meta = {"note": "小"}
@@ -78,7 +167,7 @@ def test_cache_round_trip_and_pickle(tmp_path, masked):
 
 def test_cache_is_complete_or_absent(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        with CacheWriter(tmp_path / "c", "uint16", with_mask=False) as writer:
+        with CacheWriter(tmp_path / "c", PLAIN) as writer:
             writer.add(np.array([1]), None, 0, 0)
             raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == [] and open_cache(tmp_path / "c") is None
@@ -99,7 +188,7 @@ def test_damaged_cache_is_written_again(tmp_path, damage):
 
 
 def test_two_writers_of_the_same_cache(tmp_path):
-    with CacheWriter(tmp_path / "c", "uint16", with_mask=False) as writer:
+    with CacheWriter(tmp_path / "c", PLAIN) as writer:
         writer.add(np.array([1]), None, 0, 0)
         write_cache(tmp_path / "c")  # the other one is done first
     assert len(TokenCache(tmp_path / "c")) == 2  # its result stays
@@ -109,8 +198,8 @@ def test_two_writers_of_the_same_cache(tmp_path):
 def test_what_killed_runs_left_is_removed_after_a_day(tmp_path):
     for name, age in [("tmp-old", 2 * 86400), ("tmp-young", 60)]:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "tokens.bin").write_bytes(b"")
-        os.utime(tmp_path / name / "tokens.bin", (time.time() - age,) * 2)
+        (tmp_path / name / "offsets.bin").write_bytes(b"")
+        os.utime(tmp_path / name / "offsets.bin", (time.time() - age,) * 2)
     write_cache(tmp_path / "c")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "tmp-young"]
 
@@ -133,3 +222,15 @@ def test_fingerprint_follows_path_size_time_and_settings(tmp_path):
     seen.add(fingerprint([str(path)], max_length=8))
     seen.add(fingerprint([str(path.rename(tmp_path / "b.jsonl"))], max_length=8))
     assert len(seen) == 5
+
+
+def test_a_change_with_the_old_date_put_back_is_noticed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("old")
+    os.utime(path, ns=(10, 10))
+    before = stamps([path])
+    time.sleep(0.02)  # the system's clock for files has ticks
+    path.write_text("new")
+    os.utime(path, ns=(10, 10))
+    after = stamps([path])
+    assert after[0][:3] == before[0][:3] and after != before
