@@ -214,7 +214,7 @@ class Speaker:
     def names(self) -> list[str]:
         """The adapters that /lora NAME finds: those given, and the folders beside the model and in out/."""
         found = [path.parent for home in self.homes() for path in sorted(home.glob("*/adapter_config.json"))]
-        return list(dict.fromkeys([*map(str, self.args.lora), *(path.name for path in found)]))
+        return list(dict.fromkeys(path.name for path in [*map(Path, self.args.lora), *found]))
 
     def encode(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """The token ids after which the answer begins."""

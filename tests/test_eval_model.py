@@ -222,7 +222,7 @@ def test_adapters_switch_and_mix_in_a_conversation(home, capsys, monkeypatch):
     assert said["2 hi"] == second[0] and said["5 hi"] == none[0]
     assert said["9 hi"] == said["11 hi"] and said["9 hi"] not in (first[0], second[0], none[0])
     a, b = home / "lora_a", home / "lora_b"
-    assert f"on: {b}; loaded: {b}, {a}" in said["3 /lora"]
+    assert f"on: {b}; loaded: {b}, {a}; there is: lora_a, lora_b" in said["3 /lora"]
     assert f"({b}: 14 layers adapted)" in said["1 /lora lora_b"]
     assert f"(0.5 {a} + 0.5 {b}: 14 layers adapted)" in said["8 /lora lora_a:0.5 lora_b:0.5"]
     assert err.count("error: missing: not found") == 1

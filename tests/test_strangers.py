@@ -1,6 +1,7 @@
 """Files of strangers: nothing in them runs, nothing they claim takes memory or time, no network is asked."""
 
 import ast
+import hashlib
 import io
 import json
 import os
@@ -26,6 +27,8 @@ from model.adapters import Adapters
 from model.lora import apply_lora, load_lora, save_lora
 from model.transformer import CausalLM, ModelConfig, ModelError
 from model.weights import load_model, load_tokenizer, save_model
+from trainer.args import UsageError
+from trainer.checkpoint import load_checkpoint
 
 ROOT = Path(eval_model.__file__).parent
 IDS = torch.arange(6)[None]
@@ -99,6 +102,23 @@ def test_a_pickle_with_code_does_not_run(tmp_path, form):
         assert "refused" in refused(load_model, file)
         assert "refused" in refused(load_lora, make_model(), file)
         assert "refused" in refused(Adapters(make_model()).load, file)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_checkpoint_with_code_does_not_run(tmp_path, bare):
+    """With the right checksum, which a stranger can write too."""
+    folder = tmp_path / "checkpoints" / "step_00000001"
+    folder.mkdir(parents=True)
+    state = {"settings": {}, "parameters": Payload(tmp_path / "ran")}
+    if bare:
+        (folder / "state.pt").write_bytes(pickle.dumps(state, protocol=2))
+    else:
+        torch.save(state, folder / "state.pt")
+    digest = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
+    (folder / "state.pt.sha256").write_text(f"{digest}  state.pt\n", encoding="ascii")
+    with pytest.raises(UsageError, match="damaged"):
+        load_checkpoint(tmp_path, {})
     assert not (tmp_path / "ran").exists()
 
 

@@ -164,6 +164,7 @@ def test_neither_base_nor_adapter_nor_other_files_are_written_over(home, refused
         refused(merge_lora, [*flags, home / out], words)
         if out != ".":
             refused(merge_lora, [*flags, home / out, "--overwrite"], words)
+    refused(merge_lora, [*flags, home / "lora" / "adapter_config.json"], "is a file; name a folder")
     assert before == {file: file.read_bytes() for file in home.rglob("*") if file.is_file()}
 
 
@@ -178,7 +179,7 @@ def test_mistakes_are_one_line(home, refused):
     other = CausalLM(ModelConfig(**{**SHAPE, "hidden_size": 64}))
     save_model(other, home / "other", load_tokenizer(home / "base"))
     adapter(load_model(home / "base"), home / "head", targets="lm_head")
-    for base, lora, words in (("base", "nowhere", "nowhere"), ("nowhere", "lora", "nowhere"),
+    for base, lora, words in (("base", "nowhere", "nowhere"), ("nowhere", "lora", "no model at"),
                               ("base", "head", "shared"), ("other", "lora", "lora")):
         flags = ["--load_from", home / base, "--lora", home / lora, "--out_dir", home / "m"]
         refused(merge_lora, flags, words)
