@@ -911,10 +911,11 @@ def worked_sum(a, b):
 
 
 def worked_difference(a, b):
-    """The tens first, then the units: 92 - 57 = 42 - 7 = 35."""
-    if b < 10:
+    """Tens and units apart here too: 97 - 52 = 40 + 5 = 45, and 92 - 57 = 40 - 5 = 35."""
+    if a < 10 and b < 10:
         return f"{a} - {b} = {a - b}"
-    return f"{a} - {b} = {a - b // 10 * 10} - {b % 10} = {a - b}"
+    tens, units = a // 10 * 10 - b // 10 * 10, a % 10 - b % 10
+    return f"{a} - {b} = {tens} {'-' if units < 0 else '+'} {abs(units)} = {a - b}"
 
 
 def steps_between(a, b):
