@@ -45,8 +45,8 @@ class Order(Sequence):
         rng = np.random.default_rng(seed)
         if seed is not None and size <= TABLE:
             self.table = rng.permutation(size)
-        self.half = np.uint64((max(1, size - 1).bit_length() + 1) // 2)  # bits of half a number
-        self.keys = rng.integers(0, 1 << 64, 6, dtype=np.uint64)
+        self.half = (max(1, size - 1).bit_length() + 1) // 2  # bits of half a number
+        self.keys = rng.integers(0, 1 << 64, 6, dtype=np.uint64).tolist()
 
     def __len__(self) -> int:
         return len(self.part)
@@ -56,8 +56,15 @@ class Order(Sequence):
             order = copy.copy(self)
             order.part = self.part[index]
             return order
+        if isinstance(index, list):  # a row's worth; numpy pays from some dozens on
+            return np.array([self[i] for i in index], dtype=np.int64)
         if isinstance(index, (int, np.integer)):
-            return int(self._numbers(np.array([self.part[index]]))[0])
+            number = self.part[index]
+            if self.seed is None or self.table is not None:
+                return number if self.seed is None else int(self.table[number])
+            while (number := self._mix(number)) >= self.size:
+                pass
+            return number
         return self._numbers(self.part.start + np.asarray(index, dtype=np.int64) * self.part.step)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -77,13 +84,14 @@ class Order(Sequence):
             numbers[large] = self._mix(numbers[large])
         return numbers.astype(np.int64)
 
-    def _mix(self, numbers: np.ndarray) -> np.ndarray:
-        mask = (np.uint64(1) << self.half) - np.uint64(1)
+    def _mix(self, numbers):
+        """One number, or an array of uint64, to as many others under 4 ** half."""
+        mask = (1 << self.half) - 1
         left, right = numbers >> self.half, numbers & mask
         for key in self.keys:
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ (mixed >> np.uint64(32) & mask)
+            mixed = (right ^ key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+            mixed = (mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ (mixed >> 32 & mask)
         return left << self.half | right
 
 
@@ -98,10 +106,10 @@ class Rows(Sequence):
 
     def __getitem__(self, index: int) -> list[int]:
         index = range(len(self))[index]  # negative indices; IndexError at the end
-        row = np.asarray(self.samples[self.offsets[index] : self.offsets[index + 1]]).tolist()
+        row = self.samples[self.offsets[index] : self.offsets[index + 1]]
         if self.cache is not None:
             self.cache.was_read()
-        return row
+        return row.tolist() if isinstance(row, np.ndarray) else list(row)
 
     def __reduce__(self):
         return (Rows, (self.samples, self.offsets)) if self.cache is None else (_mapped_rows, (self.cache,))
