@@ -154,8 +154,7 @@ def parse_json(text: str, what: str) -> object:
 # messages -> pieces
 
 
-def chat_pieces(messages: list[dict], tools: list | None = None,
-                add_generation_prompt: bool = False) -> list[Piece]:  # fmt: skip
+def chat_pieces(messages: list[dict], tools: list | None, add_generation_prompt: bool) -> list[Piece]:
     """A conversation as pieces (text, is_control, is_supervised), in order."""
     pieces = []
 

@@ -60,6 +60,7 @@ def test_windows_predict_every_token_once(make, tokenizer, max_length):
     text = "The little fox went to the river and 喝了水. " * 3
     whole = chat.encode_text(tokenizer, text) + [tokenizer.convert_tokens_to_ids("<|endoftext|>")]
     dataset = make(PretrainDataset, {"text": text}, {"text": "a"}, max_length=max_length)
+    assert len(dataset) == -(-(len(whole) - 1) // (max_length - 1)) + 1
     windows = list(dataset)[:-1]
     targets = torch.cat([labels[labels != -100] for _, labels in windows])
     assert targets.tolist() == whole[1:]
@@ -191,6 +192,15 @@ def test_second_start_reads_and_tokenises_nothing(make, tmp_path, monkeypatch):
         with pytest.raises(AssertionError):
             make(SFTDataset)
     assert len(make(SFTDataset)) == 3
+
+
+@pytest.mark.parametrize("size, dtype", [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
+def test_ids_of_a_large_vocabulary_fit(make, monkeypatch, size, dtype):
+    monkeypatch.setattr(lm_dataset, "token_bytes", lambda tokenizer: np.ones(size, dtype=np.int64))
+    dataset = make(PretrainDataset, {"text": "a b c"})
+    assert dataset.cache.tokens.dtype == dtype
+    reads = dataset.cache.reads
+    assert len(dataset[0][0]) > 2 and dataset.cache.reads == reads + 1  # so that pages are given back
 
 
 def test_another_tokenizer_gets_its_own_cache(make, tokenizer, tmp_path):
