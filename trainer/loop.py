@@ -178,7 +178,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
         loss_sum, logged_step, logged_tokens, logged_seconds = state["unlogged"]
         metrics, seconds_before = state["metrics"], state["seconds"]
     if not ranks.agree(step):
-        raise UsageError(f"--resume: the hosts see different checkpoints in {args.run_dir}: it must be shared")
+        raise UsageError(f"--resume: hosts see different checkpoints in {args.run_dir}, which must be shared")
     if ranks.is_main and not state:
         begin_anew(args.run_dir)
     wandb_project = (args.wandb_project or "seedling") if args.use_wandb else None

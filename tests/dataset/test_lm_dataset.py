@@ -194,6 +194,12 @@ def test_second_start_reads_and_tokenises_nothing(make, tmp_path, monkeypatch):
     assert len(make(SFTDataset)) == 3
 
 
+def test_a_sample_that_just_fits_is_not_reported(make, tokenizer):
+    length = len(chat.encode_chat(tokenizer, CHAT["conversations"])[0])
+    assert make(SFTDataset, CHAT, max_length=length).summary == ""
+    assert "cut" in make(SFTDataset, CHAT, max_length=length - 1).summary
+
+
 @pytest.mark.parametrize("size, dtype", [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
 def test_ids_of_a_large_vocabulary_fit(make, monkeypatch, size, dtype):
     monkeypatch.setattr(lm_dataset, "token_bytes", lambda tokenizer: np.ones(size, dtype=np.int64))
