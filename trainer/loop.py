@@ -309,11 +309,11 @@ def stop_signals():
     codes, seen = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}, []
 
     def ask(number, frame):
-        if not seen:
-            print("\nstopping after this step (again to stop at once)", flush=True)
+        if not seen and os.environ.get("RANK", "0") == "0":  # no print: it may be one that was interrupted
+            os.write(1, b"\nstopping after this step (again to stop at once)\n")
         # A terminal, or Slurm, signals torchrun and its processes, and torchrun hands it on to them: that
         # second one is nobody's wish.
-        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - seen[0][1] > ECHO:
+        if seen and ("TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - seen[0][1] > ECHO):
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         seen.append((codes[number], time.monotonic()))
 
