@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `--help` answers at once (importing torc
 """
 
 import argparse
+import errno
 import importlib.util
 import os
 import re
@@ -219,9 +220,6 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 def run_script(main, args: argparse.Namespace) -> None:
     """Runs `main(args)`. What goes wrong becomes one line on stderr and an exit code (EXIT_CODES)."""
-    from dataset.jsonl import DataError  # here, because --help needs neither
-    from model.transformer import ModelError
-
     def terminate(number, frame):
         raise Terminated
 
@@ -229,16 +227,12 @@ def run_script(main, args: argparse.Namespace) -> None:
     try:
         main(args)
         return
-    except (DataError, ModelError, UsageError, OSError) as error:  # OSError: a file that can't be read, say
-        code, line = 2, f"error: {error}"
-    except RunError as error:
-        code, line = 1, f"error: {error}"
     except Terminated:
         code, line = TERMINATED, "stopped by SIGTERM"
     except KeyboardInterrupt:
         code, line = INTERRUPTED, "stopped by Ctrl-C"
-    except (MemoryError, RuntimeError) as error:
-        code, line = 1, f"error: {failure(error, args)}"
+    except Exception as error:
+        code, line = explain(error, args)
     finally:
         signal.signal(signal.SIGTERM, before)
     if (rank := os.environ.get("RANK", "0")) != "0":
@@ -250,14 +244,22 @@ def run_script(main, args: argparse.Namespace) -> None:
     raise SystemExit(code)
 
 
-def failure(error: MemoryError | RuntimeError, args: argparse.Namespace) -> str:
-    """One line for what befalls a sound program; any other error is raised again, with its traceback."""
+def explain(error: Exception, args: argparse.Namespace) -> tuple[int, str]:
+    """(exit code, one line) for a mistake or a misfortune. A bug is raised again and keeps its traceback."""
+    from dataset.jsonl import DataError  # here, because --help needs neither
+    from model.transformer import ModelError
+
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return 1, f"error: {error}"
+    if isinstance(error, (DataError, ModelError, UsageError, OSError)):
+        return 2, f"error: {error}"
+    if isinstance(error, RunError):
+        return 1, f"error: {error}"
     # CUDA's is an OutOfMemoryError, the CPU's allocators raise a RuntimeError.
-    lacking = r"OutOfMemory|not enough memory|can't allocate memory"
-    if isinstance(error, MemoryError) or re.search(lacking, repr(error)):
-        return out_of_memory(str(error), args)
+    if re.search(r"MemoryError|not enough memory|can't allocate memory", repr(error)):
+        return 1, f"error: {out_of_memory(str(error), args)}"
     if re.search(r"Connection (closed|reset|refused)|gloo|NCCL|DataLoader worker", str(error)):
-        return f"a process that this one works with ended ({str(error).splitlines()[0]})"
+        return 1, f"error: a process that this one works with ended ({str(error).splitlines()[0]})"
     raise error
 
 

@@ -278,6 +278,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
                              "step": step, "batch": batch_number, "tokens": tokens, "seconds": clock_now(),
                              "metrics": metrics, "unlogged": unlogged, "settings": identity}
                     try:
+                        tracker.sync()
                         save_checkpoint(args.run_dir, step, state, args.keep_last)
                     except OSError as error:
                         failed = complaint(error, args.run_dir, step, state)
