@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.args import HelpFormatter, run_script
+from trainer.args import Parser, run_script
 
 METHODS = {  # the base weights, the optimizer
     "full fine-tuning": ("float32", "adamw"),
@@ -152,7 +152,7 @@ def print_table(results: dict, args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--preset", default="104m", help="shape of the model")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--batch_size", type=int, default=4, help="sequences")

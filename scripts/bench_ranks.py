@@ -8,7 +8,6 @@ same batches. Learning rates are tried for full fine-tuning and for rank 16, who
 The loss is that of --eval_data_path, or of a tenth of the data. A run that is there already is not repeated.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.args import ROOT, HelpFormatter, UsageError, run_script
+from trainer.args import ROOT, Parser, UsageError, run_script
 
 
 def held_out_loss(args, script: str, name: str, *flags: str) -> float:
@@ -63,7 +62,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     quickstart = ROOT / "out" / "quickstart"
     parser.add_argument("--load_from", type=Path, default=quickstart / "full_sft", metavar="DIR",
                         help="the base")

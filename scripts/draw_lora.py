@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.args import ROOT, HelpFormatter, run_script
+from trainer.args import ROOT, Parser, run_script
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers (Okabe & Ito 2008)
@@ -290,7 +290,7 @@ def loss_of_adapter(pair: Pair, path: Path) -> tuple[int, float]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     made = ROOT / "out" / "quickstart"
     parser.add_argument("--base", type=Path, nargs="+", metavar="DIR",
                         help="models before fine-tuning (default: out/quickstart/pretrain)")

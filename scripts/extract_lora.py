@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.args import HelpFormatter, run_script
+from trainer.args import Parser, run_script
 
 
 def main(args):
@@ -124,7 +124,7 @@ def print_table(layers: dict, rest: dict) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("base", type=Path, metavar="BASE", help="the model before")
     parser.add_argument("tuned", type=Path, metavar="TUNED", help="the model after")
     rank = parser.add_mutually_exclusive_group()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.args import HelpFormatter, run_script
+from trainer.args import Parser, run_script
 
 
 def main(args):
@@ -167,7 +167,7 @@ def arguments(folder: Path) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--load_from", type=Path, required=True, metavar="DIR", help="the base model")
     parser.add_argument("--lora", type=Path, nargs="+", required=True, metavar="DIR",
                         help="the adapter(s), folders or .pth files")

@@ -73,6 +73,7 @@ def is_finished(args, ranks: Ranks) -> bool:
                          f"on with it, another --name, or --overwrite to drop it")
     done = args.resume and saved.exists() and not unfinished.exists()
     if done and ranks.is_main:
+        drop_checkpoints(args.run_dir)  # what is left of them where that was interrupted
         print(f"{args.run_dir} is finished already; without --resume it is trained anew")
     return done
 

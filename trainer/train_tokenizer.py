@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.args import ROOT, HelpFormatter, UsageError, run_script
+from trainer.args import ROOT, Parser, UsageError, run_script
 
 END_OF_TEXT, TURN_START, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 # Their ids are 0, 1, 2, ... in this order. PAD is not TURN_END: a model padded with its end never stops.
@@ -197,9 +197,8 @@ def main(args):
 
 
 def parse_args():
-    import argparse
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", nargs="+", type=Path, metavar="FILE",
                       help="texts or chats, every format that training reads (default: the embedded world)")
