@@ -191,9 +191,11 @@ def damaged(run_dir: Path) -> str:
     """The first checkpoint that counts as finished and can't be loaded; empty where all can."""
     import torch
 
-    from trainer.checkpoint import checkpoints
+    from trainer.checkpoint import checkpoints, damage
 
     for folder in checkpoints(run_dir):
+        if reason := damage(folder):
+            return f"{folder.name}: {reason}"
         try:
             state = torch.load(folder / "state.pt", weights_only=True)
             if state["step"] != int(folder.name.removeprefix("step_")):
@@ -554,17 +556,9 @@ SECTIONS = {"kills": kills, "saves": saves, "processes": processes}
 
 def main(args):
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        import matplotlib.backends.backend_agg  # noqa: F401 - here, once, so that no fork has to
-        import matplotlib.figure  # noqa: F401
-        import transformers  # noqa: F401
-
-        import model.lora  # noqa: F401
-        import trainer.loop  # noqa: F401
-        import trainer.retention  # noqa: F401
-        import trainer.stage  # noqa: F401
-
         bench = Bench(Path(folder), args.trials, args.seed)
         bench.optimizers = args.optimizers
+        warm_up(bench)
         for name in args.only:
             SECTIONS[name](bench)
     print()
@@ -574,6 +568,19 @@ def main(args):
     if args.json:
         args.json.write_text(json.dumps(bench.rows, indent=1), encoding="utf-8")
     return int(any(row["kept"] < row["tried"] for row in bench.rows))
+
+
+def warm_up(bench: Bench) -> None:
+    """Trains once in this process: what is imported and initialised at first use costs no fork its time."""
+    out_dir = bench.fresh()
+    sys.argv = ["train_pretrain.py", *bench.flags("pretrain", out_dir)]
+    with (out_dir / "log").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        import dataset.lm_dataset
+        import model.lora  # noqa: F401
+        import trainer.retention  # noqa: F401
+
+        dataset.lm_dataset.CACHE_DIR = out_dir / "cache"
+        runpy.run_path(str(ROOT / "trainer" / "train_pretrain.py"), run_name="__main__")
 
 
 def parse_args(argv=None):
