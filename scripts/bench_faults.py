@@ -107,7 +107,12 @@ class Bench:
 # --- runs that can be harmed -------------------------------------------------------------------------------
 
 
-def start(stage: str, flags: list[str], out_dir: Path, prepare=None, log: str = "log") -> int:
+def log_of(out_dir: Path, rank: int = 0) -> Path:
+    """What a run said; beside the folder, which may be read-only."""
+    return out_dir.with_name(f"{out_dir.name}.log{rank}")
+
+
+def start(stage: str, flags: list[str], out_dir: Path, prepare=None, rank: int = 0) -> int:
     """`python trainer/train_STAGE.py FLAGS` in a fork, after `prepare()`; returns its process id."""
     script = str(ROOT / "trainer" / f"train_{stage}.py")
     sys.stdout.flush()
@@ -116,7 +121,7 @@ def start(stage: str, flags: list[str], out_dir: Path, prepare=None, log: str = 
         return pid
     code = 1
     try:
-        output = os.open(out_dir / log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        output = os.open(log_of(out_dir, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
         import dataset.lm_dataset
@@ -159,7 +164,7 @@ def run(stage: str, flags: list[str], out_dir: Path, prepare=None) -> tuple[int 
     code = wait(pid)
     if code is None:
         kill(pid)
-    return code, (out_dir / "log").read_text(encoding="utf-8", errors="replace")
+    return code, log_of(out_dir).read_text(encoding="utf-8", errors="replace")
 
 
 def weights_file(run_dir: Path) -> Path:
@@ -438,12 +443,10 @@ def make_read_only(bench: Bench) -> None:
     outcomes = []
     for _ in range(bench.trials // 3):
         out_dir = bench.fresh()
-        run_dir = out_dir / "pretrain"
-        run_dir.mkdir()
-        with mounted("--bind", run_dir, run_dir):
+        with mounted("--bind", out_dir, out_dir):
 
-            def remount(mode, run_dir=run_dir):
-                subprocess.run(["mount", "-o", f"remount,bind,{mode}", run_dir], check=True)
+            def remount(mode, out_dir=out_dir):
+                subprocess.run(["mount", "-o", f"remount,bind,{mode}", out_dir], check=True)
 
             outcomes.append(refused(bench, out_dir, partial(remount, "ro"), partial(remount, "rw"), "stop"))
         shutil.rmtree(out_dir)
@@ -523,11 +526,11 @@ def run_on(bench: Bench, stage: str, world_size: int, changes: dict) -> Path:
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
     flags = bench.flags(stage, out_dir, **changes)
-    ranks = [start(stage, flags, out_dir, lambda rank=rank: join(rank), f"log{rank}")
+    ranks = [start(stage, flags, out_dir, lambda rank=rank: join(rank), rank)
              for rank in range(world_size)]
     for rank, pid in enumerate(ranks):
         code = wait(pid)
-        said = (out_dir / f"log{rank}").read_text(encoding="utf-8")
+        said = log_of(out_dir, rank).read_text(encoding="utf-8")
         assert code == 0, (rank, code, said)
         assert "warning" not in said.lower(), said
     return out_dir
