@@ -517,18 +517,23 @@ def processes(bench: Bench) -> None:
                    f"largest difference of a step's loss {max(losses):.1e}, of a weight {max(weights):.1e}")
 
 
-def run_on(bench: Bench, stage: str, world_size: int, changes: dict) -> Path:
-    """Trains on so many processes, without torchrun; returns the --out_dir."""
-    out_dir, port = bench.fresh(), free_port()
+def start_ranks(stage: str, flags: list[str], out_dir: Path, world_size: int) -> list[int]:
+    """What torchrun does: so many processes that know of each other. Returns their ids."""
+    port = free_port()
 
     def join(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
-    flags = bench.flags(stage, out_dir, **changes)
-    ranks = [start(stage, flags, out_dir, lambda rank=rank: join(rank), rank)
-             for rank in range(world_size)]
-    for rank, pid in enumerate(ranks):
+    return [start(stage, flags, out_dir, partial(join, rank), rank) for rank in range(world_size)]
+
+
+def run_on(bench: Bench, stage: str, world_size: int, changes: dict, out_dir: Path | None = None) -> Path:
+    """Trains on so many processes, from the beginning or, in a given folder, on; returns the --out_dir."""
+    changes = changes | ({"resume": True} if out_dir else {})
+    out_dir = out_dir or bench.fresh()
+    pids = start_ranks(stage, bench.flags(stage, out_dir, **changes), out_dir, world_size)
+    for rank, pid in enumerate(pids):
         code = wait(pid)
         said = log_of(out_dir, rank).read_text(encoding="utf-8")
         assert code == 0, (rank, code, said)
@@ -541,7 +546,7 @@ def distance(run_dir: Path, reference: Path) -> tuple[float, float]:
     from safetensors.torch import load_file
 
     ours, theirs = ([m["loss"] for m in metrics(folder) if "loss" in m] for folder in (run_dir, reference))
-    assert len(ours) == len(theirs) == 50
+    assert len(ours) == len(theirs)
     loss = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     ours, theirs = load_file(weights_file(run_dir)), load_file(weights_file(reference))
     assert ours.keys() == theirs.keys()
@@ -554,7 +559,246 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-SECTIONS = {"kills": kills, "saves": saves, "processes": processes}
+# --- ranks -------------------------------------------------------------------------------------------------
+
+LAUNCHER = """
+import os, runpy, sys, time
+from datetime import timedelta
+sys.path.insert(0, {root!r})
+import dataset.lm_dataset, trainer.distributed
+dataset.lm_dataset.CACHE_DIR = {cache!r}
+if "TIMEOUT" in os.environ:  # of the collectives, in seconds
+    trainer.distributed.TIMEOUT = timedelta(seconds=float(os.environ["TIMEOUT"]))
+if "BUILD_SECONDS" in os.environ:  # how long a token cache takes at least
+    real = dataset.lm_dataset._TokenDataset._build
+    def build(*args):
+        open({cache!r} + ".building", "a").close()
+        time.sleep(float(os.environ["BUILD_SECONDS"]))
+        real(*args)
+    dataset.lm_dataset._TokenDataset._build = build
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Torchrun:
+    """torchrun with two processes on a script, which can be harmed and timed."""
+
+    def __init__(self, bench: Bench, out_dir: Path, *options: str, prefix=(), env=None, **changes):
+        launcher = out_dir.with_name(f"{out_dir.name}.py")
+        launcher.write_text(LAUNCHER.format(root=str(ROOT), cache=str(out_dir / "cache")), encoding="utf-8")
+        self.metrics = out_dir / "pretrain" / "metrics.jsonl"
+        self.said = out_dir.with_name(f"{out_dir.name}.said{bench.number}")
+        bench.number += 1
+        if not any("rdzv" in option for option in options):
+            options = ("--nproc_per_node=2", f"--master_port={free_port()}", *options)
+        with self.said.open("wb") as said:
+            self.process = subprocess.Popen(
+                [*prefix, sys.executable, "-m", "torch.distributed.run", *options, str(launcher),
+                 str(ROOT / "trainer" / "train_pretrain.py"), *bench.flags("pretrain", out_dir, **changes)],
+                stdout=said, stderr=subprocess.STDOUT, env=os.environ | (env or {}))
+
+    def wait_for_lines(self, count: int) -> None:
+        """Until metrics.jsonl has so many lines, or the run has ended."""
+        wait_until(lambda: self.process.poll() is not None
+                   or self.metrics.exists() and self.metrics.read_text().count("\n") >= count)
+
+    def kill_rank(self, rank: int) -> None:
+        agent = self.process.pid
+        for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+            if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
+                os.kill(int(pid), signal.SIGKILL)
+
+    def wait(self) -> tuple[int | None, str]:
+        """Exit code (None: it hung and was killed) and all that was said."""
+        try:
+            code = self.process.wait(HANG)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            code = None
+        return code, self.said.read_text(encoding="utf-8", errors="replace")
+
+
+def wait_until(true) -> None:
+    deadline = time.monotonic() + HANG
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+# Steps enough to be killed among, and a loss that the number of processes does not change.
+LONG = {"max_steps": 60, "learning_rate": 1e-3}
+
+
+def ranks(bench: Bench) -> None:
+    reference = run_on(bench, "pretrain", 2, LONG) / "pretrain"
+    dying_ranks(bench, reference)
+    restarts(bench, reference)
+    building_caches(bench)
+    uneven_data(bench)
+    other_numbers(bench)
+
+
+def dying_ranks(bench: Bench, reference: Path) -> None:
+    outcomes, seconds = [], []
+    for number in range(max(2, bench.trials // 5)):
+        out_dir, victim = bench.fresh(), number % 2
+        run = Torchrun(bench, out_dir, **LONG)
+        run.wait_for_lines(bench.rng.randint(1, 5))
+        began = time.monotonic()
+        run.kill_rank(victim)
+        code, said = run.wait()
+        seconds.append(time.monotonic() - began)
+        if code == 1:
+            outcomes.append(difference(run_on(bench, "pretrain", 2, LONG, out_dir) / "pretrain", reference))
+        else:
+            outcomes.append(f"ended with {code}: {said[-300:]}")
+    report(bench, "one of two ranks is killed: the job ends, and --resume comes to the same bits", outcomes,
+           f"the job was down after {max(seconds):.1f} s at most")
+
+
+def restarts(bench: Bench, reference: Path) -> None:
+    outcomes = []
+    for number in range(max(1, bench.trials // 10)):
+        out_dir = bench.fresh()
+        run = Torchrun(bench, out_dir, "--max-restarts=3", resume=True, **LONG)
+        for lines in (2, 9):
+            run.wait_for_lines(lines)
+            run.kill_rank((number + lines) % 2)
+            time.sleep(1)
+        code, said = run.wait()
+        outcomes.append(f"ended with {code}: {said[-300:]}" if code != 0 or "resumed at step" not in said
+                        else difference(out_dir / "pretrain", reference))
+    report(bench, "torchrun --max-restarts 3 with --resume, ranks killed twice: the same bits", outcomes)
+
+
+def building_caches(bench: Bench) -> None:
+    out_dir = bench.fresh()
+    code, said = Torchrun(bench, out_dir, env={"BUILD_SECONDS": "12", "TIMEOUT": "4"}).wait()
+    report(bench, "rank 0 builds the cache for three times the collective timeout: the others wait",
+           ["" if code == 0 else f"ended with {code}: {said[-300:]}"])
+    report(bench, "a run of two ranks ends without a warning",
+           ["" if "warn" not in said.lower() and "error" not in said.lower() else said])
+
+    out_dir = bench.fresh()
+    run = Torchrun(bench, out_dir, env={"BUILD_SECONDS": "600"})
+    wait_until((out_dir / "cache.building").exists)
+    began = time.monotonic()
+    run.kill_rank(0)
+    code, said = run.wait()
+    report(bench, "rank 0 is killed while it builds the cache: the job ends",
+           ["" if code == 1 else f"ended with {code}: {said[-300:]}"],
+           f"after {time.monotonic() - began:.1f} s")
+
+    out_dir = bench.fresh()
+    (bad := out_dir / "bad.jsonl").write_text('{"text": ""}\n')
+    code, said = Torchrun(bench, out_dir, data_path=bad).wait()
+    errors = re.findall("^(?:rank .: )?error:.*", said, re.MULTILINE)
+    report(bench, "rank 0 finds no usable record: the job ends with one complaint",
+           ["" if code == 1 and len(errors) == 1 else f"ended with {code}: {said[-300:]}"])
+
+
+def uneven_data(bench: Bench) -> None:
+    outcomes = []
+    for rows, batch_size in ((3, 4), (5, 4), (7, 5), (1, 1)):
+        data = bench.folder / f"rows{rows}.jsonl"
+        data.write_text("".join(bench.texts.read_text().splitlines(keepends=True)[:rows]))
+        changes = {"data_path": data, "batch_size": batch_size, "eval_fraction": 0, "no-packing": True,
+                   "max_steps": 50, "log_interval": 1, "learning_rate": 1e-3}
+        one, four = (run_on(bench, "pretrain", size, changes) / "pretrain" for size in (1, 4))
+        far = max(distance(four, one))
+        outcomes.append("" if far < 1e-5 else f"{rows} rows: {far:.1e}")
+    report(bench, "3, 5, 7 and 1 rows on 4 ranks: no hang, and the result of one process", outcomes)
+
+
+def other_numbers(bench: Bench) -> None:
+    outcomes, furthest = [], 0.0
+    changes = LONG | {"log_interval": 1, "max_steps": 50}
+    one = run_on(bench, "pretrain", 1, changes) / "pretrain"
+    for before, after in ((1, 2), (2, 1), (4, 2)):
+        out_dir = bench.fresh()
+        pids = start_ranks("pretrain", bench.flags("pretrain", out_dir, **changes), out_dir, before)
+        wait_until(lambda folder=out_dir: len(list((folder / "pretrain/checkpoints").glob("step_*"))) > 1)
+        for pid in pids:
+            kill(pid)
+        far = max(distance(run_on(bench, "pretrain", after, changes, out_dir) / "pretrain", one))
+        furthest = max(far, furthest)
+        outcomes.append("" if far < 1e-5 else f"{before} then {after}: {far:.1e}")
+    report(bench, "killed and resumed with another number of processes", outcomes,
+           f"largest difference {furthest:.1e}")
+
+
+# --- hosts -------------------------------------------------------------------------------------------------
+
+
+class Host:
+    """A network namespace with one address, on a cable to the other one."""
+
+    def __init__(self, number: int):
+        self.address, self.cable = f"10.77.0.{number}", f"cable{number}"
+        self.holder = subprocess.Popen(["unshare", "-n", "sleep", "infinity"])
+        us = os.readlink("/proc/self/ns/net")
+        wait_until(lambda: os.readlink(f"/proc/{self.holder.pid}/ns/net") != us)
+        self.inside = ["nsenter", f"--net=/proc/{self.holder.pid}/ns/net"]
+
+    def ip(self, *words: str) -> None:
+        subprocess.run([*self.inside, "ip", *words], check=True)
+
+    def train(self, bench: Bench, out_dir: Path, endpoint: str) -> Torchrun:
+        # The processes of a host live in a process namespace too: all die with its first one.
+        return Torchrun(
+            bench, out_dir, "--nnodes=2", "--nproc_per_node=1", "--max-restarts=5", "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={endpoint}:29400", "--rdzv-id=faults", f"--local-addr={self.address}",
+            prefix=[*self.inside, "unshare", "-pf", "--kill-child"],
+            env={"GLOO_SOCKET_IFNAME": self.cable, "TIMEOUT": "20"}, resume=True, **LONG)
+
+
+def hosts(bench: Bench) -> None:
+    promise = "two hosts (network namespaces), one killed and started again: the same bits"
+    if reason := no_mounts() or ("" if shutil.which("ip") else "there is no `ip` (iproute2)"):
+        return bench.skip(promise, reason)
+    reference = run_on(bench, "pretrain", 2, LONG) / "pretrain"
+    one, two = Host(1), Host(2)
+    try:
+        one.ip("link", "add", one.cable, "type", "veth", "peer", "name", two.cable, "netns",
+               str(two.holder.pid))
+        for host in (one, two):
+            host.ip("address", "add", f"{host.address}/24", "dev", host.cable)
+            for device in ("lo", host.cable):
+                host.ip("link", "set", device, "up")
+        outcomes = []
+        for _ in range(max(1, bench.trials // 15)):
+            outcomes.append(host_dies(bench, one, two, reference, unplugged=False))
+        report(bench, promise, outcomes)
+        report(bench, "a host falls silent (its cable is pulled), and another takes its place: the same bits",
+               [host_dies(bench, one, two, reference, unplugged=True)], "after the timeout, set to 20 s here")
+    finally:
+        for host in (one, two):
+            host.holder.kill()
+            host.holder.wait()
+
+
+def host_dies(bench: Bench, one: Host, two: Host, reference: Path, unplugged: bool) -> str:
+    out_dir = bench.fresh()
+    first, second = (host.train(bench, out_dir, one.address) for host in (one, two))
+    first.wait_for_lines(4)
+    if unplugged:
+        two.ip("link", "set", two.cable, "down")
+        time.sleep(25)  # past the timeout
+    second.process.kill()
+    second.process.wait()
+    if first.process.poll() is not None:
+        return f"the other host ended too: {first.wait()[1][-300:]}"
+    if unplugged:
+        two.ip("link", "set", two.cable, "up")
+    again = two.train(bench, out_dir, one.address)
+    (code, said), (other_code, other_said) = first.wait(), again.wait()
+    if code or other_code:
+        return f"ended with {code} and {other_code}: {said[-300:]} {other_said[-300:]}"
+    return difference(out_dir / "pretrain", reference) if "resumed at step" in said else "nothing resumed"
+
+
+SECTIONS = {"kills": kills, "saves": saves, "processes": processes, "ranks": ranks, "hosts": hosts}
 
 
 def main(args):
