@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-import tempfile
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -98,12 +98,17 @@ def ends(name: str, ending: str) -> bool:
 def _replacing(folder: Path):
     """A temporary folder whose files, when all are written, move into `folder`, adapter_config.json last."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving_") as temporary:  # same disk: atomic moves
-        yield Path(temporary)
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == CONFIG):
+    temporary = folder / ".writing"  # same disk: atomic moves; one name: what a kill left goes now
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG):
             with open(file, "rb+") as stream:
                 os.fsync(stream.fileno())
             os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _tensors(loras: dict, key: str) -> dict[str, torch.Tensor]:

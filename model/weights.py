@@ -329,7 +329,7 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
     if quantized := quantization_config(model):
         config["quantization_config"] = quantized
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.writing")  # one name: what a kill leaves, the next call removes
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

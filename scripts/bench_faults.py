@@ -14,6 +14,7 @@ was broken.
 import argparse
 import contextlib
 import json
+import math
 import mmap
 import os
 import random
@@ -187,7 +188,7 @@ def difference(run_dir: Path, reference: Path) -> str:
         return "another metrics.jsonl"
     if (run_dir / "checkpoints").exists():
         return "checkpoints left behind"
-    if left := [p.name for p in run_dir.parent.iterdir() if p.name.startswith(".")]:
+    if left := [p.name for folder in (run_dir, run_dir.parent) for p in folder.glob(".*")]:
         return f"left behind: {left}"
     return ""
 
@@ -336,7 +337,7 @@ def kill_at_file_operations(bench: Bench) -> None:
 def kill_within_writes(bench: Bench) -> None:
     """The kernel itself kills the process (SIGXFSZ) as it writes past byte n of its checkpoint."""
     size, outcomes = checkpoint_size(bench), []
-    for _ in range(bench.trials // 3):
+    for _ in range(math.ceil(bench.trials / 3)):
         out_dir, save, limit = bench.fresh(), bench.rng.randint(1, 8), bench.rng.randrange(size)
 
         def lower(n, save=save, limit=limit):
@@ -402,7 +403,7 @@ def refuse_large_files(bench: Bench) -> None:
     size = checkpoint_size(bench)
     for policy in ("stop", "continue"):
         outcomes = []
-        for _ in range(bench.trials // 3):
+        for _ in range(math.ceil(bench.trials / 3)):
             out_dir, limit = bench.fresh(), bench.rng.randrange(8192, size)
             outcomes.append(refused(bench, out_dir, lambda limit=limit: limit_file_size(limit),
                                     lambda: limit_file_size(resource.RLIM_INFINITY), policy))
@@ -418,7 +419,7 @@ def fill_the_disk(bench: Bench) -> None:
             bench.skip(promise, reason)
             continue
         outcomes = []
-        for _ in range(bench.trials // 3):
+        for _ in range(math.ceil(bench.trials / 3)):
             out_dir, free = bench.fresh(), bench.rng.randrange(size)
             with mounted("-t", "tmpfs", "-o", f"size={8 * size}", "tmpfs", out_dir):
                 filler = out_dir / "filler"
@@ -441,7 +442,7 @@ def make_read_only(bench: Bench) -> None:
     if reason := no_mounts():
         return bench.skip(promise, reason)
     outcomes = []
-    for _ in range(bench.trials // 3):
+    for _ in range(math.ceil(bench.trials / 3)):
         out_dir = bench.fresh()
         with mounted("--bind", out_dir, out_dir):
 
@@ -456,7 +457,7 @@ def make_read_only(bench: Bench) -> None:
 def slow_the_disk(bench: Bench) -> None:
     """Each operation on a file takes 20 ms, fsync 0.2 s: nearly all the time is spent within saves."""
     outcomes = []
-    for _ in range(bench.trials // 3):
+    for _ in range(math.ceil(bench.trials / 3)):
         out_dir = bench.fresh()
 
         def prepare(out_dir=out_dir):
