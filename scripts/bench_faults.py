@@ -666,7 +666,6 @@ def restarts(bench: Bench, reference: Path) -> None:
         for lines in (2, 9):
             run.wait_for_lines(lines)
             run.kill_rank((number + lines) % 2)
-            time.sleep(1)
         code, said = run.wait()
         outcomes.append(f"ended with {code}: {said[-300:]}" if code != 0 or "resumed at step" not in said
                         else difference(out_dir / "pretrain", reference))
@@ -750,6 +749,7 @@ class Host:
         return Torchrun(
             bench, out_dir, "--nnodes=2", "--nproc_per_node=1", "--max-restarts=5", "--rdzv-backend=c10d",
             f"--rdzv-endpoint={endpoint}:29400", "--rdzv-id=faults", f"--local-addr={self.address}",
+            f"--rdzv-conf=is_host={int(self.address == endpoint)}",
             prefix=[*self.inside, "unshare", "-pf", "--kill-child"],
             env={"GLOO_SOCKET_IFNAME": self.cable, "TIMEOUT": "20"}, resume=True, **LONG)
 

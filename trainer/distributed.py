@@ -126,7 +126,12 @@ def join_ranks(device_flag: str) -> Ranks:
         torch.cuda.set_device(device)
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+            # torchrun on one host may give --max-restarts the store of the first start, where the addresses
+            # of dead processes lie. (Several hosts count their restarts apart, and get a store each time.)
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world_size)
         return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=PATIENCE))
     return Ranks(rank, world_size, device)
 
