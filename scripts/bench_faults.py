@@ -839,9 +839,9 @@ def warm_up(bench: Bench) -> None:
 
 
 def parse_args(argv=None):
-    from trainer.args import HelpFormatter
+    from trainer.args import Parser
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="PART",
                         help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--trials", type=int, default=30, metavar="N", help="of each kind (default: 30)")
