@@ -11,7 +11,6 @@ namespaces; where the system allows neither, those rows say so and are not count
 was broken.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -844,7 +843,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="PART",
                         help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--trials", type=int, default=30, metavar="N", help="of each kind (default: 30)")
+    parser.add_argument("--trials", type=int, default=30, metavar="N", help="of each kind")
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "muon"], metavar="NAME")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
