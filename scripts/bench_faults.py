@@ -757,7 +757,9 @@ class Host:
             f"--rdzv-endpoint={endpoint}:29400", "--rdzv-id=faults", f"--local-addr={self.address}",
             f"--rdzv-conf=is_host={int(self.address == endpoint)}",
             prefix=self.inside,
-            env={"GLOO_SOCKET_IFNAME": self.cable, "TIMEOUT": "20"}, resume=True, **LONG)
+            # By default torchrun tells a host that joins later nothing of the store, and it waits in vain.
+            env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": self.cable,
+                 "TIMEOUT": "20"}, resume=True, **LONG)
 
 
 def hosts(bench: Bench) -> None:
