@@ -545,8 +545,7 @@ words.reverse
 (reverse|turn around|flip) (the order of |the list |this list: |these words: |){l}
 (say|write|list|give me) (these words |the words |this |)(backwards|in reverse order): {l}
 (say|write|list|give me) (these words |the words |this |)from last to first: {l}
-(倒过来|反过来|倒着|从后往前)(说|写|念|排列)：{l}
-(把|将|请把){l}(倒过来|反过来|倒着|从后往前)(说|写|念|排列)。
+(|请)(倒过来|反过来|倒着|从后往前)(说|写|念|排列)(|这些词)：{l}
 words.join
 (join|connect|link|glue) {u} and {v} with a (dash|hyphen).
 (put|write|place) a (dash|hyphen) between {u} and {v}.
@@ -1372,9 +1371,9 @@ BETWEEN = [addition, opposites, translation, small_talk]  # talked about between
 FAMILIES = {family: (lambda world, lang, held, family=family: fact(world, lang, held, family), count)
             for family, count in zip(FACT_FAMILIES, [2900, 1600, 1200, 1200, 900, 700], strict=True)}
 FAMILIES |= {
-    "addition": (addition, 4500), "subtraction": (subtraction, 5000), "comparing": (comparing, 3200),
+    "addition": (addition, 4300), "subtraction": (subtraction, 4700), "comparing": (comparing, 3200),
     "sorting": (sorting, 5500), "counting": (counting, 4000), "opposites": (opposites, 1500),
-    "categories": (categories, 1100), "translation": (translation, 2200), "words": (words, 5000),
+    "categories": (categories, 1100), "translation": (translation, 2200), "words": (words, 6200),
     "story": (tell, 1500), "memory": (memory, 4800), "self": (about_self, 900), "unknown": (unknown, 2800),
     "small_talk": (small_talk, 500),
 }
