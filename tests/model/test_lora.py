@@ -722,6 +722,32 @@ def test_fast_and_plain_agree(options):
     assert all(close(a, b) for a, b in zip(fast, plain, strict=True))
 
 
+@pytest.mark.parametrize("training, dropout, fast", [(True, 0.0, 1), (False, 0.5, 1), (True, 0.5, 0)])
+def test_the_fast_way_is_taken_unless_it_drops_out(training, dropout, fast, monkeypatch):
+    layer = nn.Sequential(nn.Linear(6, 10))
+    L.apply_lora(layer, rank=3, dropout=dropout)
+    L.freeze_all_but_lora(layer)
+    calls, apply = [], L._LoRAMatMul.apply
+    monkeypatch.setattr(L._LoRAMatMul, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
+    layer.train(training)(torch.randn(2, 6))
+    assert len(calls) == fast
+
+
+def test_what_a_lora_is_by_default_and_where_it_lies():
+    lora = L.LoRA(6, 10, 3)
+    assert (lora.alpha, lora.scaling, lora.dropout, lora.rslora) == (3.0, 1.0, 0.0, False)
+    assert {p.device.type for p in L.LoRA(6, 10, 3, device="meta").parameters()} == {"meta"}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert {p.dtype for p in L.LoRA(6, 10, 3).parameters()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model = ours()
+    L.apply_lora(model, rank=4, init="pissa")  # what it started at moves with it
+    moved = model.to("meta").model.layers[0].self_attn.q_proj.lora
+    assert {t.device.type for t in (moved.A.weight, moved.B.weight, moved.A0, moved.B0)} == {"meta"}
+
+
 def test_fast_gradients_are_right():
     layer = nn.Sequential(nn.Linear(5, 7)).double()
     L.apply_lora(layer, rank=3, alpha=5)

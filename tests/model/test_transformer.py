@@ -146,11 +146,67 @@ def test_without_labels_there_is_no_loss():
     assert small()(tokens()).loss is None
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("targets", [1, 9])
+def test_loss_by_hand(everywhere, targets, monkeypatch):
+    """Every token can be a target, also 98 to 102; on a CPU, and (everywhere) as compiled and on a GPU."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: everywhere)
+    model, ids = small(vocab_size=128), torch.arange(94, 104)[None]
+    labels = torch.full_like(ids, -100)
+    labels[:, 1:1 + targets] = ids[:, 1:1 + targets]
+    output = model(ids, labels)
+    logs = output.logits[0].log_softmax(-1)
+    by_hand = -sum(logs[t - 1, ids[0, t]] for t in range(1, 1 + targets))
+    torch.testing.assert_close(output.loss_sum, by_hand)
+    torch.testing.assert_close(output.loss, by_hand / targets)
+    assert output.num_targets == targets
+
+
 def test_first_label_is_never_learnt():
     model, ids = small(), tokens()
     labels = ids.clone()
     labels[:, 0] = -100
     assert torch.equal(model(ids, ids).loss, model(ids, labels).loss)
+
+
+# --- positions and masks ---
+
+
+def seen(mask):
+    return mask.squeeze(1).int().tolist()
+
+
+def test_positions_and_masks_of_packed_documents():
+    ids = torch.zeros(1, 5, dtype=torch.long)
+    positions, mask = transformer.positions_and_mask(small().config, ids, torch.tensor([[7, 7, 7, 9, 9]]))
+    assert positions.tolist() == [[0, 1, 2, 0, 1]]
+    sevens = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
+    assert seen(mask) == [[*sevens, [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]]
+
+
+def test_positions_and_masks_with_a_window():
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    positions, mask = transformer.positions_and_mask(small(sliding_window=2).config, ids)
+    assert positions.tolist() == [[0, 1, 2, 3]]
+    assert seen(mask) == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]]
+
+
+def test_positions_and_masks_over_a_cache():
+    config, ids = small().config, torch.zeros(2, 4, dtype=torch.long)
+    padded = KVCache(config, 2, 9, start=torch.tensor([0, 2]))
+    positions, mask = transformer.positions_and_mask(config, ids, cache=padded)
+    assert positions.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    whole = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    pads = [[1, 0, 0, 0], [0, 1, 0, 0]]  # each sees itself
+    assert seen(mask) == [whole, [*pads, [0, 0, 1, 0], [0, 0, 1, 1]]]
+
+    cache = KVCache(config, 2, 9, dtype=torch.bfloat16)
+    assert {t.dtype for t in cache.k + cache.v} == {torch.bfloat16}
+    for past, new, expected in ((0, 4, None), (3, 1, None), (3, 2, [[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]])):
+        cache.length = past
+        positions, mask = transformer.positions_and_mask(config, ids[:, :new], cache=cache)
+        assert positions.tolist() == [list(range(past, past + new))]
+        assert mask is None if expected is None else seen(mask) == expected
 
 
 # --- packing ---
@@ -243,6 +299,20 @@ def test_cache_says_when_it_is_full_or_misused():
 
 
 # --- how it runs ---
+
+
+@pytest.mark.parametrize("wanted, training, cached, times", [
+    (True, True, False, 2), (False, True, False, 1), (True, False, False, 1), (True, True, True, 1)])
+def test_blocks_run_twice_only_where_it_was_asked_for(wanted, training, cached, times, monkeypatch):
+    model, calls = small(num_hidden_layers=1).train(training), []
+    model.gradient_checkpointing = wanted
+    forward = transformer.Block.forward
+    monkeypatch.setattr(transformer.Block, "forward", lambda *inputs: calls.append(1) or forward(*inputs))
+    cache = KVCache(model.config, 2, 12, dtype=torch.float32) if cached else None
+    loss = model(tokens(), tokens(), cache=cache).loss
+    if not cached:  # which is written in place, and for decoding
+        loss.backward()
+    assert len(calls) == times
 
 
 def test_gradient_checkpointing_gives_equal_gradients():
