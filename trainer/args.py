@@ -176,6 +176,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     it will hold what identifies the data and the weights (see trainer/stage.py).
     """
     args = parser.parse_args(argv)
+    for word in sys.argv[1:] if argv is None else argv:
+        if not word.isascii() and word != word.encode("utf-8", "replace").decode("utf-8"):
+            parser.error(f"{word!a} is not valid UTF-8, which names of files must be here")
     if args.max_minutes is not None and not args.max_minutes > 0:
         parser.error(f"--max_minutes must be above 0, not {args.max_minutes}")
     args.stop_at = time.monotonic() + 60 * args.max_minutes if args.max_minutes else float("inf")
@@ -189,7 +192,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("eval_interval", "num_workers", "weight_decay", "grad_clip"):
-        if getattr(args, name) < 0:
+        if not getattr(args, name) >= 0:  # nan is not
             parser.error(f"--{name} must not be negative, but is {getattr(args, name)}")
     for name in ("eval_fraction", "warmup_ratio", "replay"):
         if not 0 <= (getattr(args, name) or 0) < 1:
@@ -204,10 +207,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         parser.error(f"--lora_plus_ratio must be above 0 and finite, not {args.lora_plus_ratio}")
     if "8bit" in args.optimizer and not importlib.util.find_spec("bitsandbytes"):
         parser.error(f"--optimizer {args.optimizer} needs bitsandbytes: pip install bitsandbytes")
+    if args.use_wandb and not importlib.util.find_spec("wandb"):
+        parser.error("--use_wandb needs wandb: pip install wandb")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be from 0 to 2^32 - 1, not {args.seed}")
-    if not args.learning_rate > 0:
-        parser.error(f"--learning_rate must be above 0, not {args.learning_rate}")
+    if not 0 < args.learning_rate < float("inf"):
+        parser.error(f"--learning_rate must be above 0 and finite, not {args.learning_rate}")
     if args.max_seq_len < 2:
         parser.error("--max_seq_len must be at least 2: a token, and one to predict from it")
     if args.name in ("", ".", "..") or "/" in args.name or "\\" in args.name:
@@ -278,6 +283,8 @@ def command_to_resume() -> str:
             words = ["torchrun", *parent[2:]] if Path(parent[1]).name == "torchrun" else parent
         else:
             words = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}", *sys.argv]
+    # --overwrite, or as much of it as was typed, has done its work.
+    words = [word for word in words if not (len(word) > 3 and "--overwrite".startswith(word))]
     words += [] if "--resume" in words else ["--resume"]
     return shlex.join(words) if os.name == "posix" else subprocess.list2cmdline(words)
 

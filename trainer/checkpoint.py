@@ -23,9 +23,15 @@ from trainer.args import RunError, UsageError
 # Flags that may differ between the first part of a run and its continuation: the result is the same, with
 # the third line to float rounding.
 FREE = {"resume", "overwrite", "save_interval", "keep_last", "on_full_disk", "max_minutes", "log_interval",
-        "num_workers", "device", "use_wandb", "wandb_project", "out_dir", "run_dir", "strict",
+        "num_workers", "device", "use_wandb", "wandb_project", "out_dir", "name", "run_dir", "strict",
         "micro_batch_size", "gradient_checkpointing", "compile",
         "stop_at", "content"}  # no flags
+# Flags that name files, which may lie elsewhere by now: what is in them is compared (args.content).
+PLACES = {"--data_path", "--eval_data_path", "--retain_data_path", "--load_from", "--tokenizer"}
+STATE = {"parameters", "scaler", "optimizers", "step", "batch", "tokens", "seconds", "metrics", "unlogged",
+         "settings"}  # what the loop saves
+OTHER_VERSION = ("--resume: the checkpoint was written by another version of this code: go on with that one, "
+                 "or start anew with --overwrite")
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -149,8 +155,11 @@ def load_checkpoint(run_dir: Path, now: dict[str, str], is_main: bool = True) ->
             raise UsageError(f"--resume: every checkpoint is damaged: {', '.join(str(p) for p in found)}; "
                              f"start anew with --overwrite")
         return None
+    if not isinstance(state, dict) or "settings" not in state:
+        raise UsageError(OTHER_VERSION)
     for name, before in state["settings"].items():
-        if now.get(name) != before:
+        moved = name in PLACES and "None" not in (before, now.get(name))
+        if now.get(name) != before and not moved:
             raise UsageError(f"--resume: this run began with {name} {before}, not {now.get(name)}; "
                              f"give the same, or start anew with --overwrite")
     return state
@@ -158,6 +167,8 @@ def load_checkpoint(run_dir: Path, now: dict[str, str], is_main: bool = True) ->
 
 def restore(state: dict, model: nn.Module, optimizers: list, scaler) -> None:
     """Puts a loaded state back, strictly: every trained parameter must be there in its shape."""
+    if not state.keys() >= STATE:
+        raise UsageError(OTHER_VERSION)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in state["parameters"].items()}:
         raise UsageError("--resume: the checkpoint holds other parameters than this model; "

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import torch
@@ -186,7 +186,8 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     old_rows = f" and {batches.num_old:,} old" if batches.num_old else ""
     tracker.say(f"{len(batches.rows):,}{old_rows} rows, {max_steps:,} steps of {args.batch_size} rows, "
                 f"{str(dtype).removeprefix('torch.')} on {device} x {ranks.world_size}"
-                + (f", resumed at step {step:,}" if state else ""))
+                + (f", resumed at step {step:,}" if state else "")
+                + ", from the start: no checkpoint to resume from" * bool(args.resume and not state))
     if args.compile:
         model.compile()  # in place: names of parameters stay as they are
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world_size > 1 else model
@@ -311,7 +312,8 @@ def stop_signals():
 
     def ask(number, frame):
         if not seen and os.environ.get("RANK", "0") == "0":  # no print: it may be one that was interrupted
-            os.write(1, b"\nstopping after this step (again to stop at once)\n")
+            with suppress(OSError):
+                os.write(1, b"\nstopping after this step (again to stop at once)\n")
         # A terminal, or Slurm, signals torchrun and its processes, and torchrun hands it on to them: that
         # second one is nobody's wish.
         if seen and ("TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - seen[0][1] > ECHO):

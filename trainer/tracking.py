@@ -4,7 +4,10 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+
+from trainer.args import UsageError
 
 
 class Tracker:
@@ -29,33 +32,41 @@ class Tracker:
         if wandb_project:
             import wandb  # here, because it is slow to import and few need it
 
-            self.wandb = wandb.init(project=wandb_project, name=run_dir.name, dir=str(run_dir), config=config)
+            try:
+                self.wandb = wandb.init(project=wandb_project, name=run_dir.name, dir=run_dir, config=config)
+            except wandb.Error as error:  # no account, no network
+                raise UsageError(f"--use_wandb: {str(error).strip()}; with WANDB_MODE=offline in the "
+                                 f"environment neither account nor network is needed") from None
 
     def log(self, metrics: dict) -> None:
         """Appends one object to metrics.jsonl, so that a killed run keeps it and others can watch it grow."""
         if not self.active:
             return
         self.unwritten += json.dumps(metrics) + "\n"
-        size = self.path.stat().st_size
+        size = None
         try:
             with self.path.open("a", encoding="utf-8", newline="\n") as file:
+                size = file.tell()
                 file.write(self.unwritten)
             self.unwritten = ""
         except OSError as error:
-            os.truncate(self.path, size)  # a part of a line may be there
-            print(f"warning: {self.path} can't be written ({error.strerror})", file=sys.stderr)
+            if size is not None:
+                os.truncate(self.path, size)  # a part of a line may be there
+            self.say(f"warning: {self.path} can't be written ({error.strerror})", sys.stderr)
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
     def sync(self) -> None:
         """Puts on the disk what is logged: a power cut leaves no checkpoint that is ahead of its log."""
         if self.active:
-            with self.path.open("rb+") as file:
+            with suppress(FileNotFoundError), self.path.open("rb+") as file:  # somebody may have removed it
                 os.fsync(file.fileno())
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, file=None) -> None:
+        """Prints; where nobody reads it any more (`| head`), or its file is on a full disk, nothing."""
         if self.active:
-            print(line, flush=True)
+            with suppress(OSError):
+                print(line, file=file, flush=True)
 
     def finish(self) -> None:
         """Draws loss.png and closes Weights & Biases."""
@@ -64,21 +75,21 @@ class Tracker:
         try:
             plot_loss(read_metrics(self.path), self.path.with_name("loss.png"))
         except OSError as error:
-            print(f"warning: loss.png can't be written ({error.strerror})", file=sys.stderr)
+            self.say(f"warning: loss.png can't be written ({error.strerror})", sys.stderr)
         if self.wandb:
             self.wandb.finish()
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The objects of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    """The objects of a metrics.jsonl; a line that a kill cut off, or that no run wrote, is left out."""
     if not path.exists():
         return []
     metrics = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("step"), int):
+                metrics.append(found)
     return metrics
 
 

@@ -18,7 +18,7 @@ import trainer.checkpoint
 import trainer.loop
 import trainer.stage
 from trainer.args import UsageError
-from trainer.checkpoint import begin_anew, checkpoints, load_checkpoint, save_checkpoint
+from trainer.checkpoint import begin_anew, checkpoints, load_checkpoint, restore, save_checkpoint
 from trainer.optim import learning_rate_factor
 from trainer.tracking import Tracker, read_metrics
 
@@ -308,6 +308,32 @@ def test_resume_on_two_processes_goes_on_with_the_same_batches(workshop, read_lo
         torch.testing.assert_close(tensors(two)[name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
+def test_a_run_that_was_moved_goes_on(workshop, finished, interrupted, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "renamed")
+    data = tmp_path / "moved.jsonl"
+    shutil.copy(workshop.texts, data)
+    flags = workshop.flags("pretrain", tmp_path, name="renamed", data_path=data)
+    ended = workshop.run("pretrain", *flags, "--resume")
+    assert ended.code == 0 and "resumed at step 10" in ended.out
+    ours, theirs = tensors(tmp_path / "renamed"), tensors(finished["pretrain"][0])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_places_may_change_but_not_whether_there_are_any(tmp_path):
+    now = {"--data_path": "['a']", "--eval_data_path": "None"}
+    save_checkpoint(tmp_path, 1, dict.fromkeys(trainer.checkpoint.STATE) | {"settings": now}, keep_last=1)
+    assert load_checkpoint(tmp_path, now | {"--data_path": "['b']"})
+    with pytest.raises(UsageError, match="began with --eval_data_path None, not"):
+        load_checkpoint(tmp_path, now | {"--eval_data_path": "['a']"})
+
+
+@pytest.mark.parametrize("state", [{"step": 1, "settings": {}}, {"step": 1}, [1, 2]])
+def test_a_checkpoint_of_another_version_is_refused(state, tmp_path):
+    save_checkpoint(tmp_path, 1, state, keep_last=1)
+    with pytest.raises(UsageError, match="was written by another version of this code"):
+        restore(load_checkpoint(tmp_path, {}), torch.nn.Linear(1, 1), [], None)
+
+
 def test_an_unfinished_run_is_not_dropped_by_mistake(workshop, interrupted):
     before = {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")}
     line = workshop.run("pretrain", *workshop.flags("pretrain", interrupted.parent)).error
@@ -445,6 +471,28 @@ def test_a_disk_too_full_for_the_log(tmp_path, file_limit, capsys):
     assert "metrics.jsonl can't be written (File too large)" in capsys.readouterr().err
     tracker.log({"step": 4, "loss": 0.4})
     assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_log_that_somebody_removed_or_wrote_into(tmp_path, capsys):
+    tracker = Tracker(tmp_path / "run", active=True)
+    tracker.path.unlink()
+    tracker.sync()
+    tracker.log({"step": 1})
+    assert read_metrics(tracker.path) == [{"step": 1}]
+    with tracker.path.open("ab") as file:
+        file.write(b'[1]\n{"note": 1}\n"step"\n\xff\x00\n')
+    tracker.log({"step": 2})
+    assert read_metrics(tracker.path) == [{"step": 1}, {"step": 2}]
+    shutil.rmtree(tmp_path / "run")
+    tracker.log({"step": 3})
+    assert "metrics.jsonl can't be written" in capsys.readouterr().err
+
+
+def test_a_terminal_that_went_away_ends_no_run(tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "stdout", open(writing, "w", encoding="utf-8"))
+    Tracker(tmp_path, active=True).say("who hears?")
 
 
 def test_a_resumed_log_is_never_half_there(tmp_path, monkeypatch):

@@ -161,6 +161,17 @@ def test_wandb_offline(workshop, tmp_path, monkeypatch):
     assert list((tmp_path / "full_sft").glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_wandb_without_an_account(workshop, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**options):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    ended = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path, use_wandb=True))
+    assert ended.code == 2 and "--use_wandb: No API key configured.; with WANDB_MODE=offline" in ended.error
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
 def test_compiled_run_equals_the_plain_one(workshop, read_log, tmp_path):
     logs, data = [], workshop.write("even.jsonl", [GOOD] * 8)  # one length: compiled once, not for each shape
@@ -343,6 +354,8 @@ def test_the_command_that_goes_on_is_the_one_that_was_typed(workshop, tmp_path, 
     assert shlex.split(command)[1:] == [str(ROOT / "trainer" / "train_full_sft.py"), *flags, "--resume"]
     again = workshop.run("full_sft", *shlex.split(command)[2:])
     assert again.code == 0 and "resumed at step 1" in again.out
+    monkeypatch.setattr(sys, "argv", ["x.py", "--overw", "--name", "overwrite"])
+    assert command_to_resume().endswith("x.py --name overwrite --resume")  # it has been overwritten
     monkeypatch.setattr(sys, "argv", ["trainer/train_lora.py", "--resume"])
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -394,7 +407,8 @@ def test_only_one_of_many_ranks_complains_of_the_flags(monkeypatch, capsys):
 
 @pytest.mark.parametrize("flag, value", [
     ("batch_size", 0), ("micro_batch_size", 0), ("epochs", 0), ("max_steps", 0), ("max_seq_len", 1),
-    ("learning_rate", 0), ("learning_rate", "nan"), ("warmup_ratio", 1), ("eval_fraction", -0.1),
+    ("learning_rate", 0), ("learning_rate", "nan"), ("learning_rate", "inf"), ("grad_clip", "nan"),
+    ("weight_decay", "nan"), ("warmup_ratio", 1), ("eval_fraction", -0.1),
     ("seed", -1), ("seed", 2**33), ("weight_decay", -1), ("grad_clip", -1), ("num_workers", -1),
     ("max_minutes", 0), ("max_minutes", "nan"), ("on_full_disk", "hope"), ("resume", "--overwrite"),
     ("log_interval", 0), ("save_interval", 0), ("keep_last", 0), ("eval_interval", -1),
@@ -404,6 +418,19 @@ def test_flags_out_of_range(flag, value, capsys):
         parse_args(training_parser("a test"), ["--name", "x", f"--{flag}", str(value)])
     err = capsys.readouterr().err
     assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and f"--{flag}" in err
+
+
+def test_names_that_are_not_utf8(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_args(training_parser("a test"), ["--name", "x", "--data_path", "\udcff.jsonl"])
+    assert ended.value.code == 2 and "'\\udcff.jsonl' is not valid UTF-8" in capsys.readouterr().err
+
+
+def test_wandb_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        parse_args(training_parser("a test"), ["--name", "x", "--use_wandb"])
+    assert ended.value.code == 2 and "pip install wandb" in capsys.readouterr().err
 
 
 def test_a_run_never_writes_over_the_weights_it_starts_from(tmp_path, capsys):
