@@ -6,6 +6,7 @@ there is one process, and every function here does nothing but return.
 
 import ctypes
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,6 +83,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what may lie free at the top
 
 
+def end_with_torchrun() -> None:
+    """Has Linux send SIGTERM to this process when torchrun is killed, which can't do it then: training on,
+    it would be in the way of the run that is started to go on with it."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UsageError for a device that is not here."""
     if name == "auto":
@@ -122,6 +130,7 @@ def join_ranks(device_flag: str) -> Ranks:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device_flag, int(os.environ.get("LOCAL_RANK", 0)))
     keep_freed_memory()
+    end_with_torchrun()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:

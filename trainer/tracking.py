@@ -65,8 +65,12 @@ class Tracker:
     def say(self, line: str, file=None) -> None:
         """Prints; where nobody reads it any more (`| head`), or its file is on a full disk, nothing."""
         if self.active:
-            with suppress(OSError):
+            try:
                 print(line, file=file, flush=True)
+            except BrokenPipeError:  # from here on everything that is printed there goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+            except OSError:
+                pass
 
     def finish(self) -> None:
         """Draws loss.png and closes Weights & Biases."""

@@ -493,6 +493,7 @@ def test_a_terminal_that_went_away_ends_no_run(tmp_path, monkeypatch):
     os.close(reading)
     monkeypatch.setattr(sys, "stdout", open(writing, "w", encoding="utf-8"))
     Tracker(tmp_path, active=True).say("who hears?")
+    print("and who this?", flush=True)
 
 
 def test_a_resumed_log_is_never_half_there(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from model.weights import save_model
-from trainer.args import UsageError
+from trainer.args import ROOT, UsageError
 from trainer.distributed import Ranks, choose_device, choose_dtype
 
 
@@ -147,3 +147,16 @@ def test_auto_always_finds_a_device_and_a_dtype():
     device = choose_device("auto")
     assert choose_dtype("auto", device) in (torch.float32, torch.bfloat16, torch.float16)
     assert choose_dtype("float16", device) == torch.float16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell a process that its parent has died")
+def test_a_process_does_not_outlive_its_torchrun():
+    rank = ("import time; from trainer.distributed import end_with_torchrun; end_with_torchrun(); "
+            "print('here', flush=True); time.sleep(600)")
+    torchrun = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", torchrun], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                              env=os.environ | {"TORCHELASTIC_RUN_ID": "a test"})
+    assert parent.stdout.readline() == "here\n"
+    parent.kill()
+    assert parent.stdout.read() == ""  # ends with the last process that holds it
+    parent.wait()
