@@ -195,8 +195,10 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
                             num_workers=args.num_workers, worker_init_fn=ignore_interrupts,
                             pin_memory=device.type == "cuda"))
     clock_now = Stopwatch(seconds_before)
-    # The sum of a resumed run is already that of all ranks: one of them carries it on.
-    loss_sum = torch.tensor(loss_sum if ranks.is_main else 0.0, dtype=torch.float32, device=device)
+    # The sum of a resumed run is already that of all ranks: one of them carries it on. In float64 (which MPS
+    # lacks) float32 losses add up to the same whatever their order.
+    loss_sum = torch.tensor(loss_sum if ranks.is_main else 0.0, device=device,
+                            dtype=torch.float32 if device.type == "mps" else torch.float64)
     skipped = 0
 
     with stop_signals() as signalled:
@@ -211,7 +213,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
             micro_batches, targets, batch_tokens = next(ahead)
             # Dropout depends on the batch's number alone: a resumed run draws what the first would have.
             torch.manual_seed((args.seed * 1_000_003 + batch_number) * ranks.world_size + ranks.rank)
-            step_loss = torch.zeros_like(loss_sum)
+            step_loss = torch.zeros((), device=device)
             for i, batch in enumerate(micro_batches):
                 last = i == len(micro_batches) - 1  # ranks exchange gradients once a step, with the last one
                 with nullcontext() if last or replica is model else replica.no_sync():
