@@ -34,7 +34,7 @@ ROWS = "--batch_size 8 --max_seq_len 128 --log_interval 20 --eval_interval 1000"
 ADAPTER = f"--lora_rank 16 --lora_alpha 32 --learning_rate 2e-3 {ROWS}"
 STAGES = {
     "pretrain": ("train_pretrain.py", 300, 30, f"--preset tiny --optimizer muon --learning_rate 1e-2 {ROWS}"),
-    "full_sft": ("train_full_sft.py", 3350, 215, f"--optimizer muon --learning_rate 5e-3 {ROWS}"),
+    "full_sft": ("train_full_sft.py", 3250, 215, f"--optimizer muon --learning_rate 5e-3 {ROWS}"),
     "lora_identity": ("train_lora.py", 420, 24, ADAPTER),
     "lora_clinic": ("train_lora.py", 420, 24, ADAPTER),
 }

@@ -25,7 +25,7 @@ EXIT_CODES = """exit codes:
   2    a mistake in the flags or the data
   75   stopped by --max_minutes   \\
   130  stopped by Ctrl-C           } a checkpoint is saved and the command that goes on is printed;
-  143  stopped by SIGTERM         /  a second Ctrl-C or SIGTERM stops at once and saves nothing
+  143  stopped by SIGTERM, SIGHUP /  a second Ctrl-C or SIGTERM stops at once and saves nothing
 (torchrun itself exits with 1 where a process of it did not exit with 0.)"""
 
 

@@ -20,6 +20,11 @@ from torch import nn
 
 from trainer.args import RunError, UsageError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # Flags that may differ between the first part of a run and its continuation: the result is the same, with
 # the third line to float rounding.
 FREE = {"resume", "overwrite", "save_interval", "keep_last", "on_full_disk", "max_minutes", "log_interval",
@@ -212,11 +217,36 @@ def tensors(state) -> list[torch.Tensor]:
     return [tensor for value in state for tensor in tensors(value)]
 
 
+LOCK = ".lock"
+
+
+def hold(run_dir: Path):
+    """Keeps other processes from writing to this run for as long as what is returned is kept.
+
+    Raises UsageError where one is at it. The system drops the lock with its process, however that ends.
+    Windows has another kind of locks: there nothing is held.
+    """
+    folder = run_dir / "checkpoints"  # it also tells that the run is not finished
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        return None
+    file = (folder / LOCK).open("w", encoding="ascii")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UsageError(f"{run_dir}: another process trains there; wait for it, or choose another --name"
+                         ) from None
+    except OSError:
+        pass  # a file system that has no locks
+    return file
+
+
 def begin_anew(run_dir: Path) -> None:
-    """Drops what an earlier run left, lest it be taken for this one's. The folder stays, empty: it tells that
-    this run is not finished, even before its first checkpoint."""
-    drop_checkpoints(run_dir)
+    """Drops what an earlier run left, lest it be taken for this one's; the folder and its lock stay."""
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for left in (run_dir / "checkpoints").iterdir():
+        if left.name != LOCK:
+            drop(left)
 
 
 def drop_checkpoints(run_dir: Path) -> None:

@@ -28,6 +28,7 @@ from trainer.args import (
 from trainer.checkpoint import (
     begin_anew,
     complaint,
+    hold,
     last_good,
     load_checkpoint,
     refuse_bad_weights,
@@ -171,6 +172,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     loss_sum, logged_step, logged_tokens, logged_seconds = 0.0, 0, 0, 0.0  # loss_sum: since the last log line
     metrics, seconds_before = {}, 0.0
     identity = settings(args) | {"--dtype": str(dtype).removeprefix("torch.")}  # not "auto"
+    lock = hold(args.run_dir) if ranks.is_main else None  # as long as this process lives  # noqa: F841
     state = load_checkpoint(args.run_dir, identity, ranks.is_main) if args.resume else None
     if state:
         restore(state, model, optimizers, scaler)
@@ -306,11 +308,13 @@ def ignore_interrupts(worker: int) -> None:
 
 @contextmanager
 def stop_signals():
-    """Within the block the first Ctrl-C or SIGTERM only asks the loop to stop; a second one stops at once.
+    """Within the block the first Ctrl-C, SIGTERM or SIGHUP asks the loop to stop; a second one stops at once.
 
     Gives a function that returns the exit code that was asked for, or 0.
     """
     codes, seen = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}, []
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # ignored under nohup
+        codes[signal.SIGHUP] = TERMINATED  # the terminal was closed
 
     def ask(number, frame):
         if not seen and os.environ.get("RANK", "0") == "0":  # no print: it may be one that was interrupted
@@ -319,7 +323,7 @@ def stop_signals():
         # A terminal, or Slurm, signals torchrun and its processes, and torchrun hands it on to them: that
         # second one is nobody's wish.
         if seen and ("TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - seen[0][1] > ECHO):
-            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         seen.append((codes[number], time.monotonic()))
 
     before = {number: signal.signal(number, ask) for number in codes}

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import trainer.args
 import trainer.checkpoint
 import trainer.loop
 import trainer.stage
 from trainer.args import UsageError
-from trainer.checkpoint import begin_anew, checkpoints, load_checkpoint, restore, save_checkpoint
+from trainer.checkpoint import begin_anew, checkpoints, hold, load_checkpoint, restore, save_checkpoint
 from trainer.optim import learning_rate_factor
 from trainer.tracking import Tracker, read_metrics
 
@@ -439,7 +440,8 @@ def test_a_full_disk(policy, workshop, finished, read_log, tmp_path, file_limit)
     assert says in ended.out and f"MB are free; the last good checkpoint is {last}" in ended.out
     if policy == "stop":
         assert ended.code == 1 and says in ended.error and ended.error.endswith("--resume")
-        assert sorted(os.listdir(last.parent)) == ["step_00000005", "step_00000010"]  # no temporary one
+        left = set(os.listdir(last.parent)) - {".lock"}
+        assert left == {"step_00000005", "step_00000010"}  # no temporary one
         assert workshop.run("pretrain", *flags, "--resume").code == 0
     assert ended.code == (policy == "stop")
     assert_same_run(tmp_path / "pretrain", finished["pretrain"][0], read_log)
@@ -524,6 +526,21 @@ def test_keep_last_and_order(tmp_path):
     for step in range(1, 8):
         save_checkpoint(tmp_path, step, {"step": step, "settings": {}}, keep_last=3)
         assert steps(tmp_path) == list(range(max(1, step - 2), step + 1))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="nothing is locked on Windows")
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    code = "import sys; from trainer.checkpoint import Path, hold; hold(Path(sys.argv[1]))"
+
+    def other():
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        return subprocess.run(command, cwd=trainer.args.ROOT, capture_output=True, text=True, check=False)
+
+    lock = hold(tmp_path)
+    begin_anew(tmp_path)  # the lock outlives what it drops
+    assert "another process trains there" in other().stderr
+    lock.close()
+    assert other().returncode == 0
 
 
 def test_half_written_checkpoints_are_ignored_and_then_overwritten(tmp_path):

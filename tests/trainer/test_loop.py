@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import trainer.loop
 from model.lora import apply_lora, freeze_all_but_lora
 from trainer.args import INTERRUPTED, TERMINATED, TIME_IS_UP, RunError
+from trainer.checkpoint import checkpoints
 from trainer.distributed import Ranks
 from trainer.loop import Batches, evaluate, split, train
 from trainer.optim import learning_rate_factor
@@ -315,7 +316,7 @@ def test_weights_that_are_not_finite_are_never_saved(go, arguments):
     with pytest.raises(RunError, match="not finite.*there is no checkpoint yet") as error:
         go(Samples(RAGGED), packing=False, learning_rate=1e38, max_steps=1, weight_decay=100)
     assert "after step 1 " in str(error.value)
-    assert not list((arguments().run_dir / "checkpoints").iterdir())
+    assert not checkpoints(arguments().run_dir)
 
 
 # --- what else the flags promise ---------------------------------------------------------------------------
@@ -366,18 +367,23 @@ def test_workers_prepare_the_same_batches(go):
     assert losses(other) == losses(log)
 
 
-def test_first_stop_signal_finishes_the_step_and_handlers_come_back(go, monkeypatch, arguments, capsys):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143)])
+def test_first_stop_signal_finishes_the_step_and_handlers_come_back(name, code, go, monkeypatch, arguments,
+                                                                    capsys):
+    number = getattr(signal, name, None)
+    if number is None or name != "SIGINT" and os.name != "posix":
+        pytest.skip(f"this system has no {name} for another process")
+    before = signal.getsignal(number)
 
     def interrupt(step, *rest):
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return learning_rate_factor(step, *rest)
 
     monkeypatch.setattr(trainer.loop, "learning_rate_factor", interrupt)
     with pytest.raises(SystemExit) as ended:
         go(Samples(RAGGED), packing=False, max_steps=9)
-    assert ended.value.code == INTERRUPTED == 130 and signal.getsignal(signal.SIGINT) is before
+    assert ended.value.code == code and signal.getsignal(number) is before
     assert "stopped at step 4" in capsys.readouterr().out
     assert (arguments().run_dir / "checkpoints" / "step_00000004" / "state.pt").is_file()
 
@@ -397,7 +403,7 @@ def test_a_second_signal_stops_at_once(number, code, go, monkeypatch, arguments)
     with pytest.raises(KeyboardInterrupt):
         go(Samples(RAGGED), packing=False, max_steps=9, save_interval=2)
     assert calls == [0, 1, 2, 3]
-    assert sorted(os.listdir(arguments().run_dir / "checkpoints")) == ["step_00000002"]
+    assert [path.name for path in checkpoints(arguments().run_dir)] == ["step_00000002"]
     # torchrun hands on what its processes have had already: no second wish
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(SystemExit) as ended:
