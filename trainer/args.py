@@ -217,6 +217,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         parser.error("--max_seq_len must be at least 2: a token, and one to predict from it")
     if args.name in ("", ".", "..") or "/" in args.name or "\\" in args.name:
         parser.error(f"--name {args.name!r} must be a plain folder name; --out_dir says where it lies")
+    if args.name in ("cache", "world") and args.out_dir.resolve() == ROOT / "out":
+        parser.error(f"--name {args.name}: out/{args.name} holds what all runs share: choose another name")
     args.run_dir = args.out_dir / args.name
     if args.load_from and args.load_from.resolve() == args.run_dir.resolve():
         parser.error(f"--name {args.name} would write over --load_from {args.load_from}: choose another name")

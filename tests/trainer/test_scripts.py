@@ -426,6 +426,13 @@ def test_names_that_are_not_utf8(capsys):
     assert ended.value.code == 2 and "'\\udcff.jsonl' is not valid UTF-8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["cache", "world", "..", "a/b", ""])
+def test_a_name_stays_a_folder_of_its_own(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_args(training_parser("a test"), ["--name", name])
+    assert ended.value.code == 2 and f"--name {name}" in capsys.readouterr().err.replace("'", "")
+
+
 def test_wandb_that_is_not_installed(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as ended:
