@@ -74,9 +74,9 @@ if __name__ == "__main__":
                         help="where the runs are kept")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], metavar="R",
                         help="ranks in the table")
-    parser.add_argument("--full_rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3],
+    parser.add_argument("--full_rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3],
                         metavar="LR", help="learning rates tried for full fine-tuning")
-    parser.add_argument("--lora_rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], metavar="LR",
+    parser.add_argument("--lora_rates", nargs="+", type=float, default=[3e-3, 5e-3, 1e-2, 2e-2], metavar="LR",
                         help="learning rates tried for LoRA, at rank 16")
     parser.add_argument("--max_steps", type=int, default=300, metavar="N", help="steps of each run")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="rows of a step")
