@@ -21,6 +21,7 @@ from pathlib import Path
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark that Windows editors put before UTF-8
 MAX_LINE = 16 << 20  # bytes of one record: tokenising 16 MiB at once takes about 2 GB of memory
+MAX_READ_AGAIN = 64 * MAX_LINE  # bytes of a .csv file that wrong quotes may make us read twice
 
 
 class DataError(ValueError):
@@ -285,33 +286,70 @@ def _json_values(file) -> Iterator[tuple[int, object]]:
 
 
 def _read_csv(file) -> Iterator[tuple[int, object]]:
-    csv.field_size_limit(MAX_LINE)
-
-    def text_lines():
-        for line, raw in _lines(file):
-            if isinstance(raw, DataError):
-                raise _Stop(line, str(raw))
-            yield raw.decode("utf-8", "surrogateescape")  # a wrong byte shall spoil its row, not the file
-
+    names = None
     with file:
-        rows = csv.DictReader(text_lines())
+        for line, last, row in _csv_rows(file):
+            if names is None:  # the first row; without it nothing can be made of the others
+                if isinstance(row, DataError):
+                    raise _Stop(line, str(row))
+                if len(set(row)) < len(row):
+                    raise _Stop(line, "two columns of the same name")
+                names = row
+            elif isinstance(row, DataError):
+                yield line, row
+            elif len(row) != len(names):
+                reason = f"{'more' if len(row) > len(names) else 'fewer'} fields than the first row has names"
+                yield line, DataError(reason + f" (its last line is {last})" * (last > line))
+            else:
+                yield line, dict(zip(names, row, strict=True))
+
+
+def _csv_rows(file) -> Iterator[tuple[int, int, list[str] | DataError]]:
+    """(first line, last line, fields or what is wrong with them) of each row that is not blank.
+
+    A quote that nobody closed makes one row of all that follows, up to some later quote or the end. So a row
+    with wrong quotes costs its first line alone: those after it are read again, as rows of their own.
+    """
+    csv.field_size_limit(MAX_LINE)
+    lines, again, read_again = _lines(file), [], 0  # again: the lines to be read again, the next one last
+    row, size = [], 0  # the (number, text) of the lines of this row, and their length
+
+    def texts():
+        nonlocal size
+        while line := again.pop() if again else next(lines, None):
+            row.append(line)
+            number, text = line
+            if isinstance(text, DataError):  # too long a line
+                raise text
+            if isinstance(text, bytes):  # a wrong byte shall spoil its row, not the file
+                text = text.decode("utf-8", "surrogateescape")
+                row[-1] = number, text
+            size += len(text)
+            if size > MAX_LINE:
+                raise DataError(_too_long("row") + ", or close its quote")
+            yield text
+
+    while True:
         try:
-            names = rows.fieldnames or []
-            if len(set(names)) < len(names):
-                raise _Stop(1, "two columns of the same name")
-            for row in rows:
-                if None in row:
-                    row = DataError("more fields than the first row has names")
-                elif None in row.values():
-                    row = DataError("fewer fields than the first row has names")
-                else:
-                    try:
-                        "".join(row.values()).encode("utf-8")
-                    except UnicodeEncodeError:
-                        row = DataError("not valid UTF-8")
-                yield rows.line_num, row
-        except csv.Error as error:
-            raise _Stop(rows.line_num, f"not valid CSV ({str(error).split(' - ')[0]})") from None
+            for fields in csv.reader(texts(), strict=True):
+                try:
+                    "".join(fields).encode("utf-8")
+                except UnicodeEncodeError:
+                    fields = DataError("not valid UTF-8")
+                if fields:
+                    yield row[0][0], row[-1][0], fields
+                row, size = [], 0
+            return
+        except (csv.Error, DataError) as error:
+            reason = str(error).split(" - ")[0]
+            if isinstance(error, csv.Error):
+                reason = f"not valid CSV ({reason}): a quote not closed, or one in a cell not written twice"
+            yield row[0][0], row[-1][0], DataError(reason)
+            again += row[:0:-1]
+            read_again += size
+            if read_again > MAX_READ_AGAIN:  # each such row may be 16 MiB, and every line may begin one
+                raise _Stop(row[0][0], "too many quotes that are not closed") from None
+            row, size = [], 0
 
 
 def _read_parquet(path: str) -> Iterator[tuple[int, object]]:

@@ -45,7 +45,7 @@ CONTENTS = {
     "indented.json": (json.dumps(RECORDS, indent=2), [2, 5, 8]),
     "lines.json": (LINES, [1, 2, 3]),
     "sequence.json": ("\n\n".join(json.dumps(record, indent=1) for record in RECORDS), [1, 5, 9]),
-    "a.csv": (as_csv(), [2, 3, 5]),  # the last row takes two lines
+    "a.csv": (as_csv(), [2, 3, 4]),  # the last row takes two lines
 }
 
 
@@ -327,3 +327,66 @@ def test_no_bytes_give_a_traceback(tmp_path_factory, suffix, content, cut):
         assert all(isinstance(record, dict) for _, record in read(path))
     except DataError as error:
         assert str(path) in str(error) and "\n" not in str(error)
+
+# --- CSV and its quotes
+
+
+def test_an_unclosed_quote_costs_its_own_line_alone(tmp_path):
+    """The csv module makes one row of all that follows; here every other line is read, or counted."""
+    rows = [f'{i},"good, {i}"' for i in range(2, 40)]
+    for at in (0, 5, 37):
+        for spoilt in ('9,"not closed', '"9,not closed', '9,"not ""closed', '9,"said "so" and so"', '"'):
+            lines = [*rows[:at], spoilt, *rows[at + 1 :]]
+            report = Report()
+            path = write(tmp_path / "a.csv", "n,text\n" + "\n".join(lines) + "\n")
+            found = [(line, record["text"]) for _, line, record in read_records(path, report=report)]
+            assert found == [(i, f"good, {i}") for i in range(2, 40) if i != at + 2]
+            assert report.counts == {"bad lines skipped": 1}
+            assert report.examples[0].startswith(f"{path}:{at + 2}: ") and "quote" in report.examples[0]
+
+
+def test_lines_without_quotes_after_an_unclosed_one_are_read(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", 'text\na\n"b\n\nc\n"two\nlines"\nd\n')
+    found = [(line, record["text"]) for line, record in read(path)]
+    assert found == [(2, "a"), (5, "c"), (6, "two\nlines"), (8, "d")]
+    assert "a.csv:3: not valid CSV" in capsys.readouterr().err
+
+
+def test_rows_of_several_lines_and_of_the_wrong_width_name_both_ends(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", 'text,n\n"a\n\nb",1,2\nc,3\n')
+    assert read(path) == [(5, {"text": "c", "n": "3"})]
+    assert "a.csv:2: more fields than the first row has names (its last line is 4)" in capsys.readouterr().err
+
+
+def test_a_first_row_with_wrong_quotes(tmp_path):
+    with pytest.raises(DataError, match="a.csv.*1: not valid CSV .*quote"):
+        read(write(tmp_path / "a.csv", '"text,n\na,1\nb,2\n'))
+
+
+def test_unclosed_quotes_in_a_long_file_take_little_memory_and_time(tmp_path, monkeypatch):
+    """Each of these lines begins a row that ends nowhere: reading all of them again each time is bounded."""
+    monkeypatch.setattr(jsonl, "MAX_LINE", 1 << 16)
+    path = write(tmp_path / "a.csv", "text\n" + 'a,"' + "b" * 200 + "\n" + "plain\n" * 50_000)
+    report = Report()
+    tracemalloc.start()
+    assert sum(1 for _ in read_records(path, report=report)) == 50_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report.counts == {"bad lines skipped": 1} and "64 KiB" not in report.examples[0]
+    assert "longer than" in report.examples[0] and "quote" in report.examples[0] and peak < 8 << 20
+    monkeypatch.setattr(jsonl, "MAX_READ_AGAIN", 1 << 20)
+    path = write(tmp_path / "b.csv", "text\nfirst\n" + 'x","\n' * 20_000)
+    report = Report(shown=100)
+    assert len(list(read_records(path, report=report))) == 1
+    assert "too many quotes that are not closed; nothing after this line was read" in report.examples[-1]
+    assert 10 < len(report.examples) < 40
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.text('ab",\n\r é'), min_size=2, max_size=2), min_size=1, max_size=6))
+def test_what_the_csv_module_writes_is_read_back(tmp_path_factory, rows):
+    path = tmp_path_factory.getbasetemp() / "written.csv"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["a", "b"], *rows])
+    assert [list(record.values()) for _, record in read(path, strict=True)] == rows
