@@ -25,7 +25,7 @@ import re
 
 from tokenizers import Tokenizer
 
-from dataset.foreign_chat import ForeignTemplate
+from dataset.foreign_chat import CannotEncode, ForeignTemplate, unknown_id
 from dataset.jsonl import DECODER, DataError, check_unicode, keys_of
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -224,18 +224,21 @@ class PlainEncoder:
                 if (merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)) not in self.control
             ]  # fmt: skip
         self.backend = Tokenizer.from_str(json.dumps(self.config))
-        unknown = self.config["model"].get("unk_token")
-        self.forbidden = {index for token, index in self.control.items() if token != unknown}
+        self.unknown = unknown_id(self.config["model"], self.backend)
+        self.forbidden = {*self.control.values(), self.unknown}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Texts -> ids, on all cores. Raises DataError if a text gave the id of a control token."""
+        """Texts -> ids, on all cores. Raises CannotEncode, and DataError if one gave a control token."""
         try:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):  # half a surrogate pair, as a terminal may deliver it
-            texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+            return self.encode_batch([text.encode("utf-8", "replace").decode("utf-8") for text in texts])
+        except Exception as error:  # tokenizers has no other kind
+            raise CannotEncode(error) from None
         batch = [encoding.ids for encoding in encodings]
         if not all(self.forbidden.isdisjoint(ids) for ids in batch):
+            if any(self.unknown in ids for ids in batch):
+                raise CannotEncode
             raise DataError("this tokenizer gives control tokens for ordinary text: it cannot be used safely")
         return batch
 

@@ -24,6 +24,19 @@ MARK = re.compile("\ue000(\\d+)\ue001")  # of the private use area: no template 
 Piece = tuple[str, bool, bool]  # (text, is a control token, is supervised), as in dataset/chat.py
 
 
+def unknown_id(model: dict, backend: Tokenizer) -> int | None:
+    """The id of what a tokenizer can't encode; `model` is that of tokenizer.json. It is never trained on."""
+    return model.get("unk_id") if model.get("unk_token") is None else backend.token_to_id(model["unk_token"])
+
+
+class CannotEncode(DataError):
+    """The tokenizer has no token for something in a text: one record's trouble, not that of all."""
+
+    def __init__(self, error: Exception | None = None):
+        super().__init__("this tokenizer has no token for a character in it"
+                         + (f" ({str(error).splitlines()[0]})" if error else ""))
+
+
 class ForeignTemplate:
     """The chat template of a tokenizer, for conversations of words alone. Raises DataError for any other."""
 
@@ -31,6 +44,7 @@ class ForeignTemplate:
         config = json.loads(tokenizer.backend_tokenizer.to_str())
         config.update(post_processor=None, truncation=None, padding=None)  # it adds tokens and trims offsets
         self.backend = Tokenizer.from_str(json.dumps(config))
+        self.unknown = unknown_id(config["model"], self.backend)
         normalizer = self.backend.normalizer  # it may turn "＜" into "<", for example
         self.normalize = normalizer.normalize_str if normalizer else str
         control = [token.content for token in self.backend.get_added_tokens_decoder().values()]
@@ -103,11 +117,20 @@ class ForeignTemplate:
         return spans
 
     def encode(self, conversations: list[list[Piece]]) -> list[tuple[list[int], list[int]]]:
-        """(ids, mask) of each conversation: supervised is every token with a supervised character in it."""
+        """(ids, mask) of each conversation: supervised is every token with a supervised character in it.
+
+        Raises CannotEncode.
+        """
         texts = ["".join(text for text, _, _ in pieces) for pieces in conversations]
+        try:
+            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # tokenizers has no other kind
+            raise CannotEncode(error) from None
         result = []
-        for pieces, encoding in zip(conversations, self.backend.encode_batch(texts, add_special_tokens=False),
-                                    strict=True):
+        for pieces, text, encoding in zip(conversations, texts, encodings, strict=True):
+            for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if index == self.unknown and not self.control.fullmatch(text[start:end].strip()):
+                    raise CannotEncode
             on = [flag for text, _, flag in pieces for flag in [int(flag)] * len(text)]  # by character
             mask = [int(any(on[start:max(end, start + 1)])) for start, end in encoding.offsets]
             result.append((encoding.ids, mask))

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,12 @@ class _TokenDataset(torch.utils.data.Dataset):
         """UTF-8 bytes of the supervised tokens per sample, control tokens counting 0, int64."""
         return self.cache.num_bytes
 
+    def where(self, sample: int) -> str:
+        """The record that a sample was made of, such as "data.jsonl:17"."""
+        sample = range(len(self))[sample]
+        path = self.paths[bisect_right(self.cache.meta["first_samples"], sample) - 1]
+        return f"{path}:{self.cache.lines[sample]}"
+
     def __len__(self) -> int:
         return len(self.cache)
 
@@ -102,20 +109,21 @@ class _TokenDataset(torch.utils.data.Dataset):
         with CacheWriter(folder, dtypes) as writer:
             # disable=None: no bar where stderr is no terminal
             bar = tqdm(desc="tokenising", unit=" records", delay=1, disable=None, leave=False)
+            first_samples = []  # of each file
             for path in self.paths:
-                count = 0
+                first_samples.append(writer.sizes["lengths"])
                 for batch in _batches(self._records(tokenizer, path, report)):
-                    for ids, mask in self._encode(tokenizer, path, batch, report):
+                    for line, ids, mask in self._samples(tokenizer, path, batch, report):
                         supervised = sizes[ids[1:]] if mask is None else sizes[ids[mask == 1]]
-                        writer.add(ids, mask, len(supervised), supervised.sum())
-                        count += 1
+                        writer.add(ids, mask, len(supervised), supervised.sum(), line)
                     bar.update(len(batch))
                     if stamps(self.paths) != before:  # looked at often: a log may grow faster than we read
                         raise DataError(f"{path}: changed while it was read; start again")
-                if count == 0:
+                if writer.sizes["lengths"] == first_samples[-1]:
                     raise nothing_usable(path, report)
             bar.close()
-            writer.meta = {"paths": self.paths, "summary": report.summary(), "examples": report.examples}
+            writer.meta = {"first_samples": first_samples, "summary": report.summary(),
+                           "examples": report.examples}
 
     def _records(self, tokenizer, path: str, report: Report) -> Iterator[tuple[int, object, int]]:
         """(line, what _prepare made of the record, its size in characters) of every usable record."""
@@ -126,6 +134,22 @@ class _TokenDataset(torch.utils.data.Dataset):
                 report.add(path, line, str(error))
             except RecursionError:
                 report.add(path, line, "JSON nested too deeply")
+
+
+    def _samples(self, tokenizer, path: str, batch: list, report: Report) -> Iterator[tuple]:
+        """(line, ids, mask) of the samples that a batch of `_records` makes."""
+        try:
+            encoded = self._encode(tokenizer, [prepared for _, prepared, _ in batch])
+        except chat.CannotEncode as error:  # which of them is it?
+            if len(batch) == 1:
+                report.add(path, batch[0][0], str(error))
+            else:
+                for record in batch:
+                    yield from self._samples(tokenizer, path, [record], report)
+            return
+        for (line, _, _), one in zip(batch, encoded, strict=True):
+            for ids, mask in self._cut(one, path, line, report):
+                yield line, ids, mask
 
 
 class PretrainDataset(_TokenDataset):
@@ -147,12 +171,14 @@ class PretrainDataset(_TokenDataset):
             raise DataError("its text is empty")
         return text, len(text)
 
-    def _encode(self, tokenizer, path, batch, report) -> Iterator[tuple[np.ndarray, None]]:
-        end, step = _end_of_text(tokenizer), self.max_length - 1
-        for ids in chat.plain_encoder(tokenizer).encode_batch([text for _, text, _ in batch]):
-            ids = np.array(ids + [end])
-            for start in range(0, len(ids) - 1, step):
-                yield ids[start : start + self.max_length], None
+    def _encode(self, tokenizer, texts: list[str]) -> list[list[int]]:
+        end = _end_of_text(tokenizer)
+        return [ids + [end] for ids in chat.plain_encoder(tokenizer).encode_batch(texts)]
+
+    def _cut(self, ids: list[int], path, line, report) -> Iterator[tuple[np.ndarray, None]]:
+        ids = np.array(ids)
+        for start in range(0, len(ids) - 1, self.max_length - 1):
+            yield ids[start : start + self.max_length], None
 
 
 class SFTDataset(_TokenDataset):
@@ -167,17 +193,19 @@ class SFTDataset(_TokenDataset):
         pieces = chat.write_chat(tokenizer, *chat.to_messages(record))
         return pieces, sum(len(text) for text, _, _ in pieces)
 
-    def _encode(self, tokenizer, path, batch, report) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        encoded = chat.encode_pieces(tokenizer, [pieces for _, pieces, _ in batch])
-        for (line, _, _), (ids, mask) in zip(batch, encoded, strict=True):
-            if len(ids) > self.max_length:
-                trained = any(mask[: self.max_length])
-                what = "cut" if trained else "dropped (no assistant's word before that)"
-                reason = f"a sample of {len(ids)} tokens, longer than a row of {self.max_length}: {what}"
-                report.add(path, line, reason, kind=f"samples over {self.max_length} tokens {what}")
-                if not trained:
-                    continue
-            yield np.array(ids[: self.max_length]), np.array(mask[: self.max_length], dtype=np.uint8)
+    def _encode(self, tokenizer, conversations: list[list]) -> list[tuple[list[int], list[int]]]:
+        return chat.encode_pieces(tokenizer, conversations)
+
+    def _cut(self, sample: tuple, path, line, report) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        ids, mask = sample
+        if len(ids) > self.max_length:
+            trained = any(mask[: self.max_length])
+            what = "cut" if trained else "dropped (no assistant's word before that)"
+            reason = f"a sample of {len(ids)} tokens, longer than a row of {self.max_length}: {what}"
+            report.add(path, line, reason, kind=f"samples over {self.max_length} tokens {what}")
+            if not trained:
+                return
+        yield np.array(ids[: self.max_length]), np.array(mask[: self.max_length], dtype=np.uint8)
 
 
 def _batches(records: Iterator) -> Iterator[list]:

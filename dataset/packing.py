@@ -218,12 +218,13 @@ class TokenCache:
     them back from time to time. They stay in the system's own cache as long as nobody needs the room.
 
     tokens (uint16, or uint32 for vocabularies over 65,536), mask (uint8, 1 = supervised; absent: all but the
-    first), offsets (int64), lengths and num_targets (int32), num_bytes (int64), and meta.json, whose sha256
-    is that of all values. Pickles as its path, so that worker processes map the same pages and copy none.
+    first), offsets (int64), lengths and num_targets (int32), num_bytes (int64), lines (int64: of the file it
+    came from), and meta.json, whose sha256 is that of all values. Pickles as its path, so that workers map
+    the same pages and copy none.
     """
 
     ARRAYS = {"tokens": "uint32", "mask": "uint8", "offsets": "int64", "lengths": "int32",
-              "num_targets": "int32", "num_bytes": "int64"}  # fmt: skip
+              "num_targets": "int32", "num_bytes": "int64", "lines": "int64"}  # fmt: skip
 
     def __init__(self, folder: Path):
         """Raises OSError or ValueError when the folder is not a complete cache."""
@@ -298,8 +299,8 @@ class CacheWriter:
             raise self._failed(error) from None
         self.sizes[name] += len(values)
 
-    def add(self, ids: np.ndarray, mask: np.ndarray | None, num_targets: int, num_bytes: int):
-        """One sample: token ids, their mask (None: all but the first are supervised), what they count."""
+    def add(self, ids: np.ndarray, mask: np.ndarray | None, num_targets: int, num_bytes: int, line: int):
+        """One sample: token ids, mask (None: all but the first are supervised), what they count, its line."""
         if not self.sizes["offsets"]:
             self.write("offsets", [0])
         self.write("tokens", ids)
@@ -309,6 +310,7 @@ class CacheWriter:
         self.write("lengths", [len(ids)])
         self.write("num_targets", [num_targets])
         self.write("num_bytes", [num_bytes])
+        self.write("lines", [line])
 
     def __exit__(self, kind, error, traceback):
         try:

@@ -365,15 +365,15 @@ def diagnose(model, batches: Batches, number: int, autocast, device: torch.devic
             for sample in samples:
                 batch = collate(batches.dataset, [[sample]], batches.pad_token_id)
                 if not math.isfinite(model(**to_device(batch, device)).loss_sum):
-                    guilty.append(str(sample))
+                    guilty.append(sample)
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
     bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     top = sorted(largest, key=largest.get, reverse=True)[:3]
-    named = guilty or [str(sample) for sample in samples]
-    return (f"{'the loss' if guilty else 'the gradient, not the loss,'} of sample"
-            f" {', '.join(named[:8])}{', ...' * (len(named) > 8)} is not finite; largest activations: "
+    named = list(dict.fromkeys(batches.dataset.where(sample) for sample in guilty or samples))
+    return (f"{'the loss' if guilty else 'the gradient, not the loss,'} of "
+            f"{', '.join(named[:8])}{', ...' * (len(named) > 8)} is not finite; largest activations: "
             + ", ".join(f"{name} {largest[name]:.3g}" for name in top)
             + f"; weights that are not finite: {', '.join(bad[:3])}" * bool(bad))

@@ -27,6 +27,10 @@ class Both(ConcatDataset):
         for name in ("lengths", "num_targets", "num_bytes"):
             setattr(self, name, np.concatenate([getattr(new, name), getattr(old, name)]))
 
+    def where(self, sample: int) -> str:
+        new, old = self.datasets
+        return new.where(sample) if sample < len(new) else old.where(sample - len(new))
+
 
 def hold_out(dataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sample numbers of the old data to replay, and to measure. Copies of a sample are on the same side.

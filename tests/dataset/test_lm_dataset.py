@@ -315,3 +315,59 @@ def test_real_conversations(tmp_path, tokenizer, name):
         assert dataset.num_bytes.sum() == words_bytes
     rows = pack_rows(dataset.lengths, 4096, seed=0)
     assert dataset.lengths.sum() / (len(rows) * 4096) > 0.95
+
+
+def test_where_a_sample_came_from(tokenizer, tmp_path):
+    """Windows of a document have its line, in the file that holds it; blank and bad lines count as well."""
+    a = write(tmp_path / "a.jsonl", {"text": "one"}, "", "no json", {"text": "long " * 40}, {"text": "two"})
+    b = write(tmp_path / "b.jsonl", "", {"text": "three"})
+    for _ in range(2):  # built, and from the cache
+        dataset = PretrainDataset([a, b], tokenizer, 16, cache_dir=tmp_path / "cache")
+        words = [tokenizer.decode(ids).strip() for ids, _ in dataset]
+        lines = {"one": f"{a}:1", "long": f"{a}:4", "two": f"{a}:5", "three": f"{b}:2"}
+        words = [word.replace("<|", " ").split()[0] for word in words]
+        assert [dataset.where(i) for i in range(len(dataset))] == [lines[word] for word in words]
+        assert dataset.where(-1) == dataset.where(np.int64(len(dataset) - 1)) == f"{b}:2"
+        with pytest.raises(IndexError):
+            dataset.where(len(dataset))
+
+
+def unigram(unknown: int | None):
+    """A tokenizer of a few letters, as SentencePiece's unigram models are without their bytes."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -1.0) for letter in "abc HiYo[]userasistant!")]
+    pieces = list(dict(pieces).items())
+    backend = Tokenizer(models.Unigram(pieces, unknown, False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", [PretrainDataset, SFTDataset])
+@pytest.mark.parametrize("unknown", [None, 0])
+def test_a_text_that_the_tokenizer_can_not_encode_is_a_bad_record(tmp_path, capsys, kind, unknown):
+    tokenizer = unigram(unknown)
+    ask, texts = {"role": "user", "content": "Hi"}, ("abc", "a猫", "a b", "<unk>", "c!")
+    records = [{"text": text, "messages": [ask, {"role": "assistant", "content": text}]} for text in texts]
+    path = write(tmp_path / "data.jsonl", *records)
+    dataset = kind(path, tokenizer, 64, cache_dir=tmp_path / "cache")
+    assert dataset.summary == "bad lines skipped: 2"
+    assert [dataset.where(i) for i in range(3)] == [f"{path}:{line}" for line in (1, 3, 5)]
+    assert all(0 not in ids for ids, _ in dataset)
+    err = capsys.readouterr().err
+    assert f"{path}:2: this tokenizer has no token for a character in it" in err and f"{path}:4: " in err
+    with pytest.raises(DataError, match="data.jsonl:[24]: .*fatal with --strict"):
+        kind(path, tokenizer, 32, cache_dir=tmp_path / "cache", strict=True)
+    with pytest.raises(DataError, match="no usable record in it .first problem: 1: this tokenizer has no"):
+        kind(write(tmp_path / "odd.jsonl", records[1]), tokenizer, 64, cache_dir=tmp_path / "cache")
+
+
+def test_a_tokenizer_that_can_not_chat_stops_at_once(tmp_path, capsys):
+    """It is the tokenizer's fault, not that of a thousand records."""
+    tokenizer = unigram(0)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="^the tokenizer has no <.im_start.> token"):
+        SFTDataset(write(tmp_path / "data.jsonl", CHAT, CHAT), tokenizer, 64, cache_dir=tmp_path / "cache")
+    assert capsys.readouterr().err == ""

@@ -147,7 +147,7 @@ PLAIN = {name: dtype for name, dtype in TokenCache.ARRAYS.items() if name != "ma
 def write_cache(folder, samples=((1, 2, 3), (70_000, 5)), masked=True):
     with CacheWriter(folder, {n: t for n, t in TokenCache.ARRAYS.items() if masked or n != "mask"}) as writer:
         for ids in samples:
-            writer.add(np.array(ids), np.ones(len(ids)) if masked else None, len(ids), 10 * len(ids))
+            writer.add(np.array(ids), np.ones(len(ids)) if masked else None, len(ids), 10 * len(ids), 7)
         writer.meta = {"note": "小"}
     return TokenCache(folder)
 
@@ -168,7 +168,7 @@ def test_cache_round_trip_and_pickle(tmp_path, masked):
 def test_cache_is_complete_or_absent(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         with CacheWriter(tmp_path / "c", PLAIN) as writer:
-            writer.add(np.array([1]), None, 0, 0)
+            writer.add(np.array([1]), None, 0, 0, 1)
             raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == [] and open_cache(tmp_path / "c") is None
 
@@ -189,7 +189,7 @@ def test_damaged_cache_is_written_again(tmp_path, damage):
 
 def test_two_writers_of_the_same_cache(tmp_path):
     with CacheWriter(tmp_path / "c", PLAIN) as writer:
-        writer.add(np.array([1]), None, 0, 0)
+        writer.add(np.array([1]), None, 0, 0, 1)
         write_cache(tmp_path / "c")  # the other one is done first
     assert len(TokenCache(tmp_path / "c")) == 2  # its result stays
     assert [path.name for path in tmp_path.iterdir()] == ["c"]

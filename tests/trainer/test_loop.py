@@ -41,6 +41,9 @@ class Samples:
     def __getitem__(self, index):
         return self.samples[index]
 
+    def where(self, sample):
+        return f"data.jsonl:{sample + 1}"
+
 
 RAGGED = [(12, 3), (30, 25), (7, 1), (22, 2), (15, 14), (28, 9), (9, 8), (31, 4), (18, 1), (13, 12), (26, 20)]
 
@@ -260,7 +263,7 @@ def test_a_bad_batch_is_as_if_it_had_not_been_drawn(go, make_model, dtype, optim
         assert torch.equal(weights(model)[name], weight), name
 
 
-def test_the_message_names_the_sample_and_the_module(go, make_model, capsys):
+def test_the_message_names_the_record_and_the_module(go, make_model, capsys):
     samples, model = Samples(RAGGED), make_model(VOCABULARY)
     for ids, _ in samples.samples:
         ids[ids == 49] = 5
@@ -272,7 +275,7 @@ def test_the_message_names_the_sample_and_the_module(go, make_model, capsys):
     model.model.embed_tokens.register_forward_hook(burst)
     _, log, _ = go(samples, model, packing=False, batch_size=2, epochs=1)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    says = "is skipped: the loss of sample 6 is not finite; largest activations: model.embed_tokens inf"
+    says = "is skipped: the loss of data.jsonl:7 is not finite; largest activations: model.embed_tokens inf"
     assert log[-1]["step"] == 6 and log[-1]["skipped"] == len(lines) > 0
     assert all(says in line for line in lines)
 

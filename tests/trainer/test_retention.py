@@ -30,6 +30,9 @@ class Samples:
         self.num_targets = self.lengths - 2
         self.num_bytes = self.num_targets * 3
 
+    def where(self, sample):
+        return f"the sample {self.samples[sample][0][0]}"
+
     def __len__(self):
         return len(self.samples)
 
@@ -59,6 +62,11 @@ def rows_of(batches, numbers):
     """The rows of these batches as tuples of tokens, padding away."""
     return [tuple(t for t in row.tolist() if t != 3) for n in numbers for micro in batches[n][0]
             for row in micro["input_ids"] if (row != 3).any()]
+
+
+def test_both_know_where_a_sample_came_from():
+    both = Both(Samples([5, 6, 7]), Samples([8, 9]))
+    assert [both.where(i) for i in range(5)] == [f"the sample {tag}" for tag in (5, 6, 7, 8, 9)]
 
 
 # --- what is held out --------------------------------------------------------------------------------------
