@@ -236,7 +236,7 @@ def test_packed_gradients_equal_the_sum_of_documents_alone():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_half_precision_on_a_cpu_gives_the_same_training(packed):
-    """`short_attention`, which only half precision takes, against PyTorch's own."""
+    """`block_attention`, which only half precision takes, against PyTorch's own."""
     model = small().train()
     ids = tokens(3, 20)
     document_ids = torch.tensor([0] * 13 + [1] * 7).expand(3, 20) if packed else None
@@ -249,12 +249,27 @@ def test_half_precision_on_a_cpu_gives_the_same_training(packed):
         assert F.cosine_similarity(rough.flatten(), exact[name].flatten(), dim=0) > 0.99, name
 
 
-def test_short_attention_equals_pytorchs():
-    config = ModelConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
-    q, k, v = torch.randn(3, 4, 9, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
-    bias = transformer.short_bias(config, None, 3, 9, torch.float32, "cpu")
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(transformer.short_attention(q, k, v, bias), expected)
+@pytest.mark.parametrize("document_ids, window, first", [
+    (None, None, [0, 0, 0]),
+    ([[0, 0, 0, 0, 0, 1, 1, 1, 1], [3, 3, 3, 3, 3, 3, 3, 5, 5]], None, [0, 0, 5]),
+    ([[0, 0, 0, 0, 0, 1, 1, 1, 1], [3, 3, 3, 5, 5, 5, 5, 5, 5]], None, [0, 0, 3]),
+    (None, 3, [0, 2, 6]),
+])
+def test_block_attention_equals_pytorchs(monkeypatch, document_ids, window, first):
+    monkeypatch.setattr(transformer, "BLOCK", 4)
+    config = ModelConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, sliding_window=window)
+    q, k, v = (torch.randn(2, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2))
+    document_ids = document_ids and torch.tensor(document_ids)
+    _, mask = transformer.positions_and_mask(config, torch.zeros(2, 9, dtype=torch.long), document_ids)
+    expected = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+    blocks = transformer.visible_blocks(config, mask, 2, 9, torch.float32, "cpu")
+    result = transformer.block_attention(q, k, v, blocks)
+    torch.testing.assert_close(result, expected)
+    weight = torch.randn_like(result)
+    for ours, theirs in zip(torch.autograd.grad((result * weight).sum(), (q, k, v)),
+                            torch.autograd.grad((expected * weight).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert [keys.start for keys, _ in blocks] == first  # what no query of a block sees is left out
 
 
 def test_logits_asked_for_outside_of_autocast():
