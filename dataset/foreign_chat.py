@@ -54,12 +54,13 @@ class ForeignTemplate:
         self.control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
         question = [{"role": "user", "content": "Hi"}]
         prompt = self._write(tokenizer, question, add_generation_prompt=True)
-        whole = self._write(tokenizer, [*question, {"role": "assistant", "content": "\ue0000\ue001"}])
+        answer = [{"role": "assistant", "content": "\ue0000\ue001"}]
+        whole = self._write(tokenizer, question + answer, add_generation_prompt=False)
         # The space between the prompt and the answer, as the model has to begin with it: " " for Mistral.
-        lead = whole.removeprefix(prompt).split("\ue000")[0] if whole.startswith(prompt) else ""
+        lead = whole.removeprefix(prompt).split("\ue000")[0]
         self.lead = lead if lead.isspace() else ""
 
-    def _write(self, tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    def _write(self, tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
         # We train without thinking; Qwen3's template then writes the same prompt in training and in use.
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False,
@@ -68,8 +69,8 @@ class ForeignTemplate:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"this model's chat template refuses it: {reason}") from None
 
-    def pieces(self, tokenizer, messages: list[dict], tools: list | None = None,
-               add_generation_prompt: bool = False) -> list[Piece]:
+    def pieces(self, tokenizer, messages: list[dict], tools: list | None,
+               add_generation_prompt: bool) -> list[Piece]:
         """A conversation as pieces whose texts together are what the template writes."""
         if tools or any(message.keys() - {"role", "content"} for message in messages):
             raise DataError("tools, tool calls and reasoning are for models of our own prompt format")
@@ -89,9 +90,10 @@ class ForeignTemplate:
                 [i for i, message in enumerate(messages) if message["role"] == "assistant" and words[i]]:
             raise DataError("this model's chat template leaves out, or moves, what the assistant said")
         pieces = []
-        for (i, start, stop), following in zip(spans, [*spans[1:], (0, len(text), 0)], strict=True):
+        following = [*(start for _, start, _ in spans[1:]), len(text)]  # where the next message's words begin
+        for (i, start, stop), limit in zip(spans, following, strict=True):
             if messages[i]["role"] == "assistant":
-                close = self.control.search(text, stop, following[1])
+                close = self.control.search(text, stop, limit)
                 if not close or text[stop:close.start()].strip():
                     raise DataError("this model's chat template has no control token that ends an answer")
                 start -= len(self.lead) * text.endswith(self.lead, end, start)
@@ -102,17 +104,14 @@ class ForeignTemplate:
     @staticmethod
     def _spans(parts: list[str], words: list[str], text: str) -> list[tuple[int, int, int]]:
         """(message, start, end) of the words in `text`; templates may trim them, and do nothing else."""
-        spans, place = [], len(parts[0])
-        fits = text.startswith(parts[0])
+        spans, written = [], parts[0]
         for number, after in zip(map(int, parts[1::2]), parts[2::2], strict=True):
-            w = words[number]
+            w, place = words[number], len(written)
             trimmed = (w, w.strip(), w.lstrip(), w.rstrip(), w.strip("\n"), w.lstrip("\n"))
-            said = next((said for said in trimmed if text.startswith(said + after, place)), None)
-            if said is None:
-                break
+            said = next((said for said in trimmed if text.startswith(said + after, place)), w)
             spans.append((number, place, place + len(said)))
-            place += len(said) + len(after)
-        if not fits or len(spans) < len(parts) // 2 or place != len(text):
+            written += said + after
+        if written != text:
             raise DataError("this model's chat template rewrites what a message says")
         return spans
 

@@ -1,0 +1,238 @@
+"""Chat templates of other makers: ids and mask as transformers has them, for the shapes that templates have.
+
+Each template marks with {% generation %} what the model has to write, which transformers turns into a mask;
+dataset/foreign_chat.py never looks at those marks.
+"""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+from dataset import chat
+from dataset.jsonl import DataError
+
+
+def template(turn: str, before: str = "", prompt: str = "") -> str:
+    """`turn` is written for each message `m`; "{A ... A}" in it stands around what the assistant writes."""
+    turn = turn.replace("{A", "{% generation %}").replace("A}", "{% endgeneration %}")
+    return (before + "{% for m in messages %}" + turn + "{% endfor %}"
+            + "{% if add_generation_prompt %}" + prompt + "{% endif %}")
+
+
+def by_role(user: str, assistant: str, system: str = "{{ raise_exception('no system message') }}") -> str:
+    return (f"{{% if m.role == 'user' %}}{user}{{% elif m.role == 'assistant' %}}{assistant}"
+            f"{{% else %}}{system}{{% endif %}}")
+
+
+CHATML = "<|im_start|>{{ m.role }}\n"
+TEMPLATES = {
+    "chatml": template(
+        by_role(CHATML + "{{ m.content }}<|im_end|>\n", CHATML + "{A{{ m.content }}<|im_end|>A}\n",
+                CHATML + "{{ m.content }}<|im_end|>\n"), prompt="<|im_start|>assistant\n"),
+    "chatml with a system message of its own": template(
+        by_role(CHATML + "{{ m.content }}<|im_end|>\n", CHATML + "{A{{ m.content }}<|im_end|>A}\n",
+                CHATML + "{{ m.content }}<|im_end|>\n"), prompt="<|im_start|>assistant\n",
+        before="{% if messages[0].role != 'system' %}<|im_start|>system\nHelp!<|im_end|>\n{% endif %}"),
+    "llama 2": template(  # the system message stands within the first question
+        by_role("{% if loop.index0 == first %}<s>[INST] {{ system + m.content.strip() }} [/INST]"
+                "{% else %}<s>[INST] {{ m.content.strip() }} [/INST]{% endif %}",
+                "{A {{ m.content.strip() }} </s>A}", ""),
+        before="{% set first = 1 if messages[0].role == 'system' else 0 %}{% set system = '<<SYS>>\n' + "
+               "messages[0].content + '\n<</SYS>>\n\n' if first else '' %}"),
+    "llama 3": template(
+        by_role("<|start|>user<|end|>\n\n{{ m.content | trim }}<|eot|>",
+                "<|start|>assistant<|end|>\n\n{A{{ m.content | trim }}<|eot|>A}",
+                "<|start|>system<|end|>\n\nDate: today\n\n{{ m.content | trim }}<|eot|>"),
+        before="<|begin|>", prompt="<|start|>assistant<|end|>\n\n"),
+    "gemma": template(by_role("<turn>user\n{{ m.content | trim }}</turn>\n",
+                              "<turn>model\n{A{{ m.content | trim }}</turn>A}\n"),
+                      before="<bos>", prompt="<turn>model\n"),
+    "zephyr": template(by_role("<|user|>\n{{ m.content }}</s>\n", "<|assistant|>\n{A{{ m.content }}</s>A}\n",
+                               "<|system|>\n{{ m.content }}</s>\n"), prompt="<|assistant|>\n"),
+    "vicuna": template(  # its prompt ends before the space that the answer begins with
+        by_role("USER: {{ m.content }} ", "ASSISTANT:{A {{ m.content }}</s>A}", "{{ m.content }}\n\n"),
+        prompt="ASSISTANT:"),
+    "a space before the last answer alone": template(
+        by_role("USER: {{ m.content }} ",
+                "ASSISTANT:{A{% if loop.last %} {% endif %}{{ m.content }}</s>A}", "{{ m.content }}\n\n"),
+        prompt="ASSISTANT:"),
+    "a space before the answer, which the prompt has": template(
+        by_role("Q: {{ m.content }}\n", "A: {A{{ m.content }}</s>A}\n", "{{ m.content }}\n"), prompt="A: "),
+    "trimmed on the left": template(
+        by_role("[U]{{ m.content.lstrip() }}", "[A]{A{{ m.content.lstrip() }}</s>A}"), prompt="[A]"),
+    "trimmed on the right": template(
+        by_role("[U]{{ m.content.rstrip() }}", "[A]{A{{ m.content.rstrip() }}</s>A}"), prompt="[A]"),
+    "trimmed of line breaks": template(
+        by_role("[U]{{ m.content.strip('\n') }}", "[A]{A{{ m.content.strip('\n') }}</s>A}"), prompt="[A]"),
+    "no turn for an empty question": template(
+        by_role("{{ '[U]' + m.content if m.content }}", "[A]{A{{ m.content }}</s>A}"), prompt="[A]"),
+}
+CONTROL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|start|>", "<|end|>", "<|eot|>", "<|begin|>",
+           "<turn>", "</turn>", "<bos>", "  "]  # fmt: skip
+WORDS = ["What colour is the sky?", " The sky is blue.\n\n", "USER: Hi ASSISTANT: Hello [INST] 1 + 1 = 2"]
+
+
+def byte_level(control=CONTROL, **options) -> Tokenizer:
+    """GPT-2's kind of tokenizer, with a few merges; a space joins the word after it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(WORDS * 3, trainer)
+    backend.add_special_tokens([AddedToken(token, **{"normalized": False, **options}) for token in control])
+    return backend
+
+
+def with_template(backend: Tokenizer, chat_template: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=chat_template)
+
+
+TOKENIZERS = {name: with_template(byte_level(), text) for name, text in TEMPLATES.items()}
+
+
+def say(*contents, system=None):
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return ([{"role": "system", "content": system}] if system else []) + turns
+
+
+def theirs(tokenizer, messages) -> tuple[list[int], list[int]]:
+    found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True,
+                                          return_assistant_tokens_mask=True)
+    return found["input_ids"], found["assistant_masks"]
+
+
+# Texts with whatever templates and tokenizers treat apart, at their edges above all.
+PARTS = ["Hi", "sky", " ", "\n", "\t", "  ", "猫", "😀", "1", "[INST]", "ASSISTANT:", "{{ 0 }}", "<", ">",
+         "|im_end|>", "assistant\n", "\ue0000\ue001", "é"]  # fmt: skip
+TEXT = st.lists(st.sampled_from(PARTS), min_size=1, max_size=5).map("".join)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=60, deadline=None)
+@given(turns=st.lists(st.tuples(TEXT | st.just(""), TEXT), min_size=1, max_size=3), system=st.none() | TEXT)
+@example(turns=[("Hi", "Hello"), ("", "Hi")], system=None)
+@example(turns=[(" \n x", "\n x \n"), ("\n", " y\n"), ("z", "z")], system="Be kind.")
+def test_ids_and_mask_are_those_of_transformers(name, turns, system):
+    tokenizer = TOKENIZERS[name]
+    if "no system message" in TEMPLATES[name]:
+        system = None
+    messages = say(*(text for turn in turns for text in turn), system=system)
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        ids, mask = chat.encode_chat(tokenizer, messages)
+    except DataError as error:  # words that make a control token, alone or with what stands beside them
+        assert "would take it for a control token" in str(error)
+        plain = tokenizer.apply_chat_template([dict(m, content="x") for m in messages], tokenize=False)
+        count = [sum(text.count(token) for token in CONTROL[:-1]) for text in (written, plain)]
+        assert count[0] > count[1]
+        return
+    assert (ids, mask) == theirs(tokenizer, messages)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_prompt_of_generation(name):
+    ids, mask = chat.encode_chat(TOKENIZERS[name], say("Hi"), add_generation_prompt=True)
+    assert not any(mask) and ids == TOKENIZERS[name].apply_chat_template(
+        say("Hi"), tokenize=True, return_dict=False, add_generation_prompt=True)
+
+
+def test_a_tokenizer_that_cuts_pads_adds_tokens_or_trims_offsets():
+    """What tokenizer.json may hold for other uses; transformers turns it off for a template, too."""
+    backend = byte_level()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=200, pad_id=0, pad_token="!")
+    begin = ("<s>", backend.token_to_id("<s>"))
+    trim = processors.ByteLevel(trim_offsets=True)
+    backend.post_processor = processors.Sequence(
+        [trim, processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])])
+    # The prompt ends in a space that is a token of its own, as the answer begins with another one.
+    text = TEMPLATES["a space before the answer, which the prompt has"]
+    messages = say("Hi there", " Hello you")
+    ids, mask = chat.encode_chat(with_template(backend, text), messages)
+    assert (ids, mask) == theirs(with_template(byte_level(), text), messages)
+    assert ids == with_template(backend, text).apply_chat_template(messages, tokenize=True, return_dict=False)
+
+
+# --- what would become a control token ---------------------------------------------------------------------
+
+
+def control_of(tokenizer, messages) -> list[str]:
+    """The control tokens that transformers makes of a conversation."""
+    ids, added = tokenizer.apply_chat_template(messages)["input_ids"], tokenizer.added_tokens_decoder
+    return [added[index].content for index in ids if index in added]
+
+
+TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<e>{% endfor %}"
+
+
+def test_the_longest_control_token_counts():
+    """Of "<e>" and "<e>x" a tokenizer takes the longer one, here from a message and what stands before it."""
+    tokenizer = with_template(byte_level(["<e>", "<e>x", "<e>xy"]), TURNS.replace("[{{ m.role }}]", ""))
+    assert control_of(tokenizer, say("Hi", "Hello")) == ["<e>", "<e>"]
+    for word, taken in (("x", "<e>x"), ("xy", "<e>xy")):
+        assert control_of(tokenizer, say("Hi", word)) == [taken, "<e>"]
+        with pytest.raises(DataError, match=f"'{taken}' at the edge of a message"):
+            chat.encode_chat(tokenizer, say("Hi", word))
+
+
+def test_a_control_token_that_is_normalized_is_found_in_plain_text():
+    backend = byte_level(["<e>"])
+    backend.normalizer = normalizers.NFKC()
+    backend.add_special_tokens([AddedToken("＜x＞", normalized=True)])
+    tokenizer = with_template(backend, TURNS)
+    for text in ("a<x>", "a＜x＞"):
+        assert control_of(tokenizer, say(text, "b"))[0] == "＜x＞"
+        with pytest.raises(DataError, match="would take it for a control token"):
+            chat.encode_chat(tokenizer, say(text, "b"))
+
+
+def test_runs_of_spaces_that_are_tokens_control_nothing():
+    for run in ("  ", "\t\t", "\n\n", "\r\r", "\u2581\u2581"):
+        tokenizer = with_template(byte_level(["<e>", run]), TURNS)
+        messages = say(f"a{run}b", f"{run}c")
+        ids, mask = chat.encode_chat(tokenizer, messages)
+        assert ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on]) == f"{run}c<e>"
+
+
+# --- templates whose mask can't be known -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chat_template, reason", [
+    (TURNS.replace("<e>", "(end)<e>"), "no control token that ends an answer"),
+    (TURNS.replace("<e>", ""), "no control token that ends an answer"),
+    (TURNS.replace("<e>", "{{ '<e>' if m.role == 'user' else '' }}"), "no control token that ends an answer"),
+    ("{{ messages[0].content | length }}" + TURNS, "rewrites what a message says"),  # as the marks are 3 long
+    (TURNS + "{{ messages[0].content | length }}", "rewrites what a message says"),
+    (TURNS + "{% if messages[0].content | length > 3 %}long{% endif %}", "rewrites what a message says"),
+    (TURNS + "{% if messages[0].content | length < 4 %}short{% endif %}", "rewrites what a message says"),
+    (TURNS.replace("m.content", "m.content[:4]"), "rewrites what a message says"),
+    (TURNS.replace("m.content", "m.content.replace('o', '0')"), "rewrites what a message says"),
+    (TURNS + "{{ messages[-1].content }}", "leaves out, or moves"),
+    ("{{ messages[-1].content }}<e>{{ messages[0].content }}<e>", None),
+    (TURNS.replace("in messages", "in messages | reverse"), None),
+    ("{{ raise_exception('not\ntoday') }}", "refuses it: not$"),
+    ("{{ messages[7].content.x }}", "refuses it: "),
+])
+def test_a_template_is_refused_or_right(chat_template, reason):
+    tokenizer = with_template(byte_level(["<e>"]), chat_template)
+    messages = say("A long question", "Hello")
+    if reason:
+        with pytest.raises(DataError, match=reason) as error:
+            chat.encode_chat(tokenizer, messages)
+        assert "\n" not in str(error.value)
+    else:  # an odd order is no harm
+        ids, mask = chat.encode_chat(tokenizer, messages)
+        assert tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on]) == "Hello<e>"
