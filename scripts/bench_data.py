@@ -307,7 +307,7 @@ def start(args) -> None:
     from dataset import packing
     from dataset.lm_dataset import PretrainDataset
     from model.weights import load_tokenizer
-    from trainer.loop import Batches, split
+    from trainer.batches import Batches, split
 
     packing.CACHE_DIR = args.work_dir / "cache"
     tokenizer = load_tokenizer(args.tokenizer)

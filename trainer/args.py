@@ -183,6 +183,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         parser.error(f"--max_minutes must be above 0, not {args.max_minutes}")
     args.stop_at = time.monotonic() + 60 * args.max_minutes if args.max_minutes else float("inf")
     args.content = {}
+    if args.max_minutes and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        parser.error("--max_minutes and torchrun's --max-restarts don't go together: torchrun would start a "
+                     "run that has ended in time once more")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite starts it anew: give one of them")
     for name in ("max_seq_len", "save_interval", "keep_last", "epochs", "batch_size", "log_interval"):
@@ -222,6 +225,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     args.run_dir = args.out_dir / args.name
     if args.load_from and args.load_from.resolve() == args.run_dir.resolve():
         parser.error(f"--name {args.name} would write over --load_from {args.load_from}: choose another name")
+    there = next(folder for folder in (args.run_dir.absolute(), *args.run_dir.absolute().parents)
+                 if os.path.lexists(folder))
+    if not there.is_dir():
+        parser.error(f"--out_dir {args.out_dir}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        parser.error(f"--out_dir {args.out_dir}: {there} is not writable")
     return args
 
 
@@ -256,7 +265,8 @@ def explain(error: Exception, args: argparse.Namespace) -> tuple[int, str]:
     from dataset.jsonl import DataError  # here, because --help needs neither
     from model.transformer import ModelError
 
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+    disk = error.__context__ if isinstance(error, DataError) else error  # a cache that could not be written
+    if isinstance(disk, OSError) and disk.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return 1, f"error: {error}"
     if isinstance(error, (DataError, ModelError, UsageError, OSError)):
         return 2, f"error: {error}"
@@ -266,7 +276,12 @@ def explain(error: Exception, args: argparse.Namespace) -> tuple[int, str]:
     if re.search(r"MemoryError|not enough memory|can't allocate memory", repr(error)):
         return 1, f"error: {out_of_memory(str(error), args)}"
     if re.search(r"Connection (closed|reset|refused)|gloo|NCCL|DataLoader worker", str(error)):
-        return 1, f"error: a process that this one works with ended ({str(error).splitlines()[0]})"
+        line = f"error: a process that this one works with ended ({str(error).splitlines()[0]})"
+        if hasattr(args, "run_dir"):
+            from trainer.checkpoint import last_good
+
+            line += f"; {last_good(args.run_dir)}; to go on: {command_to_resume()}"
+        return 1, line
     raise error
 
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 import zipfile
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,8 +34,6 @@ FREE = {"resume", "overwrite", "save_interval", "keep_last", "on_full_disk", "ma
         "stop_at", "content"}  # no flags
 # Flags that name files, which may lie elsewhere by now: what is in them is compared (args.content).
 PLACES = {"--data_path", "--eval_data_path", "--retain_data_path", "--load_from", "--tokenizer"}
-STATE = {"parameters", "scaler", "optimizers", "step", "batch", "tokens", "seconds", "metrics", "unlogged",
-         "settings"}  # what the loop saves
 OTHER_VERSION = ("--resume: the checkpoint was written by another version of this code: go on with that one, "
                  "or start anew with --overwrite")
 
@@ -44,11 +43,35 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def settings(args) -> dict[str, str]:
-    """What decides the result, as text, to be compared when a run is resumed: flags, data and weights."""
+@dataclass
+class Progress:
+    """How far a run is; every checkpoint tells."""
+
+    step: int = 0  # optimizer steps taken
+    batch: int = 0  # batches drawn: more than steps where some were skipped
+    tokens: int = 0
+    seconds: float = 0.0  # of training
+    metrics: dict = field(default_factory=dict)  # the newest of each
+    logged_step: int = 0  # where the last log line was written
+    logged_tokens: int = 0
+    logged_seconds: float = 0.0
+    loss_sum: float = 0.0  # of the steps since, over all ranks
+
+
+def training_state(model: nn.Module, optimizers: list, scaler, run: Progress, settings: dict) -> dict:
+    """What a checkpoint holds."""
+    return {"parameters": trained_state(model), "optimizers": [o.state_dict() for o in optimizers],
+            "scaler": scaler.state_dict(), "settings": settings} | vars(run)
+
+
+def settings_of(args, dtype: torch.dtype) -> dict[str, str]:
+    """What decides the result, as text, to be compared when a run is resumed: flags, data and weights.
+
+    dtype: what --dtype auto stands for here.
+    """
     flags = {f"--{k}": str([str(v) for v in value] if isinstance(value, list) else value)
              for k, value in vars(args).items() if k not in FREE}
-    return flags | getattr(args, "content", {})
+    return flags | {"--dtype": str(dtype).removeprefix("torch.")} | args.content
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -138,11 +161,11 @@ def damage(checkpoint: Path) -> str:
     return "" if wanted[:1] == [found] else "its checksum is another"
 
 
-def load_checkpoint(run_dir: Path, now: dict[str, str], is_main: bool = True) -> dict | None:
+def load_checkpoint(run_dir: Path, settings: dict[str, str], is_main: bool = True) -> dict | None:
     """The newest whole state of the run, or None where there is none at all.
 
     A damaged one is named, by the main rank, and the one before is taken. Raises UsageError where all are
-    damaged, or where `now`, the settings of this run, differ from those that it began with.
+    damaged, or where `settings` differ from those that the run began with.
     """
     found = checkpoints(run_dir)
     for checkpoint in reversed(found):
@@ -163,16 +186,17 @@ def load_checkpoint(run_dir: Path, now: dict[str, str], is_main: bool = True) ->
     if not isinstance(state, dict) or "settings" not in state:
         raise UsageError(OTHER_VERSION)
     for name, before in state["settings"].items():
-        moved = name in PLACES and "None" not in (before, now.get(name))
-        if now.get(name) != before and not moved:
-            raise UsageError(f"--resume: this run began with {name} {before}, not {now.get(name)}; "
+        moved = name in PLACES and "None" not in (before, settings.get(name))
+        if settings.get(name) != before and not moved:
+            raise UsageError(f"--resume: this run began with {name} {before}, not {settings.get(name)}; "
                              f"give the same, or start anew with --overwrite")
     return state
 
 
-def restore(state: dict, model: nn.Module, optimizers: list, scaler) -> None:
+def restore(state: dict, model: nn.Module, optimizers: list, scaler) -> Progress:
     """Puts a loaded state back, strictly: every trained parameter must be there in its shape."""
-    if not state.keys() >= STATE:
+    run = Progress()
+    if not state.keys() >= {"parameters", "optimizers", "scaler", *vars(run)}:
         raise UsageError(OTHER_VERSION)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in state["parameters"].items()}:
@@ -184,6 +208,7 @@ def restore(state: dict, model: nn.Module, optimizers: list, scaler) -> None:
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     scaler.load_state_dict(state["scaler"])
+    return Progress(**{name: state[name] for name in vars(run)})
 
 
 def last_good(run_dir: Path) -> str:

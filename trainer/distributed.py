@@ -58,20 +58,27 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier(self.patient)
 
-    def sum(self, *values: float | torch.Tensor, group: dist.ProcessGroup | None = None) -> list[float]:
+    def sum(self, *values: float | torch.Tensor) -> list[float]:
         """Each value summed over all ranks, in float64."""
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values])
         if self.world_size > 1:
-            dist.all_reduce(total, group=group)  # on the CPU, through gloo
+            dist.all_reduce(total)  # on the CPU, through gloo
         return total.tolist()
+
+    def max(self, value: float, group: dist.ProcessGroup | None = None) -> float:
+        """The largest of all ranks."""
+        largest = torch.tensor(value, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        return largest.item()
 
     def any(self, flag: bool, group: dist.ProcessGroup | None = None) -> bool:
         """True on every rank if it is true on one."""
-        return self.sum(float(flag), group=group)[0] > 0 if self.world_size > 1 else flag
+        return self.max(float(flag), group) > 0
 
-    def agree(self, *values: float) -> bool:
-        """False on at least one rank if they do not all have these same values."""
-        return self.sum(*values) == [self.world_size * float(v) for v in values]
+    def same(self, value: float) -> bool:
+        """Whether all ranks have the same value."""
+        return self.max(value) == -self.max(-value)
 
 
 def keep_freed_memory() -> None:
@@ -123,6 +130,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return torch.bfloat16
     return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context in which matrix products compute in dtype; with float32 it does nothing."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def join_ranks(device_flag: str) -> Ranks:

@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from trainer.args import UsageError
-from trainer.distributed import Ranks, choose_dtype
-from trainer.loop import Batches, split, to_device
+from trainer.batches import Batches, split, to_device
+from trainer.distributed import Ranks, autocast, choose_dtype
 
 HELD_OUT, MEASURED = 0.2, 1000  # part of the old data that is held out, and samples of it that are measured
 SHORT = 64  # tokens of an answer that can be expected word for word; longer ones count in the loss alone
@@ -68,7 +68,7 @@ def measure(model, eval_batches: Batches | None, retained: Batches | None, args,
         sums = torch.zeros(4, dtype=torch.float64)  # loss, supervised tokens, short answers, exact ones
         for number in range(len(batches)):
             for batch in batches[number][0]:
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with autocast(device, dtype):
                     output = model(**to_device(batch, device))
                     sums[0] += output.loss_sum.cpu()
                     for hidden, labels in zip(output.hidden, batch["labels"], strict=True):

@@ -16,9 +16,9 @@ from dataset.synthetic import ensure_world
 from model.lora import apply_lora, cast_frozen, count_line, freeze_all_but_lora
 from model.quantize import memory_line, quantize_model
 from trainer.args import ROOT, RunError, UsageError, command_to_resume
+from trainer.batches import Batches, split
 from trainer.checkpoint import checkpoints, drop_checkpoints
 from trainer.distributed import Ranks, choose_dtype
-from trainer.loop import Batches, split
 from trainer.retention import Both, hold_out
 
 

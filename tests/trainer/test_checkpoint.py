@@ -322,7 +322,7 @@ def test_a_run_that_was_moved_goes_on(workshop, finished, interrupted, tmp_path)
 
 def test_places_may_change_but_not_whether_there_are_any(tmp_path):
     now = {"--data_path": "['a']", "--eval_data_path": "None"}
-    save_checkpoint(tmp_path, 1, dict.fromkeys(trainer.checkpoint.STATE) | {"settings": now}, keep_last=1)
+    save_checkpoint(tmp_path, 1, {"settings": now}, keep_last=1)
     assert load_checkpoint(tmp_path, now | {"--data_path": "['b']"})
     with pytest.raises(UsageError, match="began with --eval_data_path None, not"):
         load_checkpoint(tmp_path, now | {"--eval_data_path": "['a']"})
@@ -459,6 +459,15 @@ def test_a_disk_too_full_for_the_result(stage, size, workshop, finished, read_lo
     ended = workshop.run(stage, *workshop.flags(stage, tmp_path), "--resume")
     assert ended.code == 0 and "resumed at step 24" in ended.out
     assert_same_run(tmp_path / stage, finished[stage][0], read_log)
+
+
+def test_a_disk_too_full_for_the_token_cache(workshop, tmp_path, file_limit):
+    flags = workshop.flags("pretrain", tmp_path, max_seq_len=61)  # what no other test has put into the cache
+    file_limit(100)
+    ended = workshop.run("pretrain", *flags)
+    file_limit(None)
+    assert ended.code == 1 and "cannot write the token cache" in ended.error
+    assert "File too large" in ended.error
 
 
 def test_a_disk_too_full_for_the_log(tmp_path, file_limit, capsys):

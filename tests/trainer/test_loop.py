@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,9 +12,10 @@ from torch.nn import functional as F
 import trainer.loop
 from model.lora import apply_lora, freeze_all_but_lora
 from trainer.args import INTERRUPTED, TERMINATED, TIME_IS_UP, RunError
+from trainer.batches import Batches, split
 from trainer.checkpoint import checkpoints
 from trainer.distributed import Ranks
-from trainer.loop import Batches, evaluate, split, train
+from trainer.loop import evaluate, train
 from trainer.optim import learning_rate_factor
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -173,7 +173,7 @@ def test_validation_loss_and_bits_per_byte_by_hand(arguments, make_model):
     model, samples = make_model(VOCABULARY), Samples(RAGGED)
     batches = Batches(samples, np.arange(11), arguments(packing=True, max_seq_len=40), 3, ALONE)
     model.eval()
-    found = evaluate(model, batches, nullcontext, ALONE)
+    found = evaluate(model, batches, torch.float32, ALONE)
     with torch.no_grad():
         total = sum(F.cross_entropy(model(ids[None]).logits[0, :-1], labels[1:], reduction="sum").item()
                     for ids, labels in samples.samples)
@@ -412,6 +412,33 @@ def test_a_second_signal_stops_at_once(number, code, go, monkeypatch, arguments)
     with pytest.raises(SystemExit) as ended:
         go(Samples(RAGGED), packing=False, max_steps=9)
     assert ended.value.code == code
+
+
+def test_a_stop_does_not_wait_for_the_end_of_bad_batches(go, make_model, monkeypatch, arguments, capsys):
+    drawn, real = [], Batches.__getitem__
+
+    def draw(self, number):
+        drawn.append(number)
+        if len(drawn) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, number)
+
+    monkeypatch.setattr(Batches, "__getitem__", draw)
+    model = spoil(make_model(VOCABULARY), range(3, 100))
+    with pytest.raises(SystemExit) as ended:
+        go(Samples(RAGGED), model, packing=False, dtype="float16", max_steps=50)
+    assert ended.value.code == INTERRUPTED and len(drawn) < 10
+    assert "stopped at step 3; to go on: " in capsys.readouterr().out
+    (checkpoint,) = checkpoints(arguments().run_dir)
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    assert state["step"] == 3 and state["batch"] == len(drawn)  # what is known to be bad is not drawn again
+
+
+def test_a_stop_before_the_first_step_has_nothing_to_save(go, make_model, arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        go(Samples(RAGGED), spoil(make_model(VOCABULARY), range(100)), packing=False, max_minutes=1e-9)
+    assert ended.value.code == TIME_IS_UP and not checkpoints(arguments().run_dir)
+    assert "stopped at step 0; to go on: " in capsys.readouterr().out
 
 
 def test_time_is_up(go, capsys, arguments):

@@ -12,8 +12,9 @@ from model.lora import apply_lora, freeze_all_but_lora, load_lora
 from model.quantize import quantize_model
 from model.weights import load_model, save_model
 from trainer.args import UsageError, lora_parser, parse_args
+from trainer.batches import Batches
 from trainer.distributed import Ranks
-from trainer.loop import Batches, train
+from trainer.loop import train
 from trainer.optim import build_optimizers, learning_rate_factor
 from trainer.stage import add_lora
 

@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import get_worker_info
 
 import trainer.args
 import trainer.stage
 from model.transformer import CausalLM
 from trainer.args import command_to_resume, parse_args, training_parser
+from trainer.batches import Batches
+from trainer.checkpoint import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("pretrain", "full_sft", "lora")
@@ -328,8 +331,18 @@ def test_lora_flags(complaint):
 
 def test_an_output_folder_that_cannot_be(complaint, tmp_path):
     (tmp_path / "file").write_text("precious", encoding="utf-8")
-    assert "file" in complaint("full_sft", "--out_dir", tmp_path / "file")
+    for out_dir in (tmp_path / "file", tmp_path / "file" / "below"):  # noticed before the data is read
+        line = complaint("full_sft", "--out_dir", out_dir, data_path="nowhere.jsonl")
+        assert f"--out_dir {out_dir}: {tmp_path / 'file'} is no folder" in line
     assert (tmp_path / "file").read_text(encoding="utf-8") == "precious"
+
+
+def test_an_output_folder_that_is_not_writable(complaint, tmp_path, monkeypatch):
+    real = os.access  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and real(path, mode))
+    line = complaint("full_sft", "--out_dir", tmp_path / "new" / "out", data_path="nowhere.jsonl")
+    assert f"--out_dir {tmp_path / 'new' / 'out'}: {tmp_path} is not writable" in line
+    assert not (tmp_path / "new").exists()
 
 
 # --- how a run ends ----------------------------------------------------------------------------------------
@@ -396,6 +409,23 @@ def test_a_bug_keeps_its_traceback(workshop, tmp_path, monkeypatch):
         workshop.run("lora", *workshop.flags("lora", tmp_path))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers that are forked do as this process was told")
+def test_a_dead_worker_names_the_last_checkpoint_and_the_command(workshop, tmp_path, monkeypatch):
+    real = Batches.__getitem__
+
+    def die(self, number):
+        if number == 12 and get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, number)
+
+    monkeypatch.setattr(Batches, "__getitem__", die)
+    ended = workshop.run("lora", *workshop.flags("lora", tmp_path, num_workers=1, save_interval=3))
+    assert ended.code == 1 and "(DataLoader worker (pid" in ended.error
+    last = checkpoints(tmp_path / "lora")[-1]  # workers are some batches ahead
+    assert f"the last good checkpoint is {last}; to go on: " in ended.error
+    assert ended.error.endswith("--resume")
+
+
 def test_only_one_of_many_ranks_complains_of_the_flags(monkeypatch, capsys):
     for rank, count in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
@@ -418,6 +448,16 @@ def test_flags_out_of_range(flag, value, capsys):
         parse_args(training_parser("a test"), ["--name", "x", f"--{flag}", str(value)])
     err = capsys.readouterr().err
     assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and f"--{flag}" in err
+
+
+def test_a_time_limit_under_a_torchrun_that_starts_runs_again(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    parse_args(training_parser("a test"), ["--name", "x", "--max_minutes", "1"])
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    parse_args(training_parser("a test"), ["--name", "x"])
+    with pytest.raises(SystemExit) as ended:
+        parse_args(training_parser("a test"), ["--name", "x", "--max_minutes", "1"])
+    assert ended.value.code == 2 and "--max_minutes and torchrun's --max-restarts" in capsys.readouterr().err
 
 
 def test_names_that_are_not_utf8(capsys):
