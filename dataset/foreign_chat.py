@@ -122,7 +122,7 @@ class ForeignTemplate:
         """
         texts = ["".join(text for text, _, _ in pieces) for pieces in conversations]
         try:
-            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+            encodings = self.backend.encode_batch(texts)
         except Exception as error:  # tokenizers has no other kind
             raise CannotEncode(error) from None
         result = []

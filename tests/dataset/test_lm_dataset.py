@@ -332,23 +332,26 @@ def test_where_a_sample_came_from(tokenizer, tmp_path):
             dataset.where(len(dataset))
 
 
-def unigram(unknown: int | None):
-    """A tokenizer of a few letters, as SentencePiece's unigram models are without their bytes."""
+def few_letters(kind: str):
+    """A tokenizer of a few letters, as SentencePiece's models are without their bytes."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -1.0) for letter in "abc HiYo[]userasistant!")]
-    pieces = list(dict(pieces).items())
-    backend = Tokenizer(models.Unigram(pieces, unknown, False))
+    pieces = list(dict.fromkeys(["<unk>", "</s>", *"abc HiYo[]userasistant!"]))
+    backend = Tokenizer({
+        "unigram": models.Unigram([(piece, -1.0) for piece in pieces], 0, False),
+        "unigram without an unknown token": models.Unigram([(piece, -1.0) for piece in pieces], None, False),
+        "bpe": models.BPE({piece: index for index, piece in enumerate(pieces)}, [], unk_token="<unk>"),
+    }[kind])  # fmt: skip
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
     return tokenizer
 
 
 @pytest.mark.parametrize("kind", [PretrainDataset, SFTDataset])
-@pytest.mark.parametrize("unknown", [None, 0])
-def test_a_text_that_the_tokenizer_can_not_encode_is_a_bad_record(tmp_path, capsys, kind, unknown):
-    tokenizer = unigram(unknown)
+@pytest.mark.parametrize("model", ["unigram", "unigram without an unknown token", "bpe"])
+def test_a_text_that_the_tokenizer_can_not_encode_is_a_bad_record(tmp_path, capsys, kind, model):
+    tokenizer = few_letters(model)
     ask, texts = {"role": "user", "content": "Hi"}, ("abc", "a猫", "a b", "<unk>", "c!")
     records = [{"text": text, "messages": [ask, {"role": "assistant", "content": text}]} for text in texts]
     path = write(tmp_path / "data.jsonl", *records)
@@ -366,7 +369,7 @@ def test_a_text_that_the_tokenizer_can_not_encode_is_a_bad_record(tmp_path, caps
 
 def test_a_tokenizer_that_can_not_chat_stops_at_once(tmp_path, capsys):
     """It is the tokenizer's fault, not that of a thousand records."""
-    tokenizer = unigram(0)
+    tokenizer = few_letters("unigram")
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="^the tokenizer has no <.im_start.> token"):
         SFTDataset(write(tmp_path / "data.jsonl", CHAT, CHAT), tokenizer, 64, cache_dir=tmp_path / "cache")
