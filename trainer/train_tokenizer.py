@@ -24,6 +24,7 @@ leaves no text unknown:
 """
 
 import json
+import math
 import sys
 import zlib
 from pathlib import Path
@@ -219,8 +220,8 @@ def parse_args():
         parser.error("--weights needs --data_path: one number for each of its files")
     if args.weights and len(args.weights) != len(args.data_path):
         parser.error(f"--weights has {len(args.weights)} numbers for {len(args.data_path)} files")
-    if args.weights and min(args.weights) < 0:
-        parser.error("--weights must not be negative")
+    if args.weights and not all(0 <= weight < math.inf for weight in args.weights):
+        parser.error("--weights must not be negative, and finite")
     if not 0 <= args.eval_fraction < 1:
         parser.error(f"--eval_fraction is a part of the whole, from 0 to below 1, not {args.eval_fraction}")
     if args.vocab_size < smallest:
