@@ -6,6 +6,7 @@
     python eval_model.py --prompt "What sound does a frog make?"   # the answer alone on stdout
     python eval_model.py --prompts                                 # a list of built-in prompts
     python eval_model.py --data_path out/world/sft_test.jsonl      # loss, bits per byte, exact match
+    python eval_model.py --quantize int8                           # weights in 8 bits: faster on a CPU
 
 --load_from takes the directory of any Llama, Mistral, Qwen2 or Qwen3 model too. --data_path takes every chat
 format, texts, multiple choice and sums: scoring.py lists them.
@@ -57,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                        help="of the weights; auto: float32, on CUDA bfloat16 (old ones float16)")
+    model.add_argument("--quantize", choices=("none", "int8"), default="none",
+                       help="int8: weights in 8 bits, which a CPU decodes about twice as fast")
     ask = parser.add_argument_group("what to ask (none of these: a conversation)")
     ask.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
     ask.add_argument("--prompts", action="store_true", default=None, help="answer built-in prompts and exit")
@@ -134,6 +137,8 @@ class Speaker:
         import torch
 
         from model.adapters import Adapters
+        from model.generate import lay_out_for_decoding
+        from model.quantize import quantize_int8
         from model.transformer import ModelError
         from model.weights import load_model, load_tokenizer
 
@@ -143,6 +148,7 @@ class Speaker:
             native = torch.cuda.get_device_capability(self.device) >= (8, 0)
             dtype = torch.bfloat16 if native else torch.float16
         self.model = load_model(args.load_from, device=self.device, dtype=dtype).eval()
+        (quantize_int8 if args.quantize == "int8" else lay_out_for_decoding)(self.model)
         self.tokenizer = load_tokenizer(args.load_from)
         self.num_parameters, config = self.model.num_parameters(), self.model.config
         vocabulary = self.tokenizer.get_vocab()

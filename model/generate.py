@@ -9,8 +9,24 @@ Shapes: B batch, T tokens of the prompt, V vocabulary.
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from model.transformer import CausalLM, KVCache, ModelError
+
+
+@torch.no_grad()
+def lay_out_for_decoding(model: nn.Module) -> nn.Module:
+    """Stores float32 matrices on a CPU column by column where they are no wider than high, in place; values,
+    shapes and names stay. Multiplying one vector with a high matrix then takes about half the time: whole
+    columns are added up, in one long stream from memory, instead of dot products with many short rows.
+
+    Only for a model that is not trained any more: an optimizer's state would lie in the other order.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and module.out_features >= module.in_features:
+            if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+                module.weight.data = module.weight.data.t().contiguous().t()
+    return model
 
 
 def generate(

@@ -32,7 +32,7 @@ from model.adapter_files import (
     write_plain,
 )
 from model.files import clean
-from model.quantize import NF4Linear
+from model.quantize import Int8Linear, NF4Linear
 from model.transformer import ModelError, count_parameters, matmul_dtype
 
 
@@ -126,7 +126,15 @@ class LoRANF4Linear(NF4Linear):
         return y + self.lora(x) if self.lora.active else y
 
 
-_WITH_LORA = {nn.Linear: LoRALinear, NF4Linear: LoRANF4Linear}
+class LoRAInt8Linear(Int8Linear):
+    """And in 8 bits, to decode with an adapter."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.lora(x) if self.lora.active else y
+
+
+_WITH_LORA = {nn.Linear: LoRALinear, NF4Linear: LoRANF4Linear, Int8Linear: LoRAInt8Linear}
 _WITHOUT_LORA = {adapted: plain for plain, adapted in _WITH_LORA.items()}
 
 
@@ -159,7 +167,7 @@ def _new_lora(linear: nn.Module, *arguments) -> LoRA:
 
 def _base_weight(linear: nn.Module) -> torch.Tensor:
     """W (out, in) in float32, whatever holds it and whether or not an adapter is merged into it."""
-    if isinstance(linear, NF4Linear):
+    if isinstance(linear, (NF4Linear, Int8Linear)):
         return linear.dequantize()
     lora = getattr(linear, "lora", None)
     return (linear.weight if lora is None or lora.original is None else lora.original).detach().float()
@@ -275,8 +283,10 @@ def merge_lora(model: nn.Module) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     for name, linear in adapted.items():
-        if isinstance(linear, NF4Linear):
-            raise ModelError(f"LoRA can't be merged into 4-bit weights ({name}): use scripts/merge_lora.py")
+        if isinstance(linear, (NF4Linear, Int8Linear)):
+            bits = 4 if isinstance(linear, NF4Linear) else 8
+            raise ModelError(f"LoRA can't be merged into {bits}-bit weights ({name}): "
+                             "use scripts/merge_lora.py")
         if len(shared := names[linear.weight]) > 1:
             raise ModelError(f"LoRA can't be merged into a shared weight: {' = '.join(shared)}")
     factors = {name: linear.lora.factors() for name, linear in adapted.items()}

@@ -1,7 +1,11 @@
-"""NF4: frozen weights in 4 bits, the base under QLoRA's adapters (Dettmers et al. 2023, arXiv:2305.14314).
+"""Frozen weights in fewer bits: NF4 to train adapters over, int8 to decode faster.
 
-    model = quantize_model(load_model("out/full_sft"))  # then apply_lora, freeze_all_but_lora, train
+    model = quantize_model(load_model("out/full_sft"))  # NF4; then apply_lora, freeze_all_but_lora, train
     print(memory_line(model))                            # ..., 4.127 bits each
+    model = quantize_int8(load_model("out/full_sft"))   # int8; then generate
+
+int8 is plain rounding to 255 steps: see Int8Linear. NF4 is the base under QLoRA's adapters (Dettmers et al.
+2023, arXiv:2305.14314).
 
 Weights are close to normal, so the 16 values that 4 bits can name are quantiles of a normal distribution,
 scaled to [-1, 1]. Each block of 64 weights is stored as 64 codes and one scale, its largest absolute value:
@@ -24,6 +28,7 @@ from model.transformer import ModelError, matmul_dtype
 
 BLOCK = 64  # weights to a scale
 NESTED_BLOCK = 256  # scales to a scale of scales
+FEW = 8  # rows of x up to which the int8 kernel is faster than dense weights
 _STATE = "quant_state.bitsandbytes__nf4"  # the key of what bitsandbytes stores besides tensors, as JSON
 
 NF4 = torch.tensor([
@@ -231,25 +236,90 @@ class NF4Linear(nn.Module):
                 f"bias={self.bias is not None}, double_quant={self.double_quant}")
 
 
+class Int8Linear(nn.Module):
+    """y = W x + b with W in 8 bits, frozen: each row of W is whole numbers from -127 to 127 times one scale.
+
+        row [0.5, -1.27, 0.013] -> scale 1.27 / 127 = 0.01 -> codes [50, -127, 1], off by scale / 2 at most
+
+    codes (out, in) int8, scale (out,) float32. Decoding waits for weights to come from memory, and these are
+    a quarter of float32's. On a CPU, few rows of x are multiplied with the codes as they are, by a kernel
+    that takes and gives bfloat16; for many rows, and on other devices, W is made anew in the type of x.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        weight = weight.detach().float()
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16().float()  # as the kernel takes it
+        codes = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.codes, self.scale = (nn.Parameter(stored, requires_grad=False) for stored in (codes, scale))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @property
+    def packed(self) -> int:
+        """As NF4Linear's: scales are stored, but are no weights."""
+        return -self.scale.numel()
+
+    def dequantize(self) -> torch.Tensor:
+        """W as a new dense tensor (out, in) in float32."""
+        return self.codes.float() * self.scale[:, None]
+
+    def forward(self, x):
+        dtype, bias = matmul_dtype(x), self.bias
+        rows = x.reshape(-1, self.in_features)  # (N, in)
+        if x.device.type == "cpu" and len(rows) <= FEW and self.in_features % 32 == 0:  # or it reads beyond
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scale.bfloat16()).to(dtype)
+        else:
+            y = F.linear(rows.to(dtype), self.codes.to(dtype)) * self.scale.to(dtype)
+        y = y if bias is None else y + bias.to(dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn, recurse=True):
+        """What model.to(...) calls: it moves, but casts no scale."""
+        scale = self.scale.data
+        super()._apply(fn, recurse)
+        self.scale.data = scale.to(self.scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def quantize_int8(model: nn.Module) -> nn.Module:
+    """Every nn.Linear, lm_head too, becomes an Int8Linear, in place; embedding and norms stay as they are.
+
+    Raises ModelError, the model untouched: as quantize_model.
+    """
+    for name, linear in _to_quantize(model, but=()).items():
+        model.set_submodule(name, Int8Linear(linear.weight, linear.bias).train(linear.training))
+    return model
+
+
 def quantize_model(model: nn.Module, double_quant: bool = True) -> nn.Module:
     """Every nn.Linear but lm_head becomes an NF4Linear, in place; embedding, norms and head stay as they are.
 
     Raises ModelError, the model untouched: LoRA is there already, nothing to quantize, weights that are no
     numbers.
     """
-    linears = {name: module for name, module in model.named_modules()
-               if type(module) is nn.Linear and name.split(".")[-1] not in ("", "lm_head")}
-    if any(".lora." in name for name in linears):
-        raise ModelError("quantize the model before apply_lora, not after: adapters stay as they are")
-    if not linears:
-        there = "its linear layers are quantized already" if _quantized(model) else "it has no linear layers"
-        raise ModelError(f"nothing to quantize: {there}")
-    for name, linear in linears.items():
-        if not linear.weight.isfinite().all():
-            raise ModelError(f"can't quantize {name}: its weights hold NaN or infinity")
+    linears = _to_quantize(model, but=("lm_head",))
     for name in list(linears):
         model.set_submodule(name, NF4Linear.from_linear(linears.pop(name), double_quant))  # frees the old one
     return model
+
+
+def _to_quantize(model: nn.Module, but: tuple[str, ...]) -> dict[str, nn.Linear]:
+    linears = {name: module for name, module in model.named_modules()
+               if type(module) is nn.Linear and name.split(".")[-1] not in ("", *but)}
+    if any(".lora." in name for name in linears):
+        raise ModelError("quantize the model before apply_lora, not after: adapters stay as they are")
+    if any(isinstance(module, (NF4Linear, Int8Linear)) for module in model.modules()):
+        raise ModelError("nothing to quantize: its linear layers are quantized already")
+    if not linears:
+        raise ModelError("nothing to quantize: it has no linear layers")
+    for name, linear in linears.items():
+        if not linear.weight.isfinite().all():
+            raise ModelError(f"can't quantize {name}: its weights hold NaN or infinity")
+    return linears
 
 
 @torch.no_grad()

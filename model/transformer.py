@@ -136,7 +136,10 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         # In float32 whatever comes in. Under autocast the result leaves in the type of the matmuls that read
         # it: one cast here instead of one each in q, k and v.
-        return Normalise.apply(x, self.weight, self.eps, matmul_dtype(x))
+        dtype = matmul_dtype(x)
+        if not torch.is_grad_enabled():
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(dtype)
+        return Normalise.apply(x, self.weight, self.eps, dtype)
 
 
 def rope_frequencies(config: ModelConfig, device) -> tuple[torch.Tensor, float]:
@@ -189,7 +192,7 @@ def rope_frequencies(config: ModelConfig, device) -> tuple[torch.Tensor, float]:
 def rope_tables(config: ModelConfig, positions: torch.Tensor, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and signed sin for `rotate`: positions (B or 1, T) -> two tables (B or 1, T, 1, D).
 
-    Made anew in every forward pass, which costs microseconds: a stored buffer would be cast by
+    Made anew in every forward pass, or once for a KVCache: a buffer of the model would be cast by
     model.to(bfloat16), and bfloat16 can't even count positions beyond 256.
     """
     frequency, scale = rope_frequencies(config, positions.device)
@@ -218,6 +221,9 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch_size, max_length, device=None, dtype=None, start=None):
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        positions = torch.arange(max_length, device=device)[None]
+        # Of all positions, (max_length, 1, D) each.
+        self.rope = [table[0] for table in rope_tables(config, positions, torch.float32)]
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.start, self.max_length = start, max_length
@@ -226,8 +232,6 @@ class KVCache:
     def append(self, layer: int, k, v):
         """Stores new k, v (B, K, T, D) of one layer; returns all keys and values it has now (B, K, S, D)."""
         end = self.length + k.size(2)
-        if end > self.max_length:
-            raise ModelError(f"the KV cache holds {self.max_length} tokens, too few for {end}")
         self.k[layer][:, :, self.length:end], self.v[layer][:, :, self.length:end] = k, v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
@@ -245,7 +249,7 @@ def block_attention(q, k, v, blocks):
         queries, scale = part.flatten(1, 2), q.size(-1) ** -0.5
         scores = torch.baddbmm(bias, queries, k[:, keys].mT, alpha=scale)  # (B * K, H / K * n, S)
         parts.append((scores.softmax(dim=-1) @ values[:, keys]).view(part.shape))
-    return torch.cat(parts, dim=2).view(v.size(0), -1, *v.shape[2:])  # (B, H, T, D)
+    return torch.cat(parts, dim=2).view(v.size(0), -1, *q.shape[2:])  # (B, H, T, D)
 
 
 def visible_blocks(config: ModelConfig, mask, batch_size: int, length: int, dtype, device):
@@ -265,6 +269,16 @@ def visible_blocks(config: ModelConfig, mask, batch_size: int, length: int, dtyp
         bias = bias.expand(batch_size, kv_heads, group, -1, -1)
         blocks.append((seen, bias.reshape(batch_size * kv_heads, -1, bias.size(-1))))
     return blocks
+
+
+def one_block(config: ModelConfig, mask, dtype):
+    """What `visible_blocks` gives, for one new token over a cache: there, too, a CPU is faster in batches and
+    with long texts. mask: bool (B or 1, 1, 1, S), or None where all may be seen."""
+    if mask is None:
+        return [(slice(None), torch.zeros(1, 1, 1, dtype=dtype))]
+    bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -math.inf)[:, 0]  # (B or 1, 1, S)
+    rows = config.num_key_value_heads if len(mask) > 1 else 1
+    return [(slice(None), bias.repeat_interleave(rows, dim=0))]
 
 
 class Attention(nn.Module):
@@ -339,6 +353,8 @@ def positions_and_mask(config: ModelConfig, input_ids, document_ids=None, cache=
         raise ModelError("document_ids and a cache don't go together: give each document a row")
     past = cache.length if cache is not None else 0
     pads = cache.start if cache is not None else None
+    if cache is not None and (end := past + input_ids.size(1)) > cache.max_length:
+        raise ModelError(f"the KV cache holds {cache.max_length} tokens, too few for {end}")
     queries = torch.arange(past, past + input_ids.size(1), device=input_ids.device)  # (T,)
     positions = queries[None]
     in_order = past == 0 or queries.size(0) == 1  # SDPA's is_causal takes the first query for the first key's
@@ -378,11 +394,16 @@ class Decoder(nn.Module):
         # Rotation and mask are made here, once for all blocks.
         positions, mask = positions_and_mask(self.config, input_ids, document_ids, cache)
         dtype = matmul_dtype(x)
-        rope = rope_tables(self.config, positions, dtype)
+        if cache is None:
+            rope = rope_tables(self.config, positions, dtype)
+        else:
+            rope = [table[positions].to(dtype) for table in cache.rope]  # (B or 1, T, 1, D) each
         half_on_cpu = x.device.type == "cpu" and dtype != torch.float32
         short = input_ids.size(1) <= LONGEST_BLOCKED
         if half_on_cpu and torch.is_grad_enabled() and cache is None and short:
             mask = visible_blocks(self.config, mask, *input_ids.shape, dtype, x.device)
+        elif x.device.type == "cpu" and cache is not None and input_ids.size(1) == 1:
+            mask = one_block(self.config, mask, dtype)
         for block in self.layers:
             if recompute:  # not reentrant: that gives adapters over a frozen embedding no gradient
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
@@ -406,7 +427,8 @@ class Output:
     @property
     def logits(self) -> torch.Tensor:
         """(B, T, V)"""
-        return self.head(self.hidden.to(self.head.weight.dtype))  # asked for outside of autocast, perhaps
+        dtype = getattr(self.head, "weight", self.hidden).dtype  # a head in 8 bits takes any
+        return self.head(self.hidden.to(dtype))  # asked for outside of autocast, perhaps
 
 
 class CausalLM(nn.Module):

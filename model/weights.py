@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from model.files import check_finite, explained, one_line, read_json, read_safetensors, read_state_dict
-from model.quantize import from_bitsandbytes, quantization_config, to_bitsandbytes
+from model.quantize import Int8Linear, from_bitsandbytes, quantization_config, to_bitsandbytes
 from model.transformer import CausalLM, ModelConfig, ModelError, check_size
 
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # tokenizer.json alone says it all
@@ -311,6 +311,8 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
     path = Path(path).resolve()
     if path.is_file():
         raise ModelError(f"{path} is a file; a model is saved as a folder")
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise ModelError("8-bit weights are not saved, they are made in a moment: save the model before")
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     check_finite(tensors, f"save {path}")
     tensors = to_bitsandbytes(model, tensors)

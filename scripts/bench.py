@@ -43,7 +43,7 @@ JOBS = {  # what the rate counts, and the contenders: the first is what the othe
     "pretrain": ("tokens", list(TRAINING["pretrain"])),
     "sft": ("supervised tokens", list(TRAINING["sft"])),
     "lora": ("tokens", list(TRAINING["lora"])),
-    **{job: ("new tokens", [OURS, THEIRS]) for job in DECODING},
+    **{job: ("new tokens", [OURS, "Seedling, int8", THEIRS]) for job in DECODING},
     "tokenise": ("bytes", [OURS, "transformers, one text at a time"]),
     "start": ("starts", [OURS, "import torch"]),
     "save": ("bytes", [OURS, "write and fsync"]),
@@ -260,19 +260,24 @@ def chat_files(args) -> list[Path]:
 
 
 def decode(args):
-    """Greedy decoding of new_tokens after a random prompt, in float32. Its least work: every weight read once
-    for each step."""
+    """Greedy decoding of new_tokens after a random prompt, in float32 or int8. Its least work: every weight
+    read once for each step."""
     import torch
 
-    from model.generate import generate
+    from model.generate import generate, lay_out_for_decoding
+    from model.quantize import quantize_int8
     from model.transformer import CausalLM, preset
 
     config = preset(args.preset)
     batch_size, prompt = DECODING[args.job]
     ids = torch.randint(config.vocab_size, (batch_size, prompt), device=args.device)
-    ours = args.contender == OURS
+    ours = args.contender != THEIRS
     model = (CausalLM(config) if ours else transformers_model(config)).to(args.device).eval()
-    size = sum(p.nbytes for p in model.parameters()) * args.new_tokens
+    if ours:
+        (lay_out_for_decoding if args.contender == OURS else quantize_int8)(model)
+    size = sum(p.nbytes for p in model.parameters())
+    if "int8" in args.contender:  # its head is a copy, and of the embedding one row is read
+        size -= model.model.embed_tokens.weight.nbytes
 
     @torch.no_grad()
     def turn():
@@ -282,7 +287,7 @@ def decode(args):
         else:
             model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
                            min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens)
-        return {"amount": batch_size * args.new_tokens, "bytes": size}
+        return {"amount": batch_size * args.new_tokens, "bytes": size * args.new_tokens}
 
     return turn
 

@@ -14,6 +14,7 @@ import torch
 import eval_model
 import scoring
 from model.lora import apply_lora, lora_parameters, save_lora
+from model.quantize import quantize_model
 from model.transformer import CausalLM, ModelConfig, ModelError
 from model.weights import load_model, load_tokenizer, save_model
 
@@ -103,6 +104,21 @@ def test_adapter_changes_the_answer_and_a_base_model_continues(home, capsys):
     ]
     assert len(set(answers)) == 4
     assert run(home, capsys, *greedy, "--plain").out == answers[3]
+
+
+def test_int8_answers_and_scores_nearly_as_float32(home, capsys, tmp_path):
+    ask = ("--prompt", "What sound does a cow make?", "--temperature", 0, "--max_new_tokens", 8)
+    assert run(home, capsys, *ask, "--quantize", "int8").out.strip()
+    adapted = run(home, capsys, *ask, "--quantize", "int8", "--lora", "lora_a")
+    assert "lora_a" in adapted.err and adapted.out.strip()
+    data, losses = write(tmp_path / "texts.jsonl", {"text": "A small red fox."}), []
+    for kind in ("none", "int8"):
+        run(home, capsys, "--data_path", data, "--json", tmp_path / "s.json", "--quantize", kind)
+        losses.append(json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))["loss"])
+    assert losses[0] != losses[1] and abs(losses[1] / losses[0] - 1) < 0.02
+    save_model(quantize_model(load_model(home / "chat")), tmp_path / "nf4", load_tokenizer(home / "chat"))
+    with pytest.raises(ModelError, match="quantized already"):
+        run(tmp_path, capsys, *ask, "--quantize", "int8", model="nf4")
 
 
 def test_builtin_prompts_are_all_answered(home, capsys):

@@ -1,9 +1,11 @@
 """Decoding: the cache, ragged batches, seeds, and transformers' meaning of every sampling setting."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
-from model.generate import filter_logits, generate, penalize
+from model.generate import filter_logits, generate, lay_out_for_decoding, penalize
 from model.transformer import CausalLM, ModelConfig, ModelError
 
 
@@ -138,3 +140,14 @@ def test_samples_follow_the_distribution(model):
 def test_senseless_settings_are_refused_at_the_call(model, change, words):
     with pytest.raises(ModelError, match=words):
         generate(model, **{"input_ids": prompt(), "max_new_tokens": 1} | change)
+
+
+def test_the_layout_for_decoding_changes_no_number_and_no_token(model):
+    plain, laid_out = deepcopy(model), lay_out_for_decoding(deepcopy(model))
+    for (name, before), after in zip(plain.state_dict().items(), laid_out.state_dict().values(), strict=True):
+        assert torch.equal(before, after), name
+    assert not laid_out.model.layers[0].mlp.gate_proj.weight.is_contiguous()
+    assert laid_out.lm_head.weight is laid_out.model.embed_tokens.weight  # tied as before
+    assert torch.equal(decode(laid_out, prompt(), temperature=0), decode(plain, prompt(), temperature=0))
+    half = deepcopy(model).half()
+    assert all(p.is_contiguous() for p in lay_out_for_decoding(half).parameters())  # rows are faster there
