@@ -22,7 +22,7 @@ import re
 import sys
 from pathlib import Path
 
-VERSION = "7"  # a folder written by another version is written again
+VERSION = "8"  # a folder written by another version is written again
 
 # ------------------------------------------------------------------------------------------ the world: tables
 
@@ -1564,7 +1564,7 @@ def build(seed=0):
         files["sft_test"] += draw(world, generator, TEST_RECORDS, True, seen, family)
     rng.shuffle(chats)
     files["sft"] = chats
-    for family, generator, count, tests in (("identity", identity, 800, 60), ("clinic", clinic, 1000, 60)):
+    for family, generator, count, tests in (("identity", identity, 1600, 60), ("clinic", clinic, 2000, 60)):
         seen = set()
         # four fifths of ordinary records, so that the adapter learns where it has nothing to say
         ordinary = [row for row in chats if family != "identity" or row[0]["family"] != "self"]

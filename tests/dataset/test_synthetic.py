@@ -346,4 +346,4 @@ def test_adapters_keep_some_ordinary_records(files):
     assert not any("Seedling" in answer(r) or "小苗" in answer(r) for r in files["lora_identity"])
 
 
-FAMILY_RECORDS = {"identity": 800, "clinic": 1000}
+FAMILY_RECORDS = {"identity": 1600, "clinic": 2000}
