@@ -332,6 +332,32 @@ def start(args) -> None:
     print(json.dumps(result))
 
 
+TRAIN = f"""
+import runpy, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from dataset import lm_dataset, packing
+lm_dataset.CACHE_DIR = packing.CACHE_DIR = Path(sys.argv[1])
+sys.argv[:2] = [str(Path({str(ROOT)!r}) / "trainer" / "train_pretrain.py")]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def first_step(path: Path, folder: str, args) -> float:
+    """Seconds from the start of train_pretrain.py to its first step, the tokens being in the cache."""
+    command = [sys.executable, "-u", "-c", TRAIN, Path(folder, "cache"), "--data_path", path,
+               "--out_dir", folder, "--tokenizer", args.tokenizer, "--max_seq_len", 512, "--batch_size", 1,
+               "--num_workers", 0, "--log_interval", 1, "--overwrite"]
+    command, began = [str(word) for word in command], time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        found = any(line.startswith("step ") for line in process.stdout)
+        seconds = time.perf_counter() - began
+        process.kill()
+    if not found:
+        raise UsageError("train_pretrain.py made no step")
+    return seconds
+
+
 def resident_peak() -> int:
     """The most memory that this process ever had resident, in bytes; mapped files count, too."""
     import resource
@@ -356,13 +382,16 @@ def any_size(args) -> None:
                     raise UsageError(f"the {turn} start failed: {ended.stderr.strip()[-300:]}")
                 found = json.loads(ended.stdout)
                 rows.append((size, records, turn, found))
+                found["first_step"] = first_step(path, folder, args)
                 print(f"{size / 1e6:,.0f} MB, {turn} start: {json.dumps(found)}", file=sys.stderr, flush=True)
     print("| file | records | tokens | start | until it is open (s) | first packed batch (s) "
-          "| one in the middle (s) | peak memory (MB) |\n|---|---|---|---|---|---|---|---|")
+          "| one in the middle (s) | peak memory (MB) | first step of train_pretrain.py after that (s) |\n"
+          "|---|---|---|---|---|---|---|---|---|")
     for size, records, turn, found in rows:
         packed, peak = found["packed"], max(found["packed"]["peak"], found["unpacked"]["peak"])
         print(f"| {size / 1e6:,.0f} MB | {records:,} | {found['tokens']:,} | {turn} | {found['open']:.1f} | "
-              f"{packed['first_batch']:.2f} | {packed['middle']:.3f} | {peak / 1e6:,.0f} |")
+              f"{packed['first_batch']:.2f} | {packed['middle']:.3f} | {peak / 1e6:,.0f} | "
+              f"{found['first_step']:.1f} |")
 
 
 def main(args):
