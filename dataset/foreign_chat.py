@@ -127,10 +127,11 @@ class ForeignTemplate:
             raise CannotEncode(error) from None
         result = []
         for pieces, text, encoding in zip(conversations, texts, encodings, strict=True):
-            for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                if index == self.unknown and not self.control.fullmatch(text[start:end].strip()):
-                    raise CannotEncode
+            ids, offsets = encoding.ids, encoding.offsets
+            unknown = [place for i, place in zip(ids, offsets, strict=True) if i == self.unknown]
+            if not all(self.control.fullmatch(text[start:end].strip()) for start, end in unknown):
+                raise CannotEncode  # else the template itself writes that token
             on = [flag for text, _, flag in pieces for flag in [int(flag)] * len(text)]  # by character
-            mask = [int(any(on[start:max(end, start + 1)])) for start, end in encoding.offsets]
-            result.append((encoding.ids, mask))
+            mask = [int(any(on[start:max(end, start + 1)])) for start, end in offsets]
+            result.append((ids, mask))
         return result

@@ -25,8 +25,6 @@ import numpy as np
 from dataset.jsonl import DataError
 
 CACHE_DIR = Path(__file__).resolve().parents[1] / "out" / "cache"
-
-
 TABLE = 1 << 20  # numbers up to which an order is held as a table
 CHUNK = 1 << 17  # documents that are packed together; more of them fill the rows no better
 FORGET = 16  # reads after which mapped pages are given back: each may have brought 2 MB into memory

@@ -208,6 +208,25 @@ def test_runs_of_spaces_that_are_tokens_control_nothing():
         assert tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on]) == f"{run}c<e>"
 
 
+def test_a_template_may_write_the_token_for_the_unknown_and_a_text_may_not():
+    letters = {letter: i for i, letter in enumerate(["<unk>", *"Hielousrant[]"])}
+    backend = Tokenizer(models.BPE(letters, [], unk_token="<unk>"))
+    backend.add_special_tokens(["<unk>", "<e>"])
+    tokenizer = with_template(backend, "<unk>" + TURNS)
+    ids, mask = chat.encode_chat(tokenizer, say("Hi", "Hello"))
+    assert ids == tokenizer.apply_chat_template(say("Hi", "Hello"))["input_ids"]
+    assert ids.count(0) == 1 and sum(mask) == len("Hello") + 1
+    for messages in (say("H?i", "Hello"), say("Hi", "Hello!")):
+        with pytest.raises(DataError, match="no token for a character in it"):
+            chat.encode_chat(tokenizer, messages)
+
+
+def test_a_tokenizer_without_any_control_token_is_refused():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level([]), chat_template=TURNS)
+    with pytest.raises(DataError, match="no control token that ends an answer"):
+        chat.encode_chat(tokenizer, say("Hi", "Hello"))
+
+
 # --- templates whose mask can't be known -------------------------------------------------------------------
 
 
