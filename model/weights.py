@@ -155,22 +155,38 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM
             raise ModelError(f"no model at {path}: neither a folder with config.json nor a .pth file")
         if config.num_hidden_layers > len(tensors):
             raise ModelError(f"{config.num_hidden_layers} layers in the config, but {len(tensors)} tensors")
-        with torch.device("meta"):  # shapes without memory, so that a wrong file costs nothing
-            model = CausalLM(config).to(dtype or torch.float32)
+        model = _without_memory(config).to(dtype or torch.float32)  # so that a wrong file costs nothing
         tensors = from_bitsandbytes(model, tensors)  # those layers that the file holds in 4 bits
         tensors = _check(tensors, model)
     return _fill(model, tensors, files, device, path)
+
+
+class _NoInitialValues(torch.overrides.TorchFunctionMode):
+    """Within it the functions of torch.nn.init do nothing. On the meta device, where there is nothing to
+    fill, they would import PyTorch's compiler: more than a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def _without_memory(config: ModelConfig) -> CausalLM:
+    """The model with shapes alone, on the meta device."""
+    with torch.device("meta"), _NoInitialValues():
+        return CausalLM(config)
 
 
 @torch.no_grad()
 def _fill(model: CausalLM, tensors: dict, files: dict[str, Path], device, path: Path) -> CausalLM:
     """Gives the model on the meta device memory and the tensors' numbers."""
     try:
-        model.to_empty(device=device)
+        # As model.to_empty, which for the meta device would import sympy
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
     except (RuntimeError, MemoryError):
         size = sum(parameter.nbytes for parameter in model.parameters())
         raise ModelError(f"{path}: no memory on {device} for {size:,} bytes of weights") from None
-    model.tie_weights()  # to_empty gave each its own memory
+    model.tie_weights()  # each has its own memory now
     for name, parameter in model.named_parameters():
         # Mapped anew and let go, one by one: so there is never more in memory than the model and one tensor.
         tensor = read_safetensors(files[name], name)[0][name] if name in files else tensors[name]
@@ -316,8 +332,7 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     check_finite(tensors, f"save {path}")
     tensors = to_bitsandbytes(model, tensors)
-    with torch.device("meta"):
-        plain = CausalLM(model.config).state_dict()
+    plain = _without_memory(model.config).state_dict()
     names = {name for name in tensors if ".weight." not in name}  # without the constants of 4-bit weights
     if names != plain.keys():
         surplus = min(names ^ plain.keys())

@@ -5,6 +5,7 @@ Muon:  Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; scaled as 
        https://arxiv.org/abs/2502.16982, so that one learning rate serves both optimizers.
 """
 
+import inspect
 import logging
 import math
 
@@ -83,6 +84,21 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
+# PyTorch's optimizers import the compiler, more than a second of work, only to keep it out of their methods.
+# Nobody compiles ours: here the methods are marked as done, and AdamW's step below goes without.
+for method in vars(torch.optim.Optimizer).values():
+    if plain := getattr(method, "__wrapped__", None):
+        plain.__dynamo_disable = plain
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's (Loshchilov & Hutter 2017, arXiv:1711.05101), to the bit, without importing the compiler."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        return inspect.unwrap(torch.optim.Adam.step)(self, closure)
+
+
 def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_decay: float,
                      lora_plus_ratio: float = 1.0, dtype: torch.dtype = torch.bfloat16,
                      ) -> list[torch.optim.Optimizer]:
@@ -120,7 +136,7 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
             optimizers.append(_adamw_8bit(name, device)(rest, **settings))
         else:
             fused = device in ("cpu", "cuda")  # one kernel for a whole group
-            optimizers.append(torch.optim.AdamW(rest, **settings, fused=fused))
+            optimizers.append(AdamW(rest, **settings, fused=fused))
     if hidden:
         iteration = torch.float32 if dtype == torch.float32 else torch.bfloat16
         optimizers.append(Muon(hidden, learning_rate, weight_decay, dtype=iteration))
