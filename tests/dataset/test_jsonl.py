@@ -390,3 +390,10 @@ def test_what_the_csv_module_writes_is_read_back(tmp_path_factory, rows):
         writer = csv.writer(file)
         writer.writerows([["a", "b"], *rows])
     assert [list(record.values()) for _, record in read(path, strict=True)] == rows
+
+
+def test_a_long_cell_is_read(tmp_path):
+    """Longer than the 131,072 characters that the csv module allows unless told otherwise."""
+    csv.field_size_limit(1 << 17)
+    words = "word\n" * 50_000
+    assert read(write(tmp_path / "a.csv", f'text\n"{words}"\n')) == [(2, {"text": words})]
