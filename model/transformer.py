@@ -107,7 +107,7 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
         x = x.float()
-        r = torch.rsqrt(torch.linalg.vecdot(x, x) / x.size(-1) + eps).unsqueeze(-1)
+        r = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.size(-1) + eps)
         n = x * r
         ctx.save_for_backward(n, r, weight)
         return (n * weight).to(dtype)

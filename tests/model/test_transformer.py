@@ -272,6 +272,16 @@ def test_block_attention_equals_pytorchs(monkeypatch, document_ids, window, firs
     assert [keys.start for keys, _ in blocks] == first  # what no query of a block sees is left out
 
 
+def test_norms_are_exact_under_autocast():
+    """Rounded once, when they leave: what is summed in bfloat16 on the way would be off in every row."""
+    norm, x = transformer.RMSNorm(512, 1e-6), torch.randn(64, 512)
+    exact = F.rms_norm(x.double(), (512,), eps=1e-6)
+    for training in (True, False):
+        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
+            y = norm(x)
+        assert y.dtype == torch.bfloat16 and (y == exact.bfloat16()).float().mean() > 0.999
+
+
 def test_logits_asked_for_outside_of_autocast():
     model, ids = small(), tokens()
     with torch.autocast("cpu", torch.bfloat16):
