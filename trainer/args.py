@@ -119,6 +119,9 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     device.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     device.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                         help="of the forward pass; what trains, and the optimizer, stay float32")
+    device.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp",
+                        help="under torchrun: ddp copies the model to every process; fsdp cuts weights, "
+                             "gradients and optimizer up over them, for models too large for one device")
     device.add_argument("--compile", action="store_true",
                         help="torch.compile the model: slower start, faster steps")
     device.add_argument("--gradient_checkpointing", action="store_true",
@@ -208,6 +211,14 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         parser.error("--wandb_project has no effect without --use_wandb")
     if not 0 < args.lora_plus_ratio < float("inf"):
         parser.error(f"--lora_plus_ratio must be above 0 and finite, not {args.lora_plus_ratio}")
+    if args.parallel == "fsdp":
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            parser.error("--parallel fsdp cuts a model up over several processes, and this is one: start "
+                         "them with torchrun --nproc_per_node N, or leave it out")
+        if "8bit" in args.optimizer:
+            parser.error(f"--parallel fsdp can't cut up the state of --optimizer {args.optimizer}: use adamw")
+        if getattr(args, "quantize", "none") != "none":
+            parser.error("--parallel fsdp can't cut up the weights of --quantize nf4: leave one of them out")
     if "8bit" in args.optimizer and not importlib.util.find_spec("bitsandbytes"):
         parser.error(f"--optimizer {args.optimizer} needs bitsandbytes: pip install bitsandbytes")
     if args.use_wandb and not importlib.util.find_spec("wandb"):

@@ -3,6 +3,9 @@
 out/NAME/checkpoints/step_00000500/state.pt holds the parameters that train (float32), the optimizers, the
 loss scaler and the position in the data; state.pt.sha256 beside it tells whether it is whole (`sha256sum -c`
 reads it). Random states are not needed: the loop seeds each batch by its number.
+
+Under --parallel fsdp parameters and optimizers lie beside it in one safetensors file a rank, which
+torch.distributed.checkpoint writes and reads, in other slices where the number of ranks has changed.
 """
 
 import hashlib
@@ -12,6 +15,7 @@ import re
 import shutil
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +24,7 @@ import torch
 from torch import nn
 
 from trainer.args import RunError, UsageError
+from trainer.distributed import Ranks, is_sharded, local_shard
 
 try:
     import fcntl
@@ -36,10 +41,14 @@ FREE = {"resume", "overwrite", "save_interval", "keep_last", "on_full_disk", "ma
 PLACES = {"--data_path", "--eval_data_path", "--retain_data_path", "--load_from", "--tokenizer"}
 OTHER_VERSION = ("--resume: the checkpoint was written by another version of this code: go on with that one, "
                  "or start anew with --overwrite")
+OTHER_PARAMETERS = ("--resume: the checkpoint holds other parameters than this model; start anew with "
+                    "--overwrite")
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that train, by name: everything in full training, the adapters alone in LoRA."""
+    if is_sharded(model):
+        model.reshard()  # a validation leaves the weights outside of the blocks put together
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -59,9 +68,21 @@ class Progress:
 
 
 def training_state(model: nn.Module, optimizers: list, scaler, run: Progress, settings: dict) -> dict:
-    """What a checkpoint holds."""
-    return {"parameters": trained_state(model), "optimizers": [o.state_dict() for o in optimizers],
-            "scaler": scaler.state_dict(), "settings": settings} | vars(run)
+    """What state.pt holds; of a sharded model the tensors lie beside it (sharded_state)."""
+    state = {"parameters": None, "optimizers": None, "scaler": scaler.state_dict(), "settings": settings}
+    if not is_sharded(model):
+        state["parameters"], state["optimizers"] = trained_state(model), [o.state_dict() for o in optimizers]
+    return state | vars(run)
+
+
+def sharded_state(model: nn.Module, optimizers: list) -> dict[str, torch.Tensor]:
+    """The parameters that train and what the optimizers keep of each, by name: mostly DTensors."""
+    found = trained_state(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for parameter, kept in optimizer.state.items():
+            found |= {f"{names[parameter]}.{what}": tensor for what, tensor in kept.items()}
+    return found
 
 
 def settings_of(args, dtype: torch.dtype) -> dict[str, str]:
@@ -97,16 +118,28 @@ class _Hashing:
         self.file.flush()
 
 
-def save_checkpoint(run_dir: Path, step: int, state: dict, keep_last: int) -> Path:
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08}"
+
+
+def save_checkpoint(run_dir: Path, step: int, state: dict, keep_last: int,
+                    shards: dict[str, torch.Tensor] | None = None, ranks: Ranks | None = None) -> None:
     """Writes `state` whole or not at all (temporary folder, fsync, rename); then drops all but the newest.
 
+    Called by rank 0 alone; where there are shards, by all ranks.
     Raises OSError where it can't be written; the other checkpoints are as they were then.
     """
-    target = run_dir / "checkpoints" / f"step_{step:08}"
+    target = folder_of(run_dir, step)
     temporary = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if ranks is None or ranks.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if shards:
+        write_shards(temporary, shards, ranks)
+        if not ranks.is_main:
+            return
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        sums = checksums(sorted(temporary.glob("*.safetensors")))
         with (temporary / "state.pt").open("wb") as file:
             hashing = _Hashing(file)
             try:
@@ -116,7 +149,8 @@ def save_checkpoint(run_dir: Path, step: int, state: dict, keep_last: int) -> Pa
             file.flush()
             os.fsync(file.fileno())
         with (temporary / "state.pt.sha256").open("w", encoding="ascii", newline="\n") as file:
-            file.write(f"{hashing.sha256.hexdigest()}  state.pt\n")
+            sums["state.pt"] = hashing.sha256.hexdigest()
+            file.writelines(f"{digest}  {name}\n" for name, digest in sums.items())
             file.flush()
             os.fsync(file.fileno())
         sync_folder(temporary)
@@ -128,7 +162,47 @@ def save_checkpoint(run_dir: Path, step: int, state: dict, keep_last: int) -> Pa
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(run_dir)[:-keep_last]:
         drop(old)
-    return target
+
+
+def write_shards(folder: Path, shards: dict[str, torch.Tensor], ranks: Ranks) -> None:
+    """Each rank writes its slices into one safetensors file. Raises OSError on all where one can't."""
+    from torch.distributed import checkpoint as dcp  # here, because it imports slowly
+
+    ranks.barrier()  # until rank 0 has removed what a killed run left
+    try:
+        dcp.save(shards, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True),
+                 process_group=ranks.patient)
+    except dcp.api.CheckpointException as failure:
+        if ranks.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise next((e for e, _ in failure.failures.values() if isinstance(e, OSError)), failure) from None
+
+
+def read_shards(folder: Path, model: nn.Module, optimizers: list, ranks: Ranks) -> None:
+    """Reads back what `write_shards` wrote, maybe on another number of ranks, so in other slices."""
+    from torch.distributed import checkpoint as dcp
+
+    for optimizer in optimizers:  # any step makes it the tensors that are then read into
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    try:
+        dcp.load(sharded_state(model, optimizers), process_group=ranks.patient,
+                 storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    except dcp.api.CheckpointException as failure:
+        raise UsageError(OTHER_PARAMETERS) from failure
+
+
+def checksums(files: list[Path]) -> dict[str, str]:
+    """Name -> SHA-256, of several files at once."""
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as threads:
+        return dict(zip((path.name for path in files), threads.map(digest, files), strict=True))
 
 
 def sync_folder(folder: Path) -> None:
@@ -153,12 +227,16 @@ def drop(folder: Path) -> None:
 def damage(checkpoint: Path) -> str:
     """What is wrong with the files of a checkpoint; empty where they are as they were written."""
     try:
-        wanted = (checkpoint / "state.pt.sha256").read_text(encoding="ascii", errors="replace").split()
-        with (checkpoint / "state.pt").open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        text = (checkpoint / "state.pt.sha256").read_text(encoding="ascii", errors="replace")
+        wanted = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+        found = checksums([checkpoint / name for name in wanted])
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
-    return "" if wanted[:1] == [found] else "its checksum is another"
+    except ValueError as error:  # NUL in what should be a name
+        return str(error)
+    if wanted != found:
+        return f"its checksum is another, of {next((n for n in wanted if wanted[n] != found.get(n)), '')}"
+    return "" if "state.pt" in wanted else "its checksums are cut off"  # that of state.pt is the last
 
 
 def load_checkpoint(run_dir: Path, settings: dict[str, str], is_main: bool = True) -> dict | None:
@@ -193,22 +271,25 @@ def load_checkpoint(run_dir: Path, settings: dict[str, str], is_main: bool = Tru
     return state
 
 
-def restore(state: dict, model: nn.Module, optimizers: list, scaler) -> Progress:
+def restore(state: dict, model: nn.Module, optimizers: list, scaler, run_dir: Path, ranks: Ranks) -> Progress:
     """Puts a loaded state back, strictly: every trained parameter must be there in its shape."""
     run = Progress()
     if not state.keys() >= {"parameters", "optimizers", "scaler", *vars(run)}:
         raise UsageError(OTHER_VERSION)
+    scaler.load_state_dict(state["scaler"])
+    run = Progress(**{name: state[name] for name in vars(run)})
+    if is_sharded(model):
+        read_shards(folder_of(run_dir, run.step), model, optimizers, ranks)
+        return run
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in state["parameters"].items()}:
-        raise UsageError("--resume: the checkpoint holds other parameters than this model; "
-                         "start anew with --overwrite")
+        raise UsageError(OTHER_PARAMETERS)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    scaler.load_state_dict(state["scaler"])
-    return Progress(**{name: state[name] for name in vars(run)})
+    return run
 
 
 def last_good(run_dir: Path) -> str:
@@ -217,12 +298,17 @@ def last_good(run_dir: Path) -> str:
     return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
-def refuse_bad_weights(model: nn.Module, step: int, run_dir: Path) -> None:
+def bad_weights(parameters: dict[str, torch.Tensor], ranks: Ranks) -> list[str]:
+    """The names of those that hold, on any rank, a number that is not finite."""
+    bad = ranks.sum(*(local_shard(p).isfinite().logical_not().any() for p in parameters.values()))
+    return [name for name, where in zip(parameters, bad, strict=True) if where]
+
+
+def refuse_bad_weights(model: nn.Module, step: int, run_dir: Path, ranks: Ranks) -> None:
     """Raises RunError where a weight is no finite number: such a state is worth nothing, and never saved."""
-    for name, parameter in trained_state(model).items():
-        if not parameter.isfinite().all():
-            raise RunError(f"after step {step} {name} holds numbers that are not finite: lower "
-                           f"--learning_rate or raise --warmup_ratio; {last_good(run_dir)}")
+    if bad := bad_weights(trained_state(model), ranks):
+        raise RunError(f"after step {step} {bad[0]} holds numbers that are not finite: lower --learning_rate "
+                       f"or raise --warmup_ratio; {last_good(run_dir)}")
 
 
 def complaint(error: OSError, run_dir: Path, step: int, state: dict) -> str:

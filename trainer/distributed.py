@@ -14,6 +14,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trainer.args import UsageError
 
@@ -155,6 +157,70 @@ def join_ranks(device_flag: str) -> Ranks:
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world_size)
         return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=PATIENCE))
     return Ranks(rank, world_size, device)
+
+
+def parallelise(model: nn.Module, kind: str, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
+    """The model on this rank's device, as all ranks train it together; calling it is the forward pass.
+
+    ddp   each rank holds all of it, and gradients are averaged (Li et al. 2020, arXiv:2006.15704)
+    fsdp  each rank holds a slice of each weight, of its gradient and of the optimizer's state, all of which
+          become DTensors, in place. A block is put together when it is about to compute, and let go after
+          (ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054; FSDP: Zhao et al. 2023, arXiv:2304.11277).
+    """
+    if ranks.world_size == 1:
+        return model.to(ranks.device)
+    if kind == "ddp":
+        return DistributedDataParallel(model.to(ranks.device), gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, because it imports slowly
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    # Blocks travel in the type that they compute in. Of float32 autocast would make copies in that type, and
+    # keep them until the backward pass: the whole model on each rank. Gradients are summed in float32.
+    half = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32,
+                                cast_forward_inputs=False)  # between blocks autocast keeps float32
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=half)
+    return fully_shard(model, mesh=mesh)  # what is in no block: embedding, last norm, head
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return hasattr(model, "reshard")  # a method that fully_shard adds
+
+
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's slice of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor put together, on every rank; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A tensor that every rank has, cut up as the DTensor `other` is; where that is none, as it is."""
+    if not hasattr(other, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def gather_weights(model: nn.Module, ranks: Ranks) -> None:
+    """Puts a sharded model together on rank 0, on its CPU, to be saved; it can't be run after that."""
+    if not is_sharded(model):
+        return
+    model.reshard()
+    full: dict[nn.Parameter, nn.Parameter] = {}  # embedding and head may share one
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in full:
+                tensor = full_tensor(parameter.detach())  # all ranks have a part in it
+                full[parameter] = nn.Parameter(tensor.cpu()) if ranks.is_main else parameter
+            setattr(module, name, full[parameter])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.cpu())
 
 
 def leave_ranks(ranks: Ranks) -> None:

@@ -26,6 +26,7 @@ from trainer.args import (
 from trainer.batches import Batches, to_device
 from trainer.checkpoint import (
     Progress,
+    bad_weights,
     begin_anew,
     complaint,
     hold,
@@ -35,9 +36,18 @@ from trainer.checkpoint import (
     restore,
     save_checkpoint,
     settings_of,
+    sharded_state,
     training_state,
 )
-from trainer.distributed import Ranks, autocast, choose_dtype, leave_ranks
+from trainer.distributed import (
+    Ranks,
+    autocast,
+    choose_dtype,
+    full_tensor,
+    is_sharded,
+    leave_ranks,
+    parallelise,
+)
 from trainer.optim import build_optimizers, learning_rate_factor
 from trainer.tracking import Stopwatch, Tracker, clock
 
@@ -82,8 +92,11 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     """
     device, dtype = ranks.device, choose_dtype(args.dtype, ranks.device)
     max_steps = args.max_steps or args.epochs * len(batches)
-    model.to(device).train()
+    model.train()
     model.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        model.compile()  # in place: names of parameters stay as they are
+    replica = parallelise(model, args.parallel, dtype, ranks)  # before the optimizers, who hold what it makes
     optimizers = build_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
                                   args.lora_plus_ratio, dtype)
     # float16 gradients underflow below 6e-8: the loss is multiplied up, the gradients divided down again.
@@ -95,7 +108,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     state = load_checkpoint(args.run_dir, settings, ranks.is_main) if args.resume else None
     if not ranks.same(state["step"] if state else 0):
         raise UsageError(f"--resume: hosts see different checkpoints in {args.run_dir}, which must be shared")
-    run = restore(state, model, optimizers, scaler) if state else Progress()
+    run = restore(state, model, optimizers, scaler, args.run_dir, ranks) if state else Progress()
     if ranks.is_main and not state:
         begin_anew(args.run_dir)
     wandb_project = (args.wandb_project or "seedling") if args.use_wandb else None
@@ -103,9 +116,6 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
     begins = ", from the start: no checkpoint to resume from" * args.resume
     tracker.say(first_line(batches, max_steps, settings["--dtype"], args, ranks)
                 + (f", resumed at step {run.step:,}" if state else begins))
-    if args.compile:
-        model.compile()  # in place: names of parameters stay as they are
-    replica = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world_size > 1 else model
     ahead = iter(DataLoader(batches, batch_size=None, sampler=range(run.batch, 2**62),
                             num_workers=args.num_workers, worker_init_fn=ignore_interrupts,
                             pin_memory=device.type == "cuda"))
@@ -129,19 +139,20 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
             torch.manual_seed((args.seed * 1_000_003 + run.batch) * ranks.world_size + ranks.rank)
             step_loss = torch.zeros((), device=device)
             for i, batch in enumerate(micro_batches):
-                last = i == len(micro_batches) - 1  # ranks exchange gradients once a step, with the last one
-                with nullcontext() if last or replica is model else replica.no_sync():
+                # DDP: ranks exchange gradients once a step. FSDP: each time, to keep only slices of them.
+                last = i == len(micro_batches) - 1 or not isinstance(replica, DistributedDataParallel)
+                with nullcontext() if last else replica.no_sync():
                     with autocast(device, dtype):
                         loss = replica(**to_device(batch, device)).loss_sum / max(1, targets)
                     loss = loss * (1 + 0 * loss.detach())  # times 1; but an infinite loss has gradient NaN
-                    scaler.scale(loss * ranks.world_size).backward()  # DDP averages over ranks; we want sums
+                    scaler.scale(loss * ranks.world_size).backward()  # ranks are averaged; we want sums
                 step_loss += loss.detach()
             run.batch += 1
 
             # 3. The optimizer step
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
+            grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf))
             sound = math.isfinite(grad_norm)  # the same on all ranks; here the CPU waits for the GPU
             if sound:  # else no optimizer may step, not even one whose own gradients are sound
                 for optimizer in optimizers:
@@ -150,9 +161,9 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
                 loss_sum += step_loss
             else:  # no weight moved, so the schedule waits too
                 skipped += 1
-                if ranks.is_main and not scaler.is_enabled():
+                if not scaler.is_enabled():
                     tracker.say(f"warning: step {run.step + 1}: batch {run.batch - 1} is skipped: "
-                                + diagnose(model, batches, run.batch - 1, dtype, device))
+                                + diagnose(model, batches, run.batch - 1, dtype, ranks))
                 if skipped >= (MAX_SKIPPED_FLOAT16 if scaler.is_enabled() else MAX_SKIPPED):
                     raise RunError(f"{skipped} batches in a row had gradients that are not finite after step "
                                    f"{run.step}: lower --learning_rate, raise --warmup_ratio, or use --dtype "
@@ -190,7 +201,7 @@ def first_line(batches: Batches, max_steps: int, dtype: str, args, ranks: Ranks)
     """What is about to be done."""
     old_rows = f" and {batches.num_old:,} old" if batches.num_old else ""
     return (f"{len(batches.rows):,}{old_rows} rows, {max_steps:,} steps of {args.batch_size} rows, "
-            f"{dtype} on {ranks.device} x {ranks.world_size}")
+            f"{dtype} on {ranks.device} x {ranks.world_size}" + " (fsdp)" * (args.parallel == "fsdp"))
 
 
 def log_step(run: Progress, loss: float, learning_rate: float, grad_norm: float, max_steps: int,
@@ -219,16 +230,16 @@ def log_evaluation(run: Progress, found: dict[str, float], max_steps: int, track
 def save(model, optimizers, scaler, run: Progress, settings: dict, stopping: bool, args, ranks: Ranks,
          tracker: Tracker) -> None:
     """Writes a checkpoint. Raises RunError where it can't, unless --on_full_disk says to go on."""
-    refuse_bad_weights(model, run.step, args.run_dir)
-    failed = ""
-    if ranks.is_main:
-        state = training_state(model, optimizers, scaler, run, settings)
-        try:
-            tracker.sync()
-            save_checkpoint(args.run_dir, run.step, state, args.keep_last)
-        except OSError as error:
-            failed = complaint(error, args.run_dir, run.step, state)
-            tracker.say(f"warning: {failed}")
+    refuse_bad_weights(model, run.step, args.run_dir, ranks)
+    failed, state = "", training_state(model, optimizers, scaler, run, settings)
+    shards = sharded_state(model, optimizers) if is_sharded(model) else {}
+    try:
+        tracker.sync()
+        if ranks.is_main or shards:
+            save_checkpoint(args.run_dir, run.step, state, args.keep_last, shards, ranks)
+    except OSError as error:
+        failed = complaint(error, args.run_dir, run.step, state | shards)
+        tracker.say(f"warning: {failed}")
     if ranks.any(bool(failed), ranks.patient) and (stopping or args.on_full_disk == "stop"):
         raise RunError(f"{failed}; to go on when there is room: {command_to_resume()}")
 
@@ -267,10 +278,10 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def diagnose(model, batches: Batches, number: int, dtype: torch.dtype, device: torch.device) -> str:
+def diagnose(model, batches: Batches, number: int, dtype: torch.dtype, ranks: Ranks) -> str:
     """What is not finite about batch `number`: its samples, each run alone once more, and the activations.
 
-    One rank finds out for all: every rank has all the weights, and knows all the rows.
+    Every rank knows all the rows and finds out the same: where weights are cut up none can do so alone.
     """
     samples = [int(sample) for row in batches.rows_of(number) for sample in row]
     largest: dict[str, float] = {}  # module -> its largest output, in the order of computation
@@ -286,16 +297,16 @@ def diagnose(model, batches: Batches, number: int, dtype: torch.dtype, device: t
     guilty, was_training = [], model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast(device, dtype):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast(ranks.device, dtype):
             for sample in samples:
                 batch = collate(batches.dataset, [[sample]], batches.pad_token_id)
-                if not math.isfinite(model(**to_device(batch, device)).loss_sum):
+                if not math.isfinite(model(**to_device(batch, ranks.device)).loss_sum):
                     guilty.append(sample)
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    bad = bad_weights(dict(model.named_parameters()), ranks)
     top = sorted(largest, key=largest.get, reverse=True)[:3]
     named = list(dict.fromkeys(batches.dataset.where(sample) for sample in guilty or samples))
     return (f"{'the loss' if guilty else 'the gradient, not the loss,'} of "

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trainer.args import UsageError
+from trainer.distributed import full_tensor, shard_like
 
 
 def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, final: float = 0.0) -> float:
@@ -62,7 +63,9 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[w]["momentum_buffer"] for w in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step on
-                updates = orthogonalise(torch.stack(ahead).to(self.dtype)).to(weights[0].dtype).unbind()
+                full = torch.stack([full_tensor(matrix) for matrix in ahead])  # products need whole matrices
+                updates = orthogonalise(full.to(self.dtype)).to(weights[0].dtype).unbind()
+                updates = [shard_like(update, w) for update, w in zip(updates, weights, strict=True)]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 scale = 0.2 * math.sqrt(max(rows, columns))
                 torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)

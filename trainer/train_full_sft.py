@@ -20,7 +20,7 @@ def main(args):
     from dataset.lm_dataset import SFTDataset
     from model.weights import load_model, load_tokenizer, save_model
     from trainer import stage
-    from trainer.distributed import join_ranks, leave_ranks
+    from trainer.distributed import gather_weights, join_ranks, leave_ranks
     from trainer.loop import train
     from trainer.retention import compare, measure
 
@@ -40,6 +40,7 @@ def main(args):
     before = measure(model, eval_batches, retained, args, ranks)
     result = train(model, batches, eval_batches, args, ranks)
     result |= compare(before, measure(model, eval_batches, retained, args, ranks), ranks)
+    gather_weights(model, ranks)
     if ranks.is_main:
         with stage.last_save(args):
             save_model(model, args.run_dir, tokenizer, training=stage.describe(args, result))

@@ -21,7 +21,7 @@ def main(args):
     from model.lora import save_lora
     from model.weights import load_model, load_tokenizer
     from trainer import stage
-    from trainer.distributed import join_ranks, leave_ranks
+    from trainer.distributed import gather_weights, join_ranks, leave_ranks
     from trainer.loop import train
     from trainer.retention import compare, measure
 
@@ -42,6 +42,7 @@ def main(args):
     before = measure(model, eval_batches, retained, args, ranks)
     result = train(model, batches, eval_batches, args, ranks)
     result |= compare(before, measure(model, eval_batches, retained, args, ranks), ranks)
+    gather_weights(model, ranks)
     if ranks.is_main:
         with stage.last_save(args):
             save_lora(model, args.run_dir, base=args.load_from, training=stage.describe(args, result))

@@ -26,7 +26,7 @@ def main(args):
     from model.transformer import CausalLM, preset
     from model.weights import load_model, load_tokenizer, save_model
     from trainer import stage
-    from trainer.distributed import join_ranks, leave_ranks
+    from trainer.distributed import gather_weights, join_ranks, leave_ranks
     from trainer.loop import train
 
     ranks = join_ranks(args.device)
@@ -47,6 +47,7 @@ def main(args):
     if ranks.is_main:
         print(stage.what_trains(model))
     result = train(model, batches, eval_batches, args, ranks)
+    gather_weights(model, ranks)
     if ranks.is_main:
         with stage.last_save(args):
             save_model(model, args.run_dir, tokenizer, training=stage.describe(args, result))
