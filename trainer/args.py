@@ -215,6 +215,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             parser.error("--parallel fsdp cuts a model up over several processes, and this is one: start "
                          "them with torchrun --nproc_per_node N, or leave it out")
+        if args.compile:
+            parser.error("--parallel fsdp and --compile don't work together: leave one of them out")
         if "8bit" in args.optimizer:
             parser.error(f"--parallel fsdp can't cut up the state of --optimizer {args.optimizer}: use adamw")
         if getattr(args, "quantize", "none") != "none":

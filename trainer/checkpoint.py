@@ -123,7 +123,7 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def save_checkpoint(run_dir: Path, step: int, state: dict, keep_last: int,
-                    shards: dict[str, torch.Tensor] | None = None, ranks: Ranks | None = None) -> None:
+                    shards: dict[str, torch.Tensor] | None = None, ranks: Ranks | None = None) -> Path:
     """Writes `state` whole or not at all (temporary folder, fsync, rename); then drops all but the newest.
 
     Called by rank 0 alone; where there are shards, by all ranks.
@@ -136,7 +136,7 @@ def save_checkpoint(run_dir: Path, step: int, state: dict, keep_last: int,
     if shards:
         write_shards(temporary, shards, ranks)
         if not ranks.is_main:
-            return
+            return target
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         sums = checksums(sorted(temporary.glob("*.safetensors")))
@@ -162,6 +162,7 @@ def save_checkpoint(run_dir: Path, step: int, state: dict, keep_last: int,
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(run_dir)[:-keep_last]:
         drop(old)
+    return target
 
 
 def write_shards(folder: Path, shards: dict[str, torch.Tensor], ranks: Ranks) -> None:
@@ -175,7 +176,8 @@ def write_shards(folder: Path, shards: dict[str, torch.Tensor], ranks: Ranks) ->
     except dcp.api.CheckpointException as failure:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-        raise next((e for e, _ in failure.failures.values() if isinstance(e, OSError)), failure) from None
+        known = (e for e, _ in failure.failures.values() if isinstance(e, (OSError, KeyboardInterrupt)))
+        raise next(known, failure) from None
 
 
 def read_shards(folder: Path, model: nn.Module, optimizers: list, ranks: Ranks) -> None:

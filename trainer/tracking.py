@@ -58,8 +58,8 @@ class Tracker:
 
     def sync(self) -> None:
         """Puts on the disk what is logged: a power cut leaves no checkpoint that is ahead of its log."""
-        if self.active:
-            with suppress(FileNotFoundError), self.path.open("rb+") as file:  # somebody may have removed it
+        if self.active:  # a log that is gone, or that can't be written, is no reason to save nothing
+            with suppress(OSError), self.path.open("rb+") as file:
                 os.fsync(file.fileno())
 
     def say(self, line: str, file=None) -> None:

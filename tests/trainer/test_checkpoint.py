@@ -332,7 +332,7 @@ def test_places_may_change_but_not_whether_there_are_any(tmp_path):
 def test_a_checkpoint_of_another_version_is_refused(state, tmp_path):
     save_checkpoint(tmp_path, 1, state, keep_last=1)
     with pytest.raises(UsageError, match="was written by another version of this code"):
-        restore(load_checkpoint(tmp_path, {}), torch.nn.Linear(1, 1), [], None)
+        restore(load_checkpoint(tmp_path, {}), torch.nn.Linear(1, 1), [], None, tmp_path, None)
 
 
 def test_an_unfinished_run_is_not_dropped_by_mistake(workshop, interrupted):

@@ -124,6 +124,39 @@ def test_one_process_needs_no_collectives():
         pass
 
 
+TWO = """
+import sys, time
+from pathlib import Path
+from trainer.distributed import join_ranks
+ranks, made = join_ranks("cpu"), Path(sys.argv[1])
+assert ranks.sum(1.0, ranks.rank) == [2.0, 1.0] and ranks.max(7 * ranks.rank) == 7
+assert ranks.any(ranks.rank == 1) and not ranks.any(False)
+assert ranks.same(3) and not ranks.same(ranks.rank)
+with ranks.main_first():
+    if ranks.is_main:
+        time.sleep(0.3)
+        made.touch()
+    assert made.exists()
+ranks.barrier()
+with ranks.main_first():
+    made.unlink()  # fails on rank 1, were it to get here
+    raise ValueError("one complaint is enough")
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not in this build")
+def test_two_processes_agree_and_wait(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", TWO, str(tmp_path / "made")]
+    running = [subprocess.Popen(command, cwd=ROOT, env=os.environ | place | {"RANK": str(rank)},
+                                stderr=subprocess.PIPE, encoding="utf-8") for rank in (0, 1)]
+    said = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [1, 2], said
+    assert said[0].rstrip().endswith("ValueError: one complaint is enough") and "Traceback" not in said[1]
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "", "cpu,cuda"])
 def test_no_such_device(name):
     with pytest.raises(UsageError, match="--device"):

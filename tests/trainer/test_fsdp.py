@@ -111,7 +111,8 @@ def test_a_sharded_run_goes_on_sharded(sharded):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ([], "torchrun"), (["--optimizer", "adamw8bit"], "use adamw"), (["--quantize", "nf4"], "nf4")])
+    ([], "torchrun"), (["--compile"], "--compile"), (["--optimizer", "adamw8bit"], "use adamw"),
+    (["--quantize", "nf4"], "nf4")])
 def test_what_can_not_be_cut_up_is_refused_at_once(flags, says, monkeypatch, capsys):
     if flags:
         monkeypatch.setenv("WORLD_SIZE", "2")
