@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                        help="of the weights; auto: float32, on CUDA bfloat16 (old ones float16)")
     model.add_argument("--quantize", choices=("none", "int8"), default="none",
-                       help="int8: weights in 8 bits, which a CPU decodes about twice as fast")
+                       help="int8: weights in 8 bits, with which a CPU decodes faster")
     ask = parser.add_argument_group("what to ask (none of these: a conversation)")
     ask.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
     ask.add_argument("--prompts", action="store_true", default=None, help="answer built-in prompts and exit")
