@@ -63,8 +63,8 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[w]["momentum_buffer"] for w in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step on
-                full = torch.stack([full_tensor(matrix) for matrix in ahead])  # products need whole matrices
-                updates = orthogonalise(full.to(self.dtype)).to(weights[0].dtype).unbind()
+                whole = [full_tensor(matrix) for matrix in ahead]  # where processes hold parts of them (FSDP)
+                updates = orthogonalise(torch.stack(whole).to(self.dtype)).to(weights[0].dtype).unbind()
                 updates = [shard_like(update, w) for update, w in zip(updates, weights, strict=True)]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 scale = 0.2 * math.sqrt(max(rows, columns))
