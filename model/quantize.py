@@ -241,7 +241,7 @@ class Int8Linear(nn.Module):
 
         row [0.5, -1.27, 0.013] -> scale 1.27 / 127 = 0.01 -> codes [50, -127, 1], off by scale / 2 at most
 
-    codes (out, in) int8, scale (out,) float32. Decoding waits for weights to come from memory, and these are
+    codes (out, in) int8, scale (out,) bfloat16. Decoding waits for weights to come from memory, and these are
     a quarter of float32's. On a CPU, few rows of x are multiplied with the codes as they are, by a kernel
     that takes and gives bfloat16; for many rows, and on other devices, W is made anew in the type of x.
     """
@@ -250,8 +250,8 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         weight = weight.detach().float()
-        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16().float()  # as the kernel takes it
-        codes = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
+        codes = (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
         self.codes, self.scale = (nn.Parameter(stored, requires_grad=False) for stored in (codes, scale))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
@@ -262,13 +262,13 @@ class Int8Linear(nn.Module):
 
     def dequantize(self) -> torch.Tensor:
         """W as a new dense tensor (out, in) in float32."""
-        return self.codes.float() * self.scale[:, None]
+        return self.codes.float() * self.scale[:, None].float()
 
     def forward(self, x):
         dtype, bias = matmul_dtype(x), self.bias
         rows = x.reshape(-1, self.in_features)  # (N, in)
         if x.device.type == "cpu" and len(rows) <= FEW and self.in_features % 32 == 0:  # or it reads beyond
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scale.bfloat16()).to(dtype)
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scale).to(dtype)
         else:
             y = F.linear(rows.to(dtype), self.codes.to(dtype)) * self.scale.to(dtype)
         y = y if bias is None else y + bias.to(dtype)
