@@ -325,13 +325,18 @@ def start(args):
                     f"load_tokenizer(Path({str(ROOT)!r}) / 'model' / 'tokenizer'))"], check=True)
     command = [sys.executable, ROOT / "trainer" / "train_full_sft.py", "--data_path", *chat_files(args),
                "--load_from", Path(folder.name, "base"), "--out_dir", folder.name, "--name", "run",
-               "--max_steps", 1, "--batch_size", 1, "--eval_fraction", 0, "--device", args.device]
+               "--max_steps", 1000, "--log_interval", 1, "--batch_size", 1, "--eval_fraction", 0,
+               "--overwrite", "--device", args.device]
     if args.contender != OURS:
         command = [sys.executable, "-c", "import torch"]
 
     def turn(folder=folder):  # which keeps the folder until the process ends
-        done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True, check=True)
-        assert args.contender != OURS or "step 1/1" in done.stdout
+        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True,
+                                   env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        first_step = next((line for line in process.stdout if line.startswith("step")), None)
+        process.kill()
+        process.communicate()
+        assert args.contender != OURS or first_step
         return {"amount": 1}
 
     return turn
