@@ -281,14 +281,16 @@ def explain(error: Exception, args: argparse.Namespace) -> tuple[int, str]:
     disk = error.__context__ if isinstance(error, DataError) else error  # a cache that could not be written
     if isinstance(disk, OSError) and disk.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return 1, f"error: {error}"
-    if isinstance(error, (DataError, ModelError, UsageError, OSError)):
+    # A killed worker of the DataLoader is noticed by its parent, or by the socket between them.
+    vanished = isinstance(error, ConnectionError)
+    if isinstance(error, (DataError, ModelError, UsageError, OSError)) and not vanished:
         return 2, f"error: {error}"
     if isinstance(error, RunError):
         return 1, f"error: {error}"
     # CUDA's is an OutOfMemoryError, the CPU's allocators raise a RuntimeError.
     if re.search(r"MemoryError|not enough memory|can't allocate memory", repr(error)):
         return 1, f"error: {out_of_memory(str(error), args)}"
-    if re.search(r"Connection (closed|reset|refused)|gloo|NCCL|DataLoader worker", str(error)):
+    if vanished or re.search(r"Connection (closed|reset|refused)|gloo|NCCL|DataLoader worker", str(error)):
         line = f"error: a process that this one works with ended ({str(error).splitlines()[0]})"
         if hasattr(args, "run_dir"):
             from trainer.checkpoint import last_good

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.utils.data import get_worker_info
 import trainer.args
 import trainer.stage
 from model.transformer import CausalLM
-from trainer.args import command_to_resume, parse_args, training_parser
+from trainer.args import command_to_resume, explain, parse_args, training_parser
 from trainer.batches import Batches
 from trainer.checkpoint import checkpoints
 
@@ -420,10 +421,18 @@ def test_a_dead_worker_names_the_last_checkpoint_and_the_command(workshop, tmp_p
 
     monkeypatch.setattr(Batches, "__getitem__", die)
     ended = workshop.run("lora", *workshop.flags("lora", tmp_path, num_workers=1, save_interval=3))
-    assert ended.code == 1 and "(DataLoader worker (pid" in ended.error
+    assert ended.code == 1 and "error: a process that this one works with ended (" in ended.error
     last = checkpoints(tmp_path / "lora")[-1]  # workers are some batches ahead
     assert f"the last good checkpoint is {last}; to go on: " in ended.error
     assert ended.error.endswith("--resume")
+
+
+def test_a_lost_connection_is_no_mistake_of_the_user():
+    """What a killed worker may be noticed by, instead; an OSError too, as is a missing file."""
+    for error in (ConnectionResetError(104, "Connection reset by peer"), BrokenPipeError(32, "Broken pipe")):
+        code, line = explain(error, SimpleNamespace())
+        assert code == 1 and line.startswith("error: a process that this one works with ended (")
+    assert explain(FileNotFoundError(2, "No such file"), SimpleNamespace())[0] == 2
 
 
 def test_only_one_of_many_ranks_complains_of_the_flags(monkeypatch, capsys):
