@@ -121,7 +121,7 @@ def test_stopped_twice_and_resumed(workshop, finished, read_log, tmp_path, monke
 
         def factor(step, *rest, stop=stop):
             if step == stop:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             return learning_rate_factor(step, *rest)
 
         monkeypatch.setattr(trainer.loop, "learning_rate_factor", factor)

@@ -354,7 +354,7 @@ def test_an_output_folder_that_is_not_writable(complaint, tmp_path, monkeypatch)
 @pytest.mark.parametrize("moment", ["load_data", "describe"])  # before the loop, and after it
 def test_a_signal_outside_the_loop(number, code, says, moment, workshop, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(trainer.stage, moment, lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(trainer.stage, moment, lambda *_: signal.raise_signal(number))
     ended = workshop.run("full_sft", *workshop.flags("full_sft", tmp_path, max_steps=1))
     assert ended.code == code and ended.err == f"{says}\n"
     assert signal.getsignal(signal.SIGTERM) is before
