@@ -137,7 +137,7 @@ class Speaker:
         import torch
 
         from model.adapters import Adapters
-        from model.generate import lay_out_for_decoding
+        from model.one_token import prepare_to_decode
         from model.quantize import quantize_int8
         from model.transformer import ModelError
         from model.weights import load_model, load_tokenizer
@@ -148,7 +148,9 @@ class Speaker:
             native = torch.cuda.get_device_capability(self.device) >= (8, 0)
             dtype = torch.bfloat16 if native else torch.float16
         self.model = load_model(args.load_from, device=self.device, dtype=dtype).eval()
-        (quantize_int8 if args.quantize == "int8" else lay_out_for_decoding)(self.model)
+        if args.quantize == "int8":
+            quantize_int8(self.model)
+        prepare_to_decode(self.model)
         self.tokenizer = load_tokenizer(args.load_from)
         self.num_parameters, config = self.model.num_parameters(), self.model.config
         vocabulary = self.tokenizer.get_vocab()

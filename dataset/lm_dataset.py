@@ -135,7 +135,6 @@ class _TokenDataset(torch.utils.data.Dataset):
             except RecursionError:
                 report.add(path, line, "JSON nested too deeply")
 
-
     def _samples(self, tokenizer, path: str, batch: list, report: Report) -> Iterator[tuple]:
         """(line, ids, mask) of the samples that a batch of `_records` makes."""
         try:

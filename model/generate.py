@@ -9,24 +9,8 @@ Shapes: B batch, T tokens of the prompt, V vocabulary.
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from model.transformer import CausalLM, KVCache, ModelError
-
-
-@torch.no_grad()
-def lay_out_for_decoding(model: nn.Module) -> nn.Module:
-    """Stores float32 matrices on a CPU column by column where they are no wider than high, in place; values,
-    shapes and names stay. Multiplying one vector with a high matrix then takes about half the time: whole
-    columns are added up, in one long stream from memory, instead of dot products with many short rows.
-
-    Only for a model that is not trained any more: an optimizer's state would lie in the other order.
-    """
-    for module in model.modules():
-        if type(module) is nn.Linear and module.out_features >= module.in_features:
-            if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
-                module.weight.data = module.weight.data.t().contiguous().t()
-    return model
 
 
 def generate(
@@ -92,11 +76,15 @@ def _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sa
         for row in range(batch_size):
             seen[row, input_ids[row, 0 if start is None else start[row]:]] = True  # pads don't count as seen
 
+    one_token = model.one_token if model.one_token and model.one_token.fits(batch_size) else None
     new = input_ids  # the whole prompt in one pass, then one token at a time
     for _ in range(max_new_tokens):
-        output = model(new, cache=cache)
-        output.hidden = output.hidden[:, -1:]  # only the last position predicts something new
-        logits = output.logits[:, 0].float()  # (B, V)
+        if cache.length and one_token:
+            logits = one_token(new[:, 0], cache)  # (B, V)
+        else:
+            output = model(new, cache=cache)
+            output.hidden = output.hidden[:, -1:]  # only the last position predicts something new
+            logits = output.logits[:, 0].float()  # (B, V)
         if seen is not None:
             logits = penalize(logits, seen, repetition_penalty)
         if sampling["temperature"] == 0:

@@ -118,20 +118,18 @@ class LoRALinear(nn.Linear):
         return _LoRAMatMul.apply(x.to(a.dtype), self.weight.to(a.dtype), bias, a, b, lora.scaling)
 
 
-class LoRANF4Linear(NF4Linear):
-    """The same for a layer whose weight is held in 4 bits."""
-
+class _OverQuantized:
     def forward(self, x):
         y = super().forward(x)
         return y + self.lora(x) if self.lora.active else y
 
 
-class LoRAInt8Linear(Int8Linear):
+class LoRANF4Linear(_OverQuantized, NF4Linear):
+    """The same for a layer whose weight is held in 4 bits, to train."""
+
+
+class LoRAInt8Linear(_OverQuantized, Int8Linear):
     """And in 8 bits, to decode with an adapter."""
-
-    def forward(self, x):
-        y = super().forward(x)
-        return y + self.lora(x) if self.lora.active else y
 
 
 _WITH_LORA = {nn.Linear: LoRALinear, NF4Linear: LoRANF4Linear, Int8Linear: LoRAInt8Linear}

@@ -217,12 +217,12 @@ class KVCache:
     """Keys and values of the tokens so far, preallocated: a new token costs its own work, not the text's.
 
     start (B,): the number of left-pad tokens of each row; positions count from there, and pads stay unseen.
+    rope: the tables of `rope_tables` for all positions, (max_length, 1, D) each.
     """
 
     def __init__(self, config: ModelConfig, batch_size, max_length, device=None, dtype=None, start=None):
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
         positions = torch.arange(max_length, device=device)[None]
-        # Of all positions, (max_length, 1, D) each.
         self.rope = [table[0] for table in rope_tables(config, positions, torch.float32)]
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
@@ -243,7 +243,8 @@ def block_attention(q, k, v, blocks):
     only keys that it may see (`blocks`, of `visible_blocks`): causality alone spares almost half the pairs.
     Query heads that share a key/value head are stacked, as if one head had more queries.
     """
-    q, k, values = q.reshape(k.size(0) * k.size(1), -1, *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1)
+    q = q.reshape(k.size(0) * k.size(1), -1, *q.shape[2:])  # (B * K, H / K, T, D)
+    k, values = k.flatten(0, 1), v.flatten(0, 1)  # (B * K, T, D)
     parts = []
     for part, (keys, bias) in zip(q.split(BLOCK, dim=2), blocks, strict=True):  # part: (B * K, H / K, n, D)
         queries, scale = part.flatten(1, 2), q.size(-1) ** -0.5
@@ -264,7 +265,7 @@ def visible_blocks(config: ModelConfig, mask, batch_size: int, length: int, dtyp
         queries = mask[:, :, begin:begin + BLOCK]  # (B or 1, 1, n, T)
         if not torch.compiler.is_compiling():  # sizes that depend on values would break its graph
             seen = slice(queries.any(dim=2).any(dim=0).nonzero()[0, 1].item(), begin + BLOCK)
-        hidden = ~queries[:, :, None, :, seen]
+        hidden = ~queries[:, :, None, :, seen]  # (B or 1, 1, 1, n, S)
         bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -math.inf)
         bias = bias.expand(batch_size, kv_heads, group, -1, -1)
         blocks.append((seen, bias.reshape(batch_size * kv_heads, -1, bias.size(-1))))
@@ -441,6 +442,7 @@ class CausalLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.gradient_checkpointing = False  # True: blocks run twice, 1/3 slower, and keep only their inputs
+        self.one_token = None  # a faster forward for decoding: see model/one_token.py
         # As in GPT-2: small normals, and smaller where a layer writes to the residual stream, for the sum of
         # 2 * layers writes should not grow with depth.
         std = config.initializer_range

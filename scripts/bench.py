@@ -264,7 +264,8 @@ def decode(args):
     read once for each step."""
     import torch
 
-    from model.generate import generate, lay_out_for_decoding
+    from model.generate import generate
+    from model.one_token import prepare_to_decode
     from model.quantize import quantize_int8
     from model.transformer import CausalLM, preset
 
@@ -274,7 +275,9 @@ def decode(args):
     ours = args.contender != THEIRS
     model = (CausalLM(config) if ours else transformers_model(config)).to(args.device).eval()
     if ours:
-        (lay_out_for_decoding if args.contender == OURS else quantize_int8)(model)
+        if args.contender != OURS:
+            quantize_int8(model)
+        prepare_to_decode(model)
     size = sum(p.nbytes for p in model.parameters())
     if "int8" in args.contender:  # its head is a copy, and of the embedding one row is read
         size -= model.model.embed_tokens.weight.nbytes

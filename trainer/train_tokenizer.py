@@ -221,7 +221,7 @@ def parse_args():
     if args.weights and len(args.weights) != len(args.data_path):
         parser.error(f"--weights has {len(args.weights)} numbers for {len(args.data_path)} files")
     if args.weights and not all(0 <= weight < math.inf for weight in args.weights):
-        parser.error("--weights must not be negative, and finite")
+        parser.error("--weights must be finite, and must not be negative")
     if not 0 <= args.eval_fraction < 1:
         parser.error(f"--eval_fraction is a part of the whole, from 0 to below 1, not {args.eval_fraction}")
     if args.vocab_size < smallest:

@@ -1,20 +1,19 @@
 """Decoding: the cache, ragged batches, seeds, and transformers' meaning of every sampling setting."""
 
-from copy import deepcopy
-
 import pytest
 import torch
 
-from model.generate import filter_logits, generate, lay_out_for_decoding, penalize
+from model.generate import filter_logits, generate, penalize
+from model.one_token import prepare_to_decode
 from model.transformer import CausalLM, ModelConfig, ModelError
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[lambda model: model, prepare_to_decode], ids=["plain", "one token"])
+def model(request):
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                          intermediate_size=48, vocab_size=97, qk_norm=True, initializer_range=0.3)
-    return CausalLM(config).eval()
+    return request.param(CausalLM(config).eval())
 
 
 def prompt(rows=2, length=7):
@@ -140,14 +139,3 @@ def test_samples_follow_the_distribution(model):
 def test_senseless_settings_are_refused_at_the_call(model, change, words):
     with pytest.raises(ModelError, match=words):
         generate(model, **{"input_ids": prompt(), "max_new_tokens": 1} | change)
-
-
-def test_the_layout_for_decoding_changes_no_number_and_no_token(model):
-    plain, laid_out = deepcopy(model), lay_out_for_decoding(deepcopy(model))
-    for (name, before), after in zip(plain.state_dict().items(), laid_out.state_dict().values(), strict=True):
-        assert torch.equal(before, after), name
-    assert not laid_out.model.layers[0].mlp.gate_proj.weight.is_contiguous()
-    assert laid_out.lm_head.weight is laid_out.model.embed_tokens.weight  # tied as before
-    assert torch.equal(decode(laid_out, prompt(), temperature=0), decode(plain, prompt(), temperature=0))
-    half = deepcopy(model).half()
-    assert all(p.is_contiguous() for p in lay_out_for_decoding(half).parameters())  # rows are faster there

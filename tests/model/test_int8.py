@@ -23,7 +23,6 @@ def small(**changes):
                                 intermediate_size=96, initializer_range=0.1, **changes)).eval()
 
 
-
 @pytest.mark.parametrize(("out", "width"), [(96, 64), (7, 32), (1, 96), (33, 48), (5, 7)])
 def test_int8_is_off_by_half_a_step_at_most(out, width):
     weight = torch.randn(out, width) * torch.logspace(-3, 3, out)[:, None]

@@ -1,0 +1,123 @@
+"""One new token for each row, as fast as a CPU can: what `generate` spends its time on.
+
+    model = prepare_to_decode(load_model("out/full_sft"))  # or quantize_int8(...) of it; then generate
+
+A token's arithmetic is nothing. It waits for two things: every weight comes from memory once, and some
+hundred small operations are started one after the other. So the weights lie such that all threads read long
+streams of them, and what `CausalLM` computes is written here once more, in few operations. Shapes: B rows, C
+width, H heads, K key/value heads, D head dim, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.quantize import FEW, Int8Linear
+from model.transformer import CausalLM, KVCache, block_attention, one_block, positions_and_mask, rotate
+
+
+class Product:
+    """Layers that read the same x (B, in) as one: their outputs, one after the other (B, out).
+
+        W x = the sum of the columns of W, each times one number of x
+
+    float32 matrices are stored column by column, and each thread adds up a part of the columns: PyTorch's own
+    product of a matrix and a vector keeps to one thread. The layers live on, and share this memory.
+    """
+
+    def __init__(self, *layers: nn.Linear | Int8Linear):
+        self.layers, self.joined = layers, {}
+        for name, _ in layers[0].named_parameters():
+            parameters = [getattr(layer, name) for layer in layers]
+            joined = torch.cat([parameter.data for parameter in parameters])  # (out, ...) like each of them
+            if name == "weight":
+                joined = joined.t().contiguous().t()
+            for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
+                parameter.data = part
+            self.joined[name] = joined
+
+    def look(self) -> bool:
+        """Finds the adapters that are on now; False where the layers no longer share the memory."""
+        adapters = [(i, getattr(layer, "lora", None)) for i, layer in enumerate(self.layers)]
+        self.loras = [(i, lora) for i, lora in adapters if lora is not None and lora.active]
+        if "weight" in self.joined:
+            columns = self.joined["weight"].t()  # (in, out)
+            parts = math.gcd(len(columns), 2 * torch.get_num_threads())  # two each: one of them may be slow
+            self.columns = columns.view(parts, -1, columns.size(1))
+        return all(getattr(self.layers[0], name).data_ptr() == joined.data_ptr()
+                   for name, joined in self.joined.items())
+
+    def __call__(self, x):
+        if "codes" in self.joined:
+            y = torch._weight_int8pack_mm(x.bfloat16(), self.joined["codes"], self.joined["scale"]).float()
+        else:
+            rows = x.view(len(x), len(self.columns), -1).transpose(0, 1)  # (parts, B, in / parts)
+            y = torch.bmm(rows, self.columns).sum(0)
+        if "bias" in self.joined:
+            y += self.joined["bias"]
+        for i, lora in self.loras:
+            begin = sum(layer.out_features for layer in self.layers[:i])
+            y[:, begin:begin + self.layers[i].out_features] += lora(x[:, None])[:, 0]
+        return y
+
+
+class OneToken:
+    """CausalLM.forward for one new token in each of few rows: float32 or int8 weights, on a CPU."""
+
+    def __init__(self, model: CausalLM):
+        self.model, config = model, model.config
+        self.heads = config.num_attention_heads, config.num_key_value_heads
+        self.layers = [
+            (block, Product(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj),
+             Product(block.self_attn.o_proj), Product(block.mlp.gate_proj, block.mlp.up_proj),
+             Product(block.mlp.down_proj)) for block in model.model.layers]
+        self.head = Product(model.lm_head)
+
+    def fits(self, batch_size: int) -> bool:
+        """To be asked before each text: adapters and memory may have changed since the last."""
+        products = [self.head, *(product for _, *products in self.layers for product in products)]
+        return batch_size <= FEW and all([product.look() for product in products])
+
+    @torch.inference_mode()
+    def __call__(self, ids, cache: KVCache):
+        """The logits (B, V) after ids (B,), which are appended to the cache."""
+        config, decoder, (heads, kv_heads) = self.model.config, self.model.model, self.heads
+        positions, mask = positions_and_mask(config, ids[:, None], cache=cache)
+        rope = [table[positions[:, 0]] for table in cache.rope]  # (B or 1, 1, D) each
+        blocks = one_block(config, mask, torch.float32)
+        x = decoder.embed_tokens(ids)  # (B, C)
+        for i, (block, qkv, o, gate_up, down) in enumerate(self.layers):
+            y = qkv(norm(block.input_layernorm, x)).view(len(x), -1, config.head_dim)
+            qk, v = y.split((heads + kv_heads, kv_heads), dim=1)  # (B, H + K, D), (B, K, D)
+            if config.qk_norm:
+                q, k = qk.split((heads, kv_heads), dim=1)
+                qk = torch.cat((norm(block.self_attn.q_norm, q), norm(block.self_attn.k_norm, k)), dim=1)
+            q, k = rotate(qk, *rope).unsqueeze(2).split((heads, kv_heads), dim=1)  # (B, H or K, 1, D)
+            y = block_attention(q, *cache.append(i, k, v.unsqueeze(2)), blocks)  # (B, H, 1, D)
+            x = x + o(y.reshape(len(x), -1))
+            gate, up = gate_up(norm(block.post_attention_layernorm, x)).chunk(2, dim=-1)
+            x = x + down(F.silu(gate) * up)
+        cache.length += 1
+        return self.head(norm(decoder.norm, x))
+
+
+def norm(module: nn.Module, x):
+    """What an RMSNorm gives, without its way through nn.Module and its casts."""
+    return F.rms_norm(x, x.shape[-1:], module.weight, module.eps)
+
+
+def prepare_to_decode(model: CausalLM) -> CausalLM:
+    """Lays out weights for `OneToken` and hands it to the model; names, shapes and values of all stay.
+
+    Only for a model that is not trained any more: an optimizer's state would lie in the old order. A model in
+    half precision or 4 bits stays as it is, and so does one on a GPU, where nothing of this was measured.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "in_features")]
+    known = all(type(layer) is nn.Linear or type(layer) is Int8Linear and layer.in_features % 32 == 0
+                for layer in layers)
+    weight = model.model.norm.weight
+    if known and weight.dtype == torch.float32 and weight.device.type == "cpu":
+        model.one_token = OneToken(model)
+    return model

@@ -1,0 +1,175 @@
+"""The short way of one new token against the long one, CausalLM.forward without a cache."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from model.adapters import Adapters
+from model.generate import generate
+from model.lora import apply_lora, lora_parameters, merge_lora, remove_lora, save_lora, set_lora, unmerge_lora
+from model.one_token import OneToken, prepare_to_decode
+from model.quantize import FEW, quantize_int8, quantize_model
+from model.transformer import CausalLM, KVCache, ModelConfig
+from model.weights import load_model, save_model
+
+SHAPES = {
+    "grouped": {},
+    "one head": {"num_attention_heads": 1, "num_key_value_heads": 1},
+    "no groups": {"num_key_value_heads": 4},
+    "qk_norm": {"qk_norm": True},
+    "biases": {"attention_bias": True},
+    "own head": {"tie_word_embeddings": False},
+    "window": {"sliding_window": 5},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
+    "head_dim": {"head_dim": 24},
+}
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97,
+             "intermediate_size": 96, "initializer_range": 0.2}
+    model = CausalLM(ModelConfig(**shape | changes)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:  # norms and biases start where they do nothing
+            nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+def ids(rows=2, length=14):
+    return torch.randint(97, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def step_by_step(model, tokens, begin=6, start=None):
+    """Logits (B, T - begin, V) after each token from `begin` on, by model.one_token."""
+    assert model.one_token.fits(len(tokens))
+    cache = KVCache(model.config, *tokens.shape, dtype=torch.float32, start=start)
+    model(tokens[:, :begin], cache=cache)
+    steps = [model.one_token(tokens[:, t], cache) for t in range(begin, tokens.size(1))]
+    assert cache.length == tokens.size(1)
+    return torch.stack(steps, dim=1)
+
+
+def adapted(model, folder, seed):
+    """Saves an adapter for the model there; the model stays as it was."""
+    torch.manual_seed(seed)
+    apply_lora(model, rank=4, alpha=8)
+    for parameter in lora_parameters(model):
+        nn.init.normal_(parameter, std=0.1)
+    save_lora(model, folder)
+    remove_lora(model)
+    return folder
+
+
+@pytest.mark.parametrize("rows", [1, 3, FEW])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_forward_pass(shape, rows):
+    model = small(**SHAPES[shape])
+    with torch.no_grad():
+        expected = model(ids(rows)).logits[:, 6:]
+    found = step_by_step(prepare_to_decode(model), ids(rows))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_left_padded_rows_are_themselves_alone():
+    model = prepare_to_decode(small())
+    batch = step_by_step(model, ids(), start=torch.tensor([0, 4]))
+    alone = step_by_step(model, ids()[1:, 4:], begin=2)
+    torch.testing.assert_close(batch[1:], alone, rtol=1e-5, atol=2e-5)
+
+
+def test_names_values_and_ties_stay(tmp_path):
+    model = small(attention_bias=True)
+    plain = deepcopy(model)
+    assert prepare_to_decode(model) is model
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    for (name, before), after in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(before, after), name
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    save_model(model, tmp_path / "m")
+    assert torch.equal(load_model(tmp_path / "m")(ids()).logits, plain(ids()).logits)
+
+
+def test_weights_that_are_changed_in_place_are_seen():
+    model, other = prepare_to_decode(small()), small(initializer_range=0.1)
+    model.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        expected = other(ids()).logits[:, 6:]
+    torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_int8_is_that_of_the_layers():
+    model = quantize_int8(small(attention_bias=True))
+    with torch.no_grad():
+        expected = model(ids()).logits[:, 6:]
+    found = step_by_step(prepare_to_decode(model), ids())
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.03 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(("quantize", "tolerance"), [
+    (lambda model: model, {"rtol": 1e-5, "atol": 5e-5}), (quantize_int8, {"rtol": 0.05, "atol": 0.2}),
+], ids=["float32", "int8"])
+def test_adapters_on_off_mixed_merged_and_for_each_row(quantize, tolerance, tmp_path):
+    model = prepare_to_decode(quantize(small()))
+    adapters = Adapters(model)
+    for seed, name in enumerate("ab"):
+        adapters.load(adapted(model, tmp_path / name, seed))
+
+    def check():
+        with torch.no_grad():
+            expected = model(ids()).logits[:, 6:]
+        torch.testing.assert_close(step_by_step(model, ids()), expected, **tolerance)
+        return expected
+
+    base = check()
+    for what in ("a", "b", {"a": 0.7, "b": 0.3}):
+        adapters.use(what)
+        assert not torch.allclose(check(), base, atol=0.1)
+    set_lora(model, False)
+    assert torch.equal(check(), base)
+    set_lora(model, True)
+    adapters.use_rows(["a", None])
+    rows = check()
+    assert torch.allclose(rows[1], base[1], atol=1e-4) and not torch.allclose(rows[0], base[0], atol=0.1)
+    adapters.use("b")
+    if quantize is not quantize_int8:
+        merge_lora(model)
+        check()
+        unmerge_lora(model)
+    adapters.use(None)
+    assert torch.equal(check(), base)
+
+
+def test_it_steps_aside_where_it_does_not_fit():
+    model = prepare_to_decode(small())
+    assert model.one_token.fits(FEW) and not model.one_token.fits(FEW + 1)
+    tokens = torch.stack(list(generate(model, ids(FEW + 1), 4, temperature=0)))  # by the forward pass
+    assert torch.equal(tokens, torch.stack(list(generate(small(), ids(FEW + 1), 4, temperature=0))))
+    copied = deepcopy(model)
+    assert not copied.one_token.fits(1)  # its layers have memory of their own now
+    list(generate(copied.bfloat16(), ids(1), 3))
+    assert model.one_token.fits(1)
+    model.double()
+    assert not model.one_token.fits(1)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: small().half(), lambda: small().bfloat16(), lambda: quantize_model(small()),
+    lambda: quantize_int8(small(intermediate_size=90)),
+], ids=["float16", "bfloat16", "NF4", "int8 of odd width"])
+def test_other_weights_stay_as_they_are(make):
+    model = make()
+    strides = [parameter.stride() for parameter in model.parameters()]
+    assert prepare_to_decode(model).one_token is None
+    assert strides == [parameter.stride() for parameter in model.parameters()]
+
+
+def test_tokens_can_be_used_where_gradients_are():
+    """It computes in inference mode, whose tensors autograd refuses; none of them may come out."""
+    model = prepare_to_decode(small())
+    tokens = torch.stack(list(generate(model, ids(1), 5)), dim=1)
+    model(tokens, labels=tokens).loss.backward()
+    assert isinstance(model.one_token, OneToken) and model.lm_head.weight.grad is not None
