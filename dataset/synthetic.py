@@ -22,7 +22,7 @@ import re
 import sys
 from pathlib import Path
 
-VERSION = "8"  # a folder written by another version is written again
+VERSION = "9"  # a folder written by another version is written again
 
 # ------------------------------------------------------------------------------------------ the world: tables
 
@@ -475,7 +475,8 @@ how long is (this|the) list: {l}?
 (这里|这个列表里|下面|列表里)(有几个词|有多少个词|有几样东西|一共有几个)：{l}？
 {l}，(一共几个|这是几个词|这里有几个词|总共有多少个)？
 counting.times
-how (often|many times) (does|do you see|can you find) {w} (appear |)in (this list|the list): {l}?
+how (often|many times) does {w} (appear|come|stand) in (this list|the list): {l}?
+how (often|many times) (do you see|can you find) {w} in (this list|the list): {l}?
 count (how often|how many times) {w} (appears|comes|is named|stands) in (this list|the list): {l}
 how many times is {w} (named|written) (here|in this list|in the list): {l}?
 (数一数|数数|请数一数|帮我数数){w}出现了(几次|多少次)：{l}
@@ -576,7 +577,7 @@ memory.favourite
 ~ 我(最喜欢|最爱|最喜爱)(的{k}是什么|什么{k}|哪种{k}|的{k}是哪个)
 memory.pet
 what is (my {k} called|the name of my {k}|my {k}'s name)(| again| now)?
-(what|which) name (does my {k} have|has my {k}|did I give my {k})(| again)?
+(what|which) name (does my {k} have|did I give my {k})(| again)?
 how (is my {k} called|did I call my {k}|do I call my {k})?
 ~ what (my {k} is called|the name of my {k} is|I call my {k})
 ~ 我的{k}(叫什么|叫什么名字|的名字是什么|名叫什么|是什么名字)
@@ -1223,12 +1224,12 @@ TELL = {
               "嗨，我叫{n}，很高兴见到你。"]),
     "favourite": (["My favourite {k} is {n}.", "The {k} I like best is {n}.",
                    "I love {n}, it is my favourite {k}.",
-                   "Remember this: my favourite {k} is {n}.", "If I had to pick a {k}, it would be {n}."],
+                   "Remember this: my favourite {k} is {n}.", "If I had to pick one {k}, it would be {n}."],
                   ["我最喜欢的{k}是{n}。", "要说{k}，我最爱{n}。", "请记住，我最喜欢的{k}是{n}。",
                    "{n}是我最喜欢的{k}。"]),
     "pet": (["My {k} is called {n}.", "I have a {k} named {n}.", "I call my {k} {n}.",
              "At home there is my {k}, {n}.", "The name of my {k} is {n}."],
-            ["我的{k}叫{n}。", "我家有一个{k}，名叫{n}。", "我给我的{k}起名叫{n}。", "我的{k}的名字是{n}。"]),
+            ["我的{k}叫{n}。", "我家的{k}名叫{n}。", "我给我的{k}起名叫{n}。", "我的{k}的名字是{n}。"]),
 }
 RECALL = {"name": ("Your name is {n}.", "你叫{n}。"),
           "favourite": ("Your favourite {k} is {n}.", "你最喜欢的{k}是{n}。"),
