@@ -36,8 +36,8 @@ class Muon(torch.optim.Optimizer):
     so that directions the gradient hardly shows are learned as fast as the loud ones. 0.2 * sqrt(max(...))
     gives the update the size AdamW's would have, so both take the same learning rate (Liu et al. 2025).
 
-    The same updates as torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; but matrices of one shape, lying
-    or standing, go through the iteration as one batch, which for small models is twice as fast on a CPU.
+    The same updates as torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; but matrices of one shape go
+    through the iteration as one batch, which for small models is twice as fast on a CPU.
 
     dtype: of that iteration. bfloat16 is fast and exact enough to learn by, but it makes a difference in the
     last place of a gradient (another order of summing, on another number of processes) a thousand times
@@ -55,25 +55,20 @@ class Muon(torch.optim.Optimizer):
             shapes: dict[tuple, list[torch.Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shapes.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
-            for (_, longest), weights in shapes.items():
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for (rows, columns), weights in shapes.items():
                 gradients = [w.grad for w in weights]
                 for w in weights:
                     self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
                 momenta = [self.state[w]["momentum_buffer"] for w in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step on
-                whole = [lying(full_tensor(matrix)) for matrix in ahead]  # FSDP: processes hold parts of them
+                whole = [full_tensor(matrix) for matrix in ahead]  # where processes hold parts of them (FSDP)
                 updates = orthogonalise(torch.stack(whole).to(self.dtype)).to(weights[0].dtype).unbind()
-                updates = [shard_like(update if w.shape == update.shape else update.mT, w)
-                           for update, w in zip(updates, weights, strict=True)]
+                updates = [shard_like(update, w) for update, w in zip(updates, weights, strict=True)]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, updates, alpha=-group["lr"] * 0.2 * math.sqrt(longest))
-
-
-def lying(matrix: torch.Tensor) -> torch.Tensor:
-    """(rows, columns) -> the same or its transpose, such that rows <= columns."""
-    return matrix.mT if matrix.size(-2) > matrix.size(-1) else matrix
+                scale = 0.2 * math.sqrt(max(rows, columns))
+                torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
@@ -81,14 +76,15 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
     Five steps of a Newton-Schulz iteration, in the matrices' own dtype. A step sends each singular value s to
     3.4445 s - 4.775 s^3 + 2.0315 s^5: small ones more than triple, those between 0.7 and 1.2 stay there.
-    It multiplies rows by rows, so it is cheapest where rows <= columns.
     """
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above one
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices  # wide: the products below are rows x rows
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above one
     for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
-    return x
+    return x.mT if tall else x
 
 
 # PyTorch's optimizers import the compiler, more than a second of work, only to keep it out of their methods.
