@@ -1,6 +1,7 @@
 """How well LoRA learns: held-out loss at each rank against full fine-tuning, the rates of both tuned.
 
     python scripts/bench_ranks.py          # the plant doctor, on what the quickstart left
+    python scripts/bench_ranks.py --lora_plus_ratio 16 --lora_rates 1e-3 1.5e-3 2.5e-3    # LoRA+
     python scripts/bench_ranks.py --load_from out/my_sft --data_path my_chats.jsonl --max_steps 300
 
 Runs train_full_sft.py and train_lora.py (AdamW, all linear layers, alpha = rank) for the same steps on the
@@ -41,8 +42,10 @@ def full(args, rate: float) -> float:
 
 
 def lora(args, rank: int, rate: float) -> float:
-    return held_out_loss(args, "train_lora.py", f"rank{rank}_{rate:g}", "--learning_rate", f"{rate:g}",
-                         "--lora_rank", f"{rank}", "--lora_alpha", f"{rank}")
+    ratio = args.lora_plus_ratio
+    name = f"rank{rank}_{rate:g}" + f"_plus{ratio:g}" * (ratio != 1)
+    return held_out_loss(args, "train_lora.py", name, "--learning_rate", f"{rate:g}", "--lora_rank",
+                         f"{rank}", "--lora_alpha", f"{rank}", "--lora_plus_ratio", f"{ratio:g}")
 
 
 def main(args):
@@ -78,6 +81,8 @@ if __name__ == "__main__":
                         metavar="LR", help="learning rates tried for full fine-tuning")
     parser.add_argument("--lora_rates", nargs="+", type=float, default=[3e-3, 5e-3, 1e-2, 2e-2], metavar="LR",
                         help="learning rates tried for LoRA, at rank 16")
+    parser.add_argument("--lora_plus_ratio", type=float, default=1.0, metavar="R",
+                        help="the rate of B over that of A (LoRA+)")
     parser.add_argument("--max_steps", type=int, default=300, metavar="N", help="steps of each run")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="rows of a step")
     parser.add_argument("--max_seq_len", type=int, default=128, metavar="T", help="tokens of a row")
