@@ -100,8 +100,10 @@ def test_bench_runs_every_job(tmp_path):
     assert cells(done.stdout)["LoRA, all linear"] and picture.stat().st_size > 1000
 
 
-def test_bench_ranks_takes_the_best_rate_of_each_and_repeats_nothing(monkeypatch, capsys, tmp_path):
-    losses = {"full_0.1": 2.0, "full_0.2": 1.0, "rank16_0.3": 1.5, "rank16_0.4": 1.01, "rank2_0.4": 1.2}
+@pytest.mark.parametrize("ratio, end", [(1.0, ""), (16.0, "_plus16")])
+def test_bench_ranks_takes_the_best_rates_and_repeats_nothing(ratio, end, monkeypatch, capsys, tmp_path):
+    losses = {"full_0.1": 2.0, "full_0.2": 1.0, f"rank16_0.3{end}": 1.5, f"rank16_0.4{end}": 1.01,
+              f"rank2_0.4{end}": 1.2}
     tried = []
 
     def train(args, script, name, *flags):
@@ -110,7 +112,7 @@ def test_bench_ranks_takes_the_best_rate_of_each_and_repeats_nothing(monkeypatch
 
     monkeypatch.setattr(bench_ranks, "held_out_loss", train)
     rates = {"full_rates": [0.1, 0.2], "lora_rates": [0.3, 0.4]}
-    bench_ranks.main(Namespace(load_from=tmp_path, ranks=[2, 16], **rates))
+    bench_ranks.main(Namespace(load_from=tmp_path, ranks=[2, 16], lora_plus_ratio=ratio, **rates))
     printed = capsys.readouterr().out
     assert cells(printed) == {"full fine-tuning": ["0.2", "1.0000"], "rank 2": ["0.4", "1.2000", "+20.0%"],
                               "rank 16": ["0.4", "1.0100", "+1.0%"]}
