@@ -35,7 +35,7 @@ MUON = "--optimizer muon --learning_rate"
 ADAPTER = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {ROWS} 8"
 STAGES = {
     "pretrain": ("train_pretrain.py", 300, 30, f"--preset tiny {MUON} 1e-2 {ROWS} 8"),
-    "full_sft": ("train_full_sft.py", 1900, 210, f"{MUON} 7e-3 {ROWS} 16"),
+    "full_sft": ("train_full_sft.py", 1750, 195, f"{MUON} 7e-3 {ROWS} 16"),
     "lora_identity": ("train_lora.py", 420, 24, ADAPTER),
     "lora_clinic": ("train_lora.py", 420, 24, ADAPTER),
 }
