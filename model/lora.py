@@ -119,6 +119,8 @@ class LoRALinear(nn.Linear):
 
 
 class _OverQuantized:
+    """What a quantized layer gives, plus what its child `lora` does."""
+
     def forward(self, x):
         y = super().forward(x)
         return y + self.lora(x) if self.lora.active else y
@@ -171,7 +173,7 @@ def _base_weight(linear: nn.Module) -> torch.Tensor:
     return (linear.weight if lora is None or lora.original is None else lora.original).detach().float()
 
 
-def _adapted(model: nn.Module, required: bool = True) -> dict[str, LoRALinear | LoRANF4Linear]:
+def _adapted(model: nn.Module, required: bool = True) -> dict[str, LoRALinear | _OverQuantized]:
     found = {clean(name): m for name, m in model.named_modules() if type(m) in _WITHOUT_LORA}
     if required and not found:
         raise ModelError("the model has no LoRA: call apply_lora or load_lora first")

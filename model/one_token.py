@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.quantize import FEW, Int8Linear
+from model.quantize import FEW, KERNEL_WIDTH, Int8Linear
 from model.transformer import CausalLM, KVCache, block_attention, one_block, positions_and_mask, rotate
 
 
@@ -25,6 +25,7 @@ class Product:
 
     float32 matrices are stored column by column, and each thread adds up a part of the columns: PyTorch's own
     product of a matrix and a vector keeps to one thread. The layers live on, and share this memory.
+    Before the first call, and after a change of adapters, `look`.
     """
 
     def __init__(self, *layers: nn.Linear | Int8Linear):
@@ -45,7 +46,7 @@ class Product:
         if "weight" in self.joined:
             columns = self.joined["weight"].t()  # (in, out)
             parts = math.gcd(len(columns), 2 * torch.get_num_threads())  # two each: one of them may be slow
-            self.columns = columns.view(parts, -1, columns.size(1))
+            self.columns = columns.view(parts, -1, columns.size(1))  # (parts, in / parts, out)
         return all(getattr(self.layers[0], name).data_ptr() == joined.data_ptr()
                    for name, joined in self.joined.items())
 
@@ -78,7 +79,7 @@ class OneToken:
     def fits(self, batch_size: int) -> bool:
         """To be asked before each text: adapters and memory may have changed since the last."""
         products = [self.head, *(product for _, *products in self.layers for product in products)]
-        return batch_size <= FEW and all([product.look() for product in products])
+        return batch_size <= FEW and all([product.look() for product in products])  # a list: each must look
 
     @torch.inference_mode()
     def __call__(self, ids, cache: KVCache):
@@ -111,12 +112,13 @@ def norm(module: nn.Module, x):
 def prepare_to_decode(model: CausalLM) -> CausalLM:
     """Lays out weights for `OneToken` and hands it to the model; names, shapes and values of all stay.
 
-    Only for a model that is not trained any more: an optimizer's state would lie in the old order. A model in
-    half precision or 4 bits stays as it is, and so does one on a GPU, where nothing of this was measured.
+    The last thing to do, after quantize_int8, with a model that is not trained any more: an optimizer's state
+    would lie in the other order. A model in half precision or 4 bits stays as it is, and so does one on a
+    GPU, where nothing of this was measured.
     """
     layers = [module for module in model.modules() if hasattr(module, "in_features")]
-    known = all(type(layer) is nn.Linear or type(layer) is Int8Linear and layer.in_features % 32 == 0
-                for layer in layers)
+    known = all(type(layer) is nn.Linear
+                or type(layer) is Int8Linear and layer.in_features % KERNEL_WIDTH == 0 for layer in layers)
     weight = model.model.norm.weight
     if known and weight.dtype == torch.float32 and weight.device.type == "cpu":
         model.one_token = OneToken(model)

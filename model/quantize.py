@@ -29,6 +29,7 @@ from model.transformer import ModelError, matmul_dtype
 BLOCK = 64  # weights to a scale
 NESTED_BLOCK = 256  # scales to a scale of scales
 FEW = 8  # rows of x up to which the int8 kernel is faster than dense weights
+KERNEL_WIDTH = 32  # it takes widths that are multiples of this, and reads beyond the end of others
 _STATE = "quant_state.bitsandbytes__nf4"  # the key of what bitsandbytes stores besides tensors, as JSON
 
 NF4 = torch.tensor([
@@ -267,7 +268,7 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         dtype, bias = matmul_dtype(x), self.bias
         rows = x.reshape(-1, self.in_features)  # (N, in)
-        if x.device.type == "cpu" and len(rows) <= FEW and self.in_features % 32 == 0:  # or it reads beyond
+        if x.device.type == "cpu" and len(rows) <= FEW and self.in_features % KERNEL_WIDTH == 0:
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scale).to(dtype)
         else:
             y = F.linear(rows.to(dtype), self.codes.to(dtype)) * self.scale.to(dtype)

@@ -1,7 +1,7 @@
 """How well LoRA learns: held-out loss at each rank against full fine-tuning, the rates of both tuned.
 
     python scripts/bench_ranks.py          # the plant doctor, on what the quickstart left
-    python scripts/bench_ranks.py --lora_plus_ratio 16 --lora_rates 1e-3 1.5e-3 2.5e-3    # LoRA+
+    python scripts/bench_ranks.py --lora_plus_ratio 16 --lora_rates 1e-3 1.5e-3 2e-3    # LoRA+
     python scripts/bench_ranks.py --load_from out/my_sft --data_path my_chats.jsonl --max_steps 300
 
 Runs train_full_sft.py and train_lora.py (AdamW, all linear layers, alpha = rank) for the same steps on the

@@ -31,7 +31,7 @@ BUDGET = 6.0  # minutes; the steps and seconds below are for it, and --minutes s
 
 # stage: its script, steps, seconds that they take on 2 CPU cores, and its flags
 ROWS = "--max_seq_len 128 --log_interval 20 --eval_interval 1000 --batch_size"
-MUON = "--optimizer muon --learning_rate"
+MUON = "--optimizer muon --learning_rate"  # these two end with a flag whose value each stage gives
 ADAPTER = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {ROWS} 8"
 STAGES = {
     "pretrain": ("train_pretrain.py", 300, 30, f"--preset tiny {MUON} 1e-2 {ROWS} 8"),
