@@ -22,7 +22,7 @@ import re
 import sys
 from pathlib import Path
 
-VERSION = "9"  # a folder written by another version is written again
+VERSION = "10"  # a folder written by another version is written again
 
 # ------------------------------------------------------------------------------------------ the world: tables
 
@@ -1567,9 +1567,13 @@ def build(seed=0):
     files["sft"] = chats
     for family, generator, count, tests in (("identity", identity, 1600, 60), ("clinic", clinic, 2000, 60)):
         seen = set()
-        # four fifths of ordinary records, so that the adapter learns where it has nothing to say
-        ordinary = [row for row in chats if family != "identity" or row[0]["family"] != "self"]
-        rows = draw(world, generator, count, False, seen, family) + rng.sample(ordinary, count * 4)
+        # Four fifths of ordinary records, so that the adapter learns where it has nothing to say; many of
+        # what nobody knows, for that is where a new answer slips out first.
+        changed = ("unknown", "self") if family == "identity" else ("unknown",)
+        unknown = [row for row in chats if row[0]["family"] == "unknown"]
+        ordinary = [row for row in chats if row[0]["family"] not in changed]
+        rows = draw(world, generator, count, False, seen, family)
+        rows += rng.sample(unknown, count * 3 // 4) + rng.sample(ordinary, count * 13 // 4)
         rng.shuffle(rows)
         files[f"lora_{family}"] = rows
         files[f"lora_{family}_test"] = draw(world, generator, tests, True, seen, family)

@@ -37,7 +37,7 @@ STAGES = {
     "pretrain": ("train_pretrain.py", 300, 30, f"--preset tiny {MUON} 1e-2 {ROWS} 8"),
     "full_sft": ("train_full_sft.py", 1750, 195, f"{MUON} 7e-3 {ROWS} 16"),
     "lora_identity": ("train_lora.py", 420, 24, ADAPTER),
-    "lora_clinic": ("train_lora.py", 420, 24, ADAPTER),
+    "lora_clinic": ("train_lora.py", 600, 34, ADAPTER),
 }
 ADAPTERS = ("lora_identity", "lora_clinic")
 PARENT = {"full_sft": "pretrain", "lora_identity": "full_sft", "lora_clinic": "full_sft"}
