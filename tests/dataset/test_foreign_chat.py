@@ -75,6 +75,8 @@ TEMPLATES = {
         by_role("[U]{{ m.content.rstrip() }}", "[A]{A{{ m.content.rstrip() }}</s>A}"), prompt="[A]"),
     "trimmed of line breaks": template(
         by_role("[U]{{ m.content.strip('\n') }}", "[A]{A{{ m.content.strip('\n') }}</s>A}"), prompt="[A]"),
+    "trimmed of line breaks on the left": template(  # as Qwen3's does
+        by_role("[U]{{ m.content }}", "[A]{A{{ m.content.lstrip('\n') }}</s>A}"), prompt="[A]"),
     "no turn for an empty question": template(
         by_role("{{ '[U]' + m.content if m.content }}", "[A]{A{{ m.content }}</s>A}"), prompt="[A]"),
 }
@@ -208,17 +210,33 @@ def test_runs_of_spaces_that_are_tokens_control_nothing():
         assert tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on]) == f"{run}c<e>"
 
 
-def test_a_template_may_write_the_token_for_the_unknown_and_a_text_may_not():
-    letters = {letter: i for i, letter in enumerate(["<unk>", *"Hielousrant[]"])}
-    backend = Tokenizer(models.BPE(letters, [], unk_token="<unk>"))
+LETTERS = ["<unk>", *"Hielousrant[]"]
+
+
+@pytest.mark.parametrize("model", [
+    models.BPE({letter: i for i, letter in enumerate(LETTERS)}, [], unk_token="<unk>"),
+    models.Unigram([(letter, -float(i)) for i, letter in enumerate(LETTERS)], unk_id=0),
+])
+def test_a_template_may_write_the_token_for_the_unknown_and_a_text_may_not(model):
+    backend = Tokenizer(model)
     backend.add_special_tokens(["<unk>", "<e>"])
     tokenizer = with_template(backend, "<unk>" + TURNS)
     ids, mask = chat.encode_chat(tokenizer, say("Hi", "Hello"))
     assert ids == tokenizer.apply_chat_template(say("Hi", "Hello"))["input_ids"]
     assert ids.count(0) == 1 and sum(mask) == len("Hello") + 1
     for messages in (say("H?i", "Hello"), say("Hi", "Hello!")):
-        with pytest.raises(DataError, match="no token for a character in it"):
+        with pytest.raises(DataError, match="no token for a character in it$"):
             chat.encode_chat(tokenizer, messages)
+
+
+def test_where_the_tokenizer_itself_raises_one_line_says_why():
+    backend = Tokenizer(models.Unigram([(letter, -1.0) for letter in LETTERS]))  # no token for the unknown
+    backend.add_special_tokens(["<e>"])
+    tokenizer = with_template(backend, TURNS)
+    assert chat.encode_chat(tokenizer, say("Hi", "Hello"))[0] == tokenizer.apply_chat_template(
+        say("Hi", "Hello"), tokenize=True, return_dict=False)
+    with pytest.raises(DataError, match=r"^this tokenizer has no token for a character in it \(.+\)$"):
+        chat.encode_chat(tokenizer, say("Hi", "Hello!"))
 
 
 def test_a_tokenizer_without_any_control_token_is_refused():
@@ -243,6 +261,8 @@ def test_a_tokenizer_without_any_control_token_is_refused():
     (TURNS + "{{ messages[-1].content }}", "leaves out, or moves"),
     ("{{ messages[-1].content }}<e>{{ messages[0].content }}<e>", None),
     (TURNS.replace("in messages", "in messages | reverse"), None),
+    (TURNS.replace("[{{ m.role }}]", "X"), None),  # what stands before the words is no space
+    (TURNS + "{{ raise_exception('nothing said') if '' in messages | map(attribute='content') }}", None),
     ("{{ raise_exception('not\ntoday') }}", "refuses it: not$"),
     ("{{ messages[7].content.x }}", "refuses it: "),
 ])
