@@ -15,12 +15,14 @@ format, texts, multiple choice and sums: scoring.py lists them.
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from trainer.args import ROOT, Parser, UsageError, run_script
 
 PROMPTS = ["Who are you?", "What sound does a frog make?", "What is 27 + 15?", "What is the opposite of hot?",
            "Tell me a short story about a fox in the forest.", "Who is the king of the moon?",
@@ -39,17 +41,8 @@ COMMANDS = """/help            this list
 # ---------------------------------------------------------------- the command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            has_default = action.default not in (None, False, [])
-            return super()._get_help_string(action) if has_default else action.help
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"error: {message} (--help lists the flags)\n")  # one line, without the usage
-
-    parser = Parser(description=__doc__, formatter_class=Help)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
     model = parser.add_argument_group("the model")
     model.add_argument("--load_from", type=Path, metavar="DIR", help="the model (default: out/full_sft)")
     model.add_argument("--lora", nargs="+", default=[], metavar="DIR",
@@ -95,14 +88,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--system has no effect with {'--plain' if args.plain else '--data_path'}")
     if args.temperature is None:
         args.temperature = 0.0 if args.data_path else 0.7
-    least_values = {"max_new_tokens": 1, "batch_size": 1, "limit": 1, "temperature": 0, "top_k": 0}
+    least_values = {"max_new_tokens": 1, "batch_size": 1, "limit": 1, "top_k": 0}
     for name, least in least_values.items():
         if getattr(args, name) is not None and not getattr(args, name) >= least:
             parser.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    if not is_temperature(args.temperature):
+        parser.error(f"--temperature must be 0, or from 0.001 to 1000, not {args.temperature}")
     if not 0 < args.top_p <= 1:
         parser.error(f"--top_p must be above 0 and at most 1, not {args.top_p}")
-    if not args.repetition_penalty > 0:
-        parser.error(f"--repetition_penalty must be above 0, not {args.repetition_penalty}")
+    if not 0.001 <= args.repetition_penalty <= 1000:
+        parser.error(f"--repetition_penalty must be from 0.001 to 1000, not {args.repetition_penalty}")
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to 2^32 - 1, not {args.seed}")
+    if "" in args.lora:
+        parser.error("--lora needs the name of an adapter, not an empty one")
     if args.load_from is None:
         args.load_from = ROOT / "out" / "full_sft"
         if not args.load_from.is_dir():
@@ -111,29 +110,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def is_temperature(number: float) -> bool:
+    """Below 0.001 only ties would make it differ from greedy, and logits divided by it overflow."""
+    return number == 0 or 0.001 <= number <= 1000
+
+
 # ---------------------------------------------------------------- a model that answers
-
-
-def choose_device(name: str):
-    """`auto`: CUDA, then Apple's MPS, then the CPU. Raises ModelError for a device that is not here."""
-    import torch
-
-    from model.transformer import ModelError
-
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if count[kind])
-    kind, _, index = name.partition(":")
-    if not (index or "0").isdigit() or int(index or 0) >= count.get(kind, 0):
-        raise ModelError(f"--device {name}: torch sees no such device; use auto, cpu, cuda, cuda:N or mps")
-    return torch.device(name)
 
 
 class Speaker:
     """A model, its tokenizer and the adapter that is on. `plain`: it continues text, without conversation."""
 
     def __init__(self, args: argparse.Namespace):
-        """Raises ModelError for weights, a tokenizer, an adapter or a device that can't be had."""
+        """Raises ModelError for weights, tokenizers and adapters that fail, UsageError for a device."""
         import torch
 
         from model.adapters import Adapters
@@ -141,6 +130,7 @@ class Speaker:
         from model.quantize import quantize_int8
         from model.transformer import ModelError
         from model.weights import load_model, load_tokenizer
+        from trainer.distributed import choose_device
 
         self.args, self.device, self.adapter = args, choose_device(args.device), None
         dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -158,7 +148,8 @@ class Speaker:
             raise ModelError(f"{args.load_from}: its tokenizer has {len(vocabulary)} entries, the model only "
                              f"{config.vocab_size}: they do not belong together")
         training = read_if_there(args.load_from / "training.json")  # ours; models from elsewhere have none
-        self.plain = args.plain or training.get("stage") == "pretrain" or not self.tokenizer.chat_template
+        base = training.get("stage") == "pretrain" and not args.lora  # an adapter was trained on chats
+        self.plain = args.plain or base or not self.tokenizer.chat_template
         self.stop = self.ends(vocabulary)
         # Beyond the length it was trained on, a small model forgets how to speak, though its positions go on.
         arguments, self.context = training.get("arguments"), config.max_position_embeddings
@@ -272,6 +263,9 @@ class Speaker:
 
     def say(self, ids: list[int], seed: int | None = None) -> str:
         """Prints an answer as it comes, its speed on stderr. In a chat Ctrl-C ends only the answer."""
+        if len(ids) > self.context:
+            print(f"(a prompt of {len(ids)} tokens; the model was trained to see {self.context})",
+                  file=sys.stderr)
         began, text, tokens = time.perf_counter(), "", 0
         try:
             for piece, tokens in self.stream(ids, seed):  # noqa: B007 (the last count is printed below)
@@ -335,7 +329,8 @@ def fit(speaker: Speaker, messages: list[dict]) -> list[dict]:
         kept = kept[2:]  # a question and its answer
     if len(kept) < len(turns):
         print(f"(longer than the {speaker.context} tokens the model was trained to see: the oldest "
-              f"{(len(turns) - len(kept)) // 2} questions and answers are forgotten)", file=sys.stderr)
+              f"{(len(turns) - len(kept)) // 2} of the answers, with their questions, are forgotten)",
+              file=sys.stderr)
     return system + kept
 
 
@@ -366,12 +361,12 @@ def obey(speaker: Speaker, line: str, messages: list[dict]) -> list[dict]:
     elif name == "/temperature":
         try:
             number = float(value)
-            if not 0 <= number < math.inf:
+            if not is_temperature(number):
                 raise ValueError
             speaker.args.temperature = number
             print(f"(temperature {number:g})")
         except ValueError:
-            print(f"/temperature takes a number that is not negative, not {value!r}")
+            print(f"/temperature takes 0, or a number from 0.001 to 1000, not {value!r}")
     elif name == "/system":
         print("(a base model has no system message)")
     else:
@@ -410,6 +405,10 @@ def read_if_there(path: Path) -> dict:
 def main(args: argparse.Namespace) -> None:
     from model.transformer import ModelError
 
+    if args.json:  # before the work, that it can't be lost for this
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        if args.json.is_dir():
+            raise UsageError(f"--json {args.json} is a folder: name a file")
     speaker = Speaker(args)
     if args.system is not None and speaker.plain:
         raise ModelError(f"--system: {args.load_from} is a base model, which knows no conversation")
@@ -419,9 +418,10 @@ def main(args: argparse.Namespace) -> None:
 
         result = {"model": str(args.load_from), "lora": args.lora, **score(speaker, args.data_path)}
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            with args.json.open("w", encoding="utf-8", newline="\n") as file:
+            part = args.json.with_name(args.json.name + ".part")
+            with part.open("w", encoding="utf-8", newline="\n") as file:
                 json.dump(result, file, ensure_ascii=False, indent=1)
+            os.replace(part, args.json)
     elif args.prompts:
         for prompt in PROMPTS:
             print(f"\n> {prompt}")
@@ -434,17 +434,6 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    # Heavy imports come only now, here and inside functions: torch takes over a second, which --help and a
-    # mistyped flag need not wait for.
-    from dataset.jsonl import DataError
-    from model.transformer import ModelError
-
     for pipe in (sys.stdin, sys.stdout, sys.stderr):
         pipe.reconfigure(encoding="utf-8", errors="replace")  # Windows; half characters
-    try:
-        main(arguments)
-    except (DataError, ModelError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_script(main, arguments)

@@ -6,7 +6,7 @@
         "family": "sums"                                               scores are per family (else per file)
     {"question", "choices", "answer": 2}                               the likeliest choice is that index
     {"question", "answer": "... #### 42"}                              its final number is that (GSM8K)
-    {"prompt"}, or a conversation that the user ends                   answered for people to read, not scored
+    {"prompt"}, or a longer talk that the user ends                    answered for people to read, not scored
     {"text"}                                                           loss alone
 
 Chats and texts also give loss, perplexity and bits per byte of their own words.
@@ -71,11 +71,14 @@ def parse_question(record: dict, file: Path) -> Question:
             raise DataError(f"{name!r} must be a {kind.__name__}, not {str(record.get(name))[:40]!r}")
         return record[name]
 
+    def texts(name: str) -> list[str]:
+        if not all(isinstance(text, str) and text for text in need(name, list)):
+            raise DataError(f"{name!r} must be a list of texts, not {str(record[name])[:40]!r}")
+        return record[name]
+
     question = Question("prompt", str(record.get("family", file.stem)), str(file))
     if "choices" in record:
-        question.kind, question.choices, question.index = "choice", need("choices", list), need("answer", int)
-        if not all(isinstance(choice, str) and choice for choice in question.choices):
-            raise DataError("the choices must be texts")
+        question.kind, question.choices, question.index = "choice", texts("choices"), need("answer", int)
         if not 0 <= question.index < len(question.choices):
             raise DataError(f"answer {question.index} is no index of {len(question.choices)} choices")
         question.reference = question.choices[question.index]
@@ -94,8 +97,8 @@ def parse_question(record: dict, file: Path) -> Question:
         question.messages, question.tools = to_messages(record)
         if question.messages[-1]["role"] == "assistant":
             question.kind, question.reference = "chat", question.messages.pop()["content"]
-            question.contains = need("contains", list) if "contains" in record else []
-            question.answers = need("answers", list) if "answers" in record else []
+            question.contains = texts("contains") if "contains" in record else []
+            question.answers = texts("answers") if "answers" in record else []
             if not question.contains and not question.answers and question.reference:
                 question.answers = [question.reference]
     return question
@@ -164,7 +167,10 @@ def answer_all(speaker, questions: list[Question]) -> float:
 
 
 def choose(speaker, question: Question) -> None:
-    """Sets `answer` to the likeliest choice, by log-likelihood per UTF-8 byte: length is no disadvantage."""
+    """Sets `answer` to the likeliest choice, by log-likelihood per UTF-8 byte: length is no disadvantage.
+
+    Where one does not fit into the model the question counts as wrong.
+    """
     raw = []
     for choice in question.choices:
         if speaker.plain:
@@ -175,6 +181,10 @@ def choose(speaker, question: Question) -> None:
         else:
             answered = [*question.messages, {"role": "assistant", "content": choice}]
             ids, mask = encode_chat(speaker.tokenizer, answered)
+        if len(ids) > speaker.model.config.max_position_embeddings:
+            print("warning: a choice is too long for the model: counted wrong", file=sys.stderr)
+            question.ok = question.raw_ok = False
+            return
         labels = [token if on else -100 for token, on in zip(ids, mask, strict=True)]
         ids, labels = (torch.tensor([row], device=speaker.device) for row in (ids, labels))  # (1, T)
         raw.append(-speaker.model(ids, labels=labels).loss_sum.item())

@@ -78,6 +78,7 @@ def read_records(paths, strict: bool = False, report: Report | None = None) -> I
 
 def nothing_usable(path: str, report: Report) -> DataError:
     first = report.first.get(path, "it holds only blank lines").removeprefix(f"{path}:")
+    first = f"line {first}" if first[:1].isdigit() else first
     return DataError(f"{path}: no usable record in it (first problem: {first.strip()})")
 
 

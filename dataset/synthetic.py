@@ -1595,6 +1595,7 @@ def write_file(path, text):
 def write_world(folder, seed=0):
     """Writes the nine files, and last world.json, which says that all are there. Returns {name: path}."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "world.json").unlink(missing_ok=True)  # until all are there they may be of two worlds
     for name, rows in build(seed).items():
         write_file(paths(folder)[name], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row,
                                                 _ in rows))
@@ -1603,10 +1604,10 @@ def write_world(folder, seed=0):
 
 
 def ensure_world(folder):
-    """write_world, unless the folder already holds this version's files. Returns {name: path}."""
+    """write_world, unless the folder holds this version's files, of seed 0. Returns {name: path}."""
     try:
         with open(Path(folder) / "world.json", encoding="utf-8") as file:
-            current = json.load(file)["version"] == VERSION
+            current = json.load(file) == {"version": VERSION, "seed": 0}
     except (OSError, ValueError, KeyError, TypeError):
         current = False
     if current and all(path.is_file() for path in paths(folder).values()):

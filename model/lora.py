@@ -200,8 +200,8 @@ def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dro
     """
     if not isinstance(rank, int) or rank < 1:
         raise ModelError(f"LoRA rank must be a whole number from 1 up, not {rank!r}")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ModelError(f"LoRA alpha must be positive, not {alpha!r}")
+    if alpha is not None and not 0 < alpha <= 1e6:
+        raise ModelError(f"LoRA alpha must be above 0 and at most 1e6, not {alpha!r}")
     if not 0 <= dropout < 1:
         raise ModelError(f"LoRA dropout must be from 0 to below 1, not {dropout!r}")
     if init not in ("gaussian", "pissa"):

@@ -488,7 +488,7 @@ class CausalLM(nn.Module):
 
 
 PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    "tiny": ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
                         intermediate_size=384, qk_norm=True, rope_theta=1e4),  # what the quickstart trains
     "26m": ModelConfig(),  # exactly 25,829,888 parameters
     "64m": ModelConfig(hidden_size=768, num_key_value_heads=4, intermediate_size=2432, qk_norm=True),

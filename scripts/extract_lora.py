@@ -44,12 +44,11 @@ def main(args):
         raise ModelError(f"{args.base} and {args.tuned} are equal in every layer of --target_modules")
     layers = {name: row for name, row in zip(names, rows, strict=True)}
     rest = changes_outside(base, tuned, layers)
-    print_table(layers, rest)
-
     training = {"stage": "extract_lora", "parent": str(args.base), "tuned": str(args.tuned)}
     save_lora(base, args.out_dir, base=args.base, training=training)
     text = json.dumps({"layers": layers, "not_held": rest}) + "\n"
     (args.out_dir / "energy.json").write_text(text, encoding="utf-8", newline="\n")
+    print_table(layers, rest)
     print(f"saved {args.out_dir}")
 
 

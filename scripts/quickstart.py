@@ -26,7 +26,10 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from trainer.args import ROOT, Parser
+
 BUDGET = 6.0  # minutes; the steps and seconds below are for it, and --minutes scales the steps
 
 # stage: its script, steps, seconds that they take on 2 CPU cores, and its flags
@@ -49,7 +52,7 @@ START, SCORE = 5, 10  # seconds: Python, torch and the tokenizer; scoring a stag
 
 def parse_args() -> argparse.Namespace:
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser = Parser(description=__doc__, formatter_class=plain)
     parser.add_argument("--minutes", type=float, metavar="N",
                         help=f"time for everything on 2 CPU cores; scales the steps (default: {BUDGET:g})")
     parser.add_argument("--fresh", action="store_true", help="delete what is there and start over")
@@ -57,7 +60,7 @@ def parse_args() -> argparse.Namespace:
                         help="where everything goes (default: out/quickstart)")
     args = parser.parse_args()
     if args.minutes is not None and not 0 < args.minutes < 1e6:
-        parser.error(f"--minutes must be above 0, not {args.minutes:g}")
+        parser.error(f"--minutes must be above 0 and below a million, not {args.minutes:g}")
     args.out_dir = args.out_dir.resolve()
     return args
 
@@ -148,10 +151,13 @@ class State:
 
     def __init__(self, out: Path):
         self.path = out / "state.json"
+        nothing = {"minutes": None, "started": {}, "finished": [], "seconds": {}}
         try:
             self.data = json.loads(self.path.read_text(encoding="utf-8"))
+            if not isinstance(self.data, dict) or self.data.keys() != nothing.keys():
+                raise ValueError
         except (OSError, ValueError):
-            self.data = {"minutes": None, "started": {}, "finished": [], "seconds": {}}
+            self.data = nothing
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -451,7 +457,10 @@ def main() -> None:
     if importlib.util.find_spec("torch") is None:
         raise SystemExit("error: this Python has no torch: bash scripts/quickstart.sh makes one that has, or "
                          "pip install -r requirements.txt")
-    out, state = args.out_dir, State(args.out_dir)
+    out = args.out_dir
+    if out.exists() and not out.is_dir():
+        raise SystemExit(f"error: --out_dir {shown([str(out)])} is no folder")
+    state = State(out)
     recorded = state.data["minutes"]
     if recorded is None and out.exists() and any(out.iterdir()):
         raise SystemExit(f"error: {shown([str(out)])} holds other things; name a new folder with --out_dir")
@@ -463,6 +472,9 @@ def main() -> None:
         print(f"Starting over: what was in {shown([str(out)])} is deleted.")
         state.forget(plan(out, recorded))
     tasks, state.data["minutes"] = plan(out, minutes), minutes
+    if any(task.name in state.data["started"] and not state.knows(task) for task in tasks):
+        raise SystemExit(f"error: {shown([str(out)])} holds a run of other commands (of another version, or "
+                         f"of another folder): add --fresh to start over, or name a new one with --out_dir")
     todo = [task for task in tasks if not state.finished(task)]
     if not todo:
         print("The quickstart is finished; --fresh starts over.")
@@ -477,9 +489,9 @@ def main() -> None:
             continue
         if not task.name.startswith("scores"):
             state.forget(tasks[number + state.knows(task):])  # all that was built on an older result
-        run(task, state, progress, out)
-        if task.name == "world":
+        if task.name == "pretrain":
             write_samples(out)
+        run(task, state, progress, out)
     progress.say("")
     report, before = collect(out, state)
     if todo or not (out / "report.html").exists():

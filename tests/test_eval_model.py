@@ -13,6 +13,7 @@ import torch
 
 import eval_model
 import scoring
+from dataset.jsonl import DataError
 from model.lora import apply_lora, lora_parameters, save_lora
 from model.quantize import quantize_model
 from model.transformer import CausalLM, ModelConfig, ModelError
@@ -119,6 +120,12 @@ def test_int8_answers_and_scores_nearly_as_float32(home, capsys, tmp_path):
     save_model(quantize_model(load_model(home / "chat")), tmp_path / "nf4", load_tokenizer(home / "chat"))
     with pytest.raises(ModelError, match="quantized already"):
         run(tmp_path, capsys, *ask, "--quantize", "int8", model="nf4")
+
+
+def test_with_an_adapter_a_base_model_is_asked_and_answers(home, capsys):
+    """Adapters are trained on chats, whatever lies below them."""
+    greedy = ("--prompt", "Hi", "--max_new_tokens", 8, "--temperature", 0, "--lora", home / "lora_a")
+    assert run(home, capsys, *greedy, model="base").out == run(home, capsys, *greedy).out
 
 
 def test_builtin_prompts_are_all_answered(home, capsys):
@@ -448,6 +455,12 @@ def test_bad_records_are_shown_and_skipped(home, capsys, tmp_path):
     assert "all" in got.out
 
 
+@pytest.mark.parametrize("name", ["contains", "answers"])
+def test_what_an_answer_is_compared_with_must_be_texts(name):
+    with pytest.raises(DataError, match=f"'{name}' must be a list of texts"):
+        scoring.parse_question(turns("a", "b", **{name: [5]}), Path("x"))
+
+
 def test_questions_too_long_for_the_model_are_wrong_and_do_not_stop_the_rest(home, capsys, tmp_path):
     data = write(tmp_path / "t.jsonl", turns("word " * 300, "b"), turns("a", "b"))
     got = run(home, capsys, "--data_path", data, "--max_new_tokens", 2)
@@ -455,6 +468,30 @@ def test_questions_too_long_for_the_model_are_wrong_and_do_not_stop_the_rest(hom
 
 
 # ---------------------------------------------------------------- mistakes, and speed
+
+
+def test_a_choice_too_long_for_the_model_is_wrong(home, capsys, tmp_path):
+    long = {"question": "word " * 200, "choices": ["a", "b"], "answer": 0}
+    short = {"question": "a?", "choices": ["a", "a"], "answer": 0}
+    shown = run(home, capsys, "--data_path", write(tmp_path / "q.jsonl", long, short))
+    assert "too long" in shown.err and "0.500" in shown.out
+
+
+def test_scores_have_a_place_before_they_are_counted(home, tmp_path):
+    path = write(tmp_path / "t.jsonl", turns("a", "b"))
+    done = script("--load_from", home / "chat", "--data_path", path, "--json", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is a folder" in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a closed pipe as on Linux and macOS")
+def test_a_reader_that_leaves_gets_no_traceback(home):
+    flags = ["--load_from", str(home / "chat"), "--prompts", "--max_new_tokens", "2"]
+    with subprocess.Popen([sys.executable, str(ROOT / "eval_model.py"), *flags], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert process.returncode == 1 and "Traceback" not in errors and "Broken pipe" not in errors
 
 
 def test_mistakes_are_one_line_and_a_nonzero_exit(home, tmp_path):
@@ -487,6 +524,11 @@ def test_mistakes_are_one_line_and_a_nonzero_exit(home, tmp_path):
         ["--json", "x"],
         ["--top_p", "0"],
         ["--temperature", "-1"],
+        ["--temperature", "1e-40"],
+        ["--temperature", "inf"],
+        ["--repetition_penalty", "1e-300"],
+        ["--seed", "99999999999999999999"],
+        ["--lora", ""],
         ["--system", "x", "--plain"],
         ["--bogus"],
         ["--prompt", "x", "--lora", "a", "b"],

@@ -163,6 +163,27 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     assert [p.name for p in folder.rglob("*")] == ["pretrain", "work.txt"]
 
 
+def test_a_run_of_other_commands_is_left_alone(tmp_path, monkeypatch):
+    """A finished model is not thrown away because the recipe has changed, or the folder has moved."""
+    state = quickstart.State(tmp_path)
+    state.data |= {"minutes": quickstart.BUDGET, "started": {"world": "python another_recipe.py"}}
+    state.save()
+    made = tmp_path / "world" / "lora_clinic_test.jsonl"
+    made.parent.mkdir()
+    made.write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--out_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds a run of other commands.*--fresh"):
+        quickstart.main()
+    assert read(made) == "mine"
+
+
+def test_a_file_for_a_folder_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--out_dir", str(tmp_path / "mine")])
+    with pytest.raises(SystemExit, match="is no folder"):
+        quickstart.main()
+
+
 def test_a_step_that_fails_shows_its_log(tmp_path, capfd):
     state = quickstart.State(tmp_path)
     script = tmp_path / "bad.py"

@@ -56,7 +56,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the commands at the top of each script as they are written, and shows every default."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        hidden = action.default is argparse.SUPPRESS or action.default is None or "%(default)" in action.help
+        hidden = action.default in (argparse.SUPPRESS, None, []) or "%(default)" in action.help
         if isinstance(action.default, bool) and "--no-" not in str(action.option_strings):
             hidden = True  # a plain switch is off until it is named
         return action.help if hidden else f"{action.help} (default: %(default)s)"
@@ -198,8 +198,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("eval_interval", "num_workers", "weight_decay", "grad_clip"):
-        if not getattr(args, name) >= 0:  # nan is not
-            parser.error(f"--{name} must not be negative, but is {getattr(args, name)}")
+        if not 0 <= getattr(args, name) < float("inf"):  # nan is not
+            parser.error(f"--{name} must not be negative, and finite, but is {getattr(args, name)}")
     for name in ("eval_fraction", "warmup_ratio", "replay"):
         if not 0 <= (getattr(args, name) or 0) < 1:
             parser.error(f"--{name} is a part of the whole, from 0 to below 1, not {getattr(args, name)}")
@@ -260,6 +260,10 @@ def run_script(main, args: argparse.Namespace) -> None:
         code, line = TERMINATED, "stopped by SIGTERM"
     except KeyboardInterrupt:
         code, line = INTERRUPTED, "stopped by Ctrl-C"
+    except BrokenPipeError as error:
+        if reader_is_gone():
+            raise SystemExit(1) from None
+        code, line = explain(error, args)
     except Exception as error:
         code, line = explain(error, args)
     finally:
@@ -271,6 +275,16 @@ def run_script(main, args: argparse.Namespace) -> None:
         line = f"rank {rank}: {line}"
     print(line, file=sys.stderr)
     raise SystemExit(code)
+
+
+def reader_is_gone() -> bool:
+    """Whether what read our output has left, as `| head -1` does; what else is printed then goes nowhere."""
+    try:
+        os.write(1, b"\n")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at its end
+        return True
+    return False
 
 
 def explain(error: Exception, args: argparse.Namespace) -> tuple[int, str]:

@@ -87,10 +87,14 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
         batches: the training data; eval_batches: the validation data, or None for no validation.
         args: the flags of `trainer/args.py`.
     Returns: steps, tokens, seconds, and the last loss, eval_loss and bits_per_byte, for training.json.
-    Raises UsageError where a checkpoint does not fit, RunError where the run can't go on, and SystemExit,
-    after saving a checkpoint, when stopped by Ctrl-C, SIGTERM or --max_minutes (codes: trainer/args.py).
+    Raises UsageError where a checkpoint or --max_seq_len does not fit, RunError where the run can't go on,
+    and SystemExit, after saving a checkpoint, when stopped by Ctrl-C, SIGTERM or --max_minutes (codes:
+    trainer/args.py).
     """
     device, dtype = ranks.device, choose_dtype(args.dtype, ranks.device)
+    if args.max_seq_len > model.config.max_position_embeddings:
+        raise UsageError(f"--max_seq_len {args.max_seq_len}: the model has only "
+                         f"{model.config.max_position_embeddings} positions")
     max_steps = args.max_steps or args.epochs * len(batches)
     model.train()
     model.gradient_checkpointing = args.gradient_checkpointing

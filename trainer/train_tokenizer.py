@@ -198,7 +198,6 @@ def main(args):
 
 
 def parse_args():
-
     parser = Parser(description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", nargs="+", type=Path, metavar="FILE",
@@ -226,6 +225,11 @@ def parse_args():
         parser.error(f"--eval_fraction is a part of the whole, from 0 to below 1, not {args.eval_fraction}")
     if args.vocab_size < smallest:
         parser.error(f"--vocab_size must be at least {smallest} (bytes, control tokens): {args.vocab_size}")
+    if args.out_dir.exists() and not args.out_dir.is_dir():
+        parser.error(f"--out_dir {args.out_dir} is no folder")
+    if (args.out_dir / "config.json").exists():
+        parser.error(f"--out_dir {args.out_dir} holds a model, whose weights know its own tokenizer: name "
+                     "another folder")
     return args
 
 

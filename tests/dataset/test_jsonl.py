@@ -146,7 +146,7 @@ def test_only_the_first_three_are_shown(tmp_path, capsys):
     [
         ("", "the file is empty"),
         ("\n \n", "blank lines"),
-        ("no\njson\n", "a.jsonl: no usable record in it (first problem: 1: not valid JSON"),
+        ("no\njson\n", "a.jsonl: no usable record in it (first problem: line 1: not valid JSON"),
         ("\ufeff{}".encode("utf-16"), "UTF-16"),
     ],
 )

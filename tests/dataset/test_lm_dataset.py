@@ -144,7 +144,7 @@ def test_bad_records(make, capsys, kind, record, reason):
     assert len(capsys.readouterr().err.splitlines()) == 1  # a second start says the summary only
     with pytest.raises(DataError, match=r"data.jsonl:2: .*--strict"):
         make(kind, good, record, strict=True)
-    with pytest.raises(DataError, match="no usable record in it .first problem: 1: "):
+    with pytest.raises(DataError, match="no usable record in it .first problem: line 1: "):
         make(kind, record)
 
 
@@ -363,7 +363,7 @@ def test_a_text_that_the_tokenizer_can_not_encode_is_a_bad_record(tmp_path, caps
     assert f"{path}:2: this tokenizer has no token for a character in it" in err and f"{path}:4: " in err
     with pytest.raises(DataError, match="data.jsonl:[24]: .*fatal with --strict"):
         kind(path, tokenizer, 32, cache_dir=tmp_path / "cache", strict=True)
-    with pytest.raises(DataError, match="no usable record in it .first problem: 1: this tokenizer has no"):
+    with pytest.raises(DataError, match="no usable record in it .first problem: line 1: this tokenizer has"):
         kind(write(tmp_path / "odd.jsonl", records[1]), tokenizer, 64, cache_dir=tmp_path / "cache")
 
 
