@@ -9,7 +9,7 @@
     {"prompt"}, or a longer talk that the user ends                    answered for people to read, not scored
     {"text"}                                                           loss alone
 
-Chats and texts also give loss, perplexity and bits per byte of their own words.
+A file of nothing but chats, or of texts, also gives loss, perplexity and bits per byte of its own words.
 """
 
 import math
@@ -217,9 +217,9 @@ def score(speaker, paths: list[Path]) -> dict:
     questions = [question for _, some in files for question in some]
     loss, tokens, size, speed = 0.0, 0, 0, None
     for path, some in files:
-        kind = next((question.kind for question in some if question.kind in ("chat", "text")), None)
-        if kind:
-            more = forced_loss(speaker, path, kind)
+        kinds = {question.kind for question in some}
+        if kinds in ({"chat"}, {"text"}):
+            more = forced_loss(speaker, path, *kinds)
             loss, tokens, size = loss + more[0], tokens + more[1], size + more[2]
     for question in questions:
         if question.kind == "choice":
