@@ -72,6 +72,8 @@ def is_finished(args, ranks: Ranks) -> bool:
         raise UsageError(f"{args.run_dir} holds an unfinished run ({states[-1].name}): give --resume to go "
                          f"on with it, another --name, or --overwrite to drop it")
     done = args.resume and saved.exists() and not unfinished.exists()
+    if not ranks.same(done):  # all meet here: without rank 0, which holds the store, none could join any more
+        raise UsageError(f"--resume: hosts see different files in {args.run_dir}, which must be shared")
     if done and ranks.is_main:
         drop_checkpoints(args.run_dir)  # what is left of them where that was interrupted
         print(f"{args.run_dir} is finished already; without --resume it is trained anew")

@@ -5,6 +5,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from model.weights import save_model
 from trainer.args import ROOT, UsageError
 from trainer.distributed import Ranks, choose_device, choose_dtype
+from trainer.stage import is_finished
 
 
 def torchrun(*flags, processes=2):
@@ -61,6 +64,18 @@ def test_two_processes_equal_one(stage, trained_twice, read_log):
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def test_the_ranks_of_a_finished_run_leave_together(tmp_path, monkeypatch):
+    """Rank 0 holds the store: were it the first to leave, others that still join would end with an error."""
+    args, met = SimpleNamespace(run_dir=tmp_path, resume=True, overwrite=False), []
+    (tmp_path / "training.json").touch()
+    for agree in (True, False):
+        monkeypatch.setattr(Ranks, "same", lambda ranks, value, agree=agree: met.append(value) or agree)
+        for rank in (0, 1):
+            with nullcontext() if agree else pytest.raises(UsageError, match="must be shared"):
+                assert is_finished(args, Ranks(rank, 2, torch.device("cpu")))
+    assert met == [True] * 4
 
 
 def has_compiler() -> bool:
