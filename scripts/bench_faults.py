@@ -1,7 +1,7 @@
 """Faults on purpose: runs are killed, disks fill up, ranks and hosts die; what was promised must hold.
 
     python scripts/bench_faults.py                             # everything: about half an hour of one core
-    python scripts/bench_faults.py --only kills --trials 30    # kills, saves, processes, ranks, hosts
+    python scripts/bench_faults.py --only kills --trials 30    # kills, saves, shards, processes, ranks, hosts
     python scripts/bench_faults.py --json faults.json          # the table as JSON too
 
 A run is a tiny model's 24 steps with a checkpoint every third. Training scripts run unchanged, each in a fork
@@ -38,7 +38,8 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
 
 STAGES = ("pretrain", "full_sft", "lora")
-HANG = 120  # seconds after which a run that should have ended counts as hanging
+HANG = 600  # seconds after which a run that should have ended counts as hanging
+CUT = {"parallel": "fsdp"}  # on two processes
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
 
@@ -160,7 +161,9 @@ def kill(pid: int) -> None:
 
 
 def run(stage: str, flags: list[str], out_dir: Path, prepare=None) -> tuple[int | None, str]:
-    """Exit code (None: it hung and was killed) and everything it said."""
+    """Exit code (None: it hung and was killed) and everything it said. With fsdp on two processes."""
+    if "fsdp" in flags:
+        return end_together(start_ranks(stage, flags, out_dir, 2, prepare), out_dir)
     pid = start(stage, flags, out_dir, prepare)
     code = wait(pid)
     if code is None:
@@ -173,6 +176,13 @@ def weights_file(run_dir: Path) -> Path:
     return path
 
 
+def contents(path: Path) -> tuple[dict, bytes]:
+    """Header and numbers of a safetensors file, which has the header's metadata in no certain order."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
 def metrics(run_dir: Path) -> list[dict]:
     """metrics.jsonl without what the clock decides."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -182,7 +192,7 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def difference(run_dir: Path, reference: Path) -> str:
     """What tells a finished run from the undisturbed one; empty where nothing does."""
-    if weights_file(run_dir).read_bytes() != weights_file(reference).read_bytes():
+    if contents(weights_file(run_dir)) != contents(weights_file(reference)):
         return "other weights"
     if metrics(run_dir) != metrics(reference):
         return "another metrics.jsonl"
@@ -211,10 +221,22 @@ def damaged(run_dir: Path) -> str:
     return ""
 
 
+def lost(run_dir: Path) -> str:
+    """A checkpoint that must have been complete, by the steps that were logged, and is not there; or ''."""
+    log = run_dir / "metrics.jsonl"
+    steps = [int(step) for step in re.findall(r'"step": (\d+)', log.read_text())] if log.exists() else []
+    due = (max(steps, default=0) - 1) // 3 * 3  # every third step is saved; after it was logged, if it is
+    if due < 3 or weights_done(run_dir) or max(checkpoint_names(run_dir), default="") >= f"step_{due:08}":
+        return ""
+    return f"step {due}"
+
+
 def resumed(bench: Bench, stage: str, out_dir: Path, **changes) -> str:
     """Checks what a fault left, resumes, compares with the undisturbed run; returns what is wrong, or ''."""
     if problem := damaged(out_dir / stage):
         return f"damaged checkpoint: {problem}"
+    if problem := lost(out_dir / stage):
+        return f"lost checkpoint: {problem}"
     code, text = run(stage, [*bench.flags(stage, out_dir, **changes), "--resume"], out_dir)
     if code != 0:
         return f"--resume ended with {code}: {text[-300:]}"
@@ -492,6 +514,61 @@ def mounted(*words):
         subprocess.run(["umount", words[-1]], check=True)
 
 
+# --- sharded checkpoints -----------------------------------------------------------------------------------
+
+
+def shards(bench: Bench) -> None:
+    """--parallel fsdp on two processes: one is killed, or both, before a file operation or at any moment."""
+    for stage in ("pretrain", "lora")[:bench.trials]:
+        out_dir, counter = bench.fresh(), mmap.mmap(-1, 16)
+
+        def count(n, to=counter):
+            struct.pack_into("q", to, 8 * int(os.environ["RANK"]), n)
+
+        began = time.monotonic()
+        run(stage, bench.flags(stage, out_dir, **CUT), out_dir, at_file_event(out_dir / stage, count))
+        duration, operations = time.monotonic() - began, struct.unpack("qq", counter)
+        report(bench, f"fsdp, the same command twice: the same bits ({stage})",
+               [difference(out_dir / stage, bench.reference(stage, **CUT) / stage)])
+
+        before_operations, any_time = [], []
+        for _ in range(bench.trials):
+            rank = bench.rng.randrange(2)
+            moment = bench.rng.randint(1, operations[rank])
+
+            def act(n, rank=rank, moment=moment):
+                if n == moment and os.environ["RANK"] == str(rank):
+                    die()
+
+            before_operations.append(kill_rank(bench, stage, rank, act=act))
+        for _ in range(math.ceil(bench.trials / 3)):
+            rank = bench.rng.randrange(2)
+            any_time.append(kill_rank(bench, stage, rank, after=bench.rng.uniform(0, duration)))
+        promise = "fsdp: SIGKILL of a rank, or of both"
+        report(bench, f"{promise}, just before a file operation ({stage})", before_operations,
+               f"of {operations[0]} of rank 0 or {operations[1]} of rank 1")
+        report(bench, f"{promise}, at a random moment ({stage})", any_time)
+
+
+def kill_rank(bench: Bench, stage: str, rank: int, act=None, after: float = 0) -> str:
+    """That rank is killed, by `act` or after so many seconds, and maybe the other one with it.
+
+    Returns what is wrong after it was resumed, or ''.
+    """
+    out_dir, stop = bench.fresh(), bench.rng.choice((signal.SIGTERM, signal.SIGKILL))
+    prepare = at_file_event(out_dir / stage, act) if act else None
+    pids = start_ranks(stage, bench.flags(stage, out_dir, **CUT), out_dir, 2, prepare)
+    if not act:
+        time.sleep(after)
+        os.kill(pids[rank], signal.SIGKILL)
+    code, text = end_together(pids, out_dir, stop)
+    outcome = (resumed(bench, stage, out_dir, **CUT)
+               if code == -signal.SIGKILL or code == 0 and not act  # it was faster than we
+               else f"ended with {code}: {text[-300:]}")
+    shutil.rmtree(out_dir)
+    return outcome
+
+
 # --- one result --------------------------------------------------------------------------------------------
 
 
@@ -521,15 +598,40 @@ def processes(bench: Bench) -> None:
                    f"largest difference of a step's loss {max(losses):.1e}, of a weight {max(weights):.1e}")
 
 
-def start_ranks(stage: str, flags: list[str], out_dir: Path, world_size: int) -> list[int]:
+def start_ranks(stage: str, flags: list[str], out_dir: Path, world_size: int, prepare=None) -> list[int]:
     """What torchrun does: so many processes that know of each other. Returns their ids."""
     port = free_port()
 
     def join(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if prepare:
+            prepare()
 
     return [start(stage, flags, out_dir, partial(join, rank), rank) for rank in range(world_size)]
+
+
+def end_together(pids: list[int], out_dir: Path, stop=signal.SIGTERM) -> tuple[int | None, str]:
+    """What torchrun does: where one process fails it stops the others, and kills them after 30 seconds.
+
+    Returns the first exit code that is not 0 (None: all hung and were killed) and everything they said.
+    """
+    running, failure, deadline = set(pids), 0, time.monotonic() + HANG
+    while running and time.monotonic() < deadline:
+        time.sleep(0.002)
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                running.remove(pid)
+                code = os.waitstatus_to_exitcode(status)
+                if code and not failure:
+                    failure, deadline = code, time.monotonic() + 30
+                    for other in running:
+                        os.kill(other, stop)
+    for pid in running:
+        kill(pid)
+    said = [log_of(out_dir, rank).read_text(encoding="utf-8", errors="replace") for rank in range(len(pids))]
+    return None if running and not failure else failure, "".join(said)
 
 
 def run_on(bench: Bench, stage: str, world_size: int, changes: dict, out_dir: Path | None = None) -> Path:
@@ -636,28 +738,33 @@ LONG = {"max_steps": 60, "learning_rate": 1e-3}
 
 def ranks(bench: Bench) -> None:
     reference = run_on(bench, "pretrain", 2, LONG) / "pretrain"
-    dying_ranks(bench, reference)
+    dying_ranks(bench, {}, reference)
+    dying_ranks(bench, CUT, run_on(bench, "pretrain", 2, LONG | CUT) / "pretrain")
     restarts(bench, reference)
     building_caches(bench)
     uneven_data(bench)
     other_numbers(bench)
 
 
-def dying_ranks(bench: Bench, reference: Path) -> None:
-    outcomes, seconds = [], []
+def dying_ranks(bench: Bench, changes: dict, reference: Path) -> None:
+    outcomes, seconds, changes = [], [], LONG | changes
     for number in range(max(2, bench.trials // 5)):
         out_dir, victim = bench.fresh(), number % 2
-        run = Torchrun(bench, out_dir, **LONG)
+        run = Torchrun(bench, out_dir, **changes)
         run.wait_for_lines(bench.rng.randint(1, 5))
+        time.sleep(bench.rng.uniform(0, 0.3))
         began = time.monotonic()
         run.kill_rank(victim)
         code, said = run.wait()
         seconds.append(time.monotonic() - began)
         if code == 1:
-            outcomes.append(difference(run_on(bench, "pretrain", 2, LONG, out_dir) / "pretrain", reference))
+            left = damaged(out_dir / "pretrain") or lost(out_dir / "pretrain")
+            outcomes.append(left or difference(run_on(bench, "pretrain", 2, changes, out_dir) / "pretrain",
+                                               reference))
         else:
             outcomes.append(f"ended with {code}: {said[-300:]}")
-    report(bench, "one of two ranks is killed: the job ends, and --resume comes to the same bits", outcomes,
+    kind = changes.get("parallel", "ddp")
+    report(bench, f"one of two ranks is killed ({kind}): the job ends; --resume: the same bits", outcomes,
            f"the job was down after {max(seconds):.1f} s at most")
 
 
@@ -811,7 +918,8 @@ def host_dies(bench: Bench, one: Host, two: Host, reference: Path, unplugged: bo
     return difference(out_dir / "pretrain", reference) if "resumed at step" in said else "nothing resumed"
 
 
-SECTIONS = {"kills": kills, "saves": saves, "processes": processes, "ranks": ranks, "hosts": hosts}
+SECTIONS = {"kills": kills, "saves": saves, "shards": shards, "processes": processes, "ranks": ranks,
+            "hosts": hosts}
 
 
 def main(args):
@@ -835,6 +943,9 @@ def warm_up(bench: Bench) -> None:
     out_dir = bench.fresh()
     sys.argv = ["train_pretrain.py", *bench.flags("pretrain", out_dir)]
     with (out_dir / "log").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        import torch.distributed.checkpoint  # noqa: F401
+        import torch.distributed.fsdp  # noqa: F401
+
         import dataset.lm_dataset
         import model.lora  # noqa: F401
         import trainer.retention  # noqa: F401

@@ -14,11 +14,11 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_faults.py"
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, /proc and mounts are Linux's")
 def test_what_was_promised_holds(tmp_path):
     seed = int.from_bytes(os.urandom(3), "big")  # other moments each time; a failure tells which
-    command = [sys.executable, str(SCRIPT), "--only", "kills", "saves", "--trials", "1",
+    command = [sys.executable, str(SCRIPT), "--only", "kills", "saves", "shards", "--trials", "1",
                "--seed", str(seed), "--json", str(tmp_path / "rows.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"--seed {seed}\n{done.stdout}{done.stderr}"
     rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
-    assert len(rows) == 4 + 9
+    assert len(rows) == 4 + 9 + 3
     for row in rows:
         assert row["kept"] == row["tried"] and (row["tried"] or "not tried" in row["note"]), row
