@@ -38,9 +38,9 @@ MUON = "--optimizer muon --learning_rate"  # these two end with a flag whose val
 ADAPTER = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {ROWS} 8"
 STAGES = {
     "pretrain": ("train_pretrain.py", 300, 30, f"--preset tiny {MUON} 1e-2 {ROWS} 8"),
-    "full_sft": ("train_full_sft.py", 1750, 195, f"{MUON} 7e-3 {ROWS} 16"),
+    "full_sft": ("train_full_sft.py", 1750, 180, f"{MUON} 7e-3 {ROWS} 16"),
     "lora_identity": ("train_lora.py", 420, 24, ADAPTER),
-    "lora_clinic": ("train_lora.py", 600, 34, ADAPTER),
+    "lora_clinic": ("train_lora.py", 800, 44, ADAPTER),
 }
 ADAPTERS = ("lora_identity", "lora_clinic")
 PARENT = {"full_sft": "pretrain", "lora_identity": "full_sft", "lora_clinic": "full_sft"}
