@@ -94,6 +94,7 @@ def test_scoring_multiple_choice_takes_choices_as_text(tokenizer):
         seen.append(control_of(tokenizer, ids[0].tolist()))
         return SimpleNamespace(loss_sum=torch.tensor(1.0))
 
+    model.config = SimpleNamespace(max_position_embeddings=1000)
     for plain in (False, True):
         speaker = SimpleNamespace(tokenizer=tokenizer, plain=plain, model=model, device="cpu", stop=[2])
         speaker.encode = lambda *args, speaker=speaker: Speaker.encode(speaker, *args)
