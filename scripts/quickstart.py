@@ -51,8 +51,7 @@ START, SCORE = 5, 10  # seconds: Python, torch and the tokenizer; scoring a stag
 
 
 def parse_args() -> argparse.Namespace:
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=plain)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, metavar="N",
                         help=f"time for everything on 2 CPU cores; scales the steps (default: {BUDGET:g})")
     parser.add_argument("--fresh", action="store_true", help="delete what is there and start over")

@@ -87,9 +87,11 @@ def test_ensure_world_writes_only_what_is_missing_or_old(tmp_path):
     assert list(paths) == list(synthetic.FILES)
     paths["sft"].write_text("mine", encoding="utf-8")
     assert synthetic.ensure_world(tmp_path) == paths and paths["sft"].read_text(encoding="utf-8") == "mine"
-    (tmp_path / "world.json").write_text('{"version": "0"}', encoding="utf-8")
-    synthetic.ensure_world(tmp_path)
-    assert len(paths["sft"].read_text(encoding="utf-8")) > 1e6
+    for other in ({"version": "0", "seed": 0}, {"version": synthetic.VERSION, "seed": 5}):
+        (tmp_path / "world.json").write_text(json.dumps(other), encoding="utf-8")
+        paths["sft"].write_text("mine", encoding="utf-8")
+        synthetic.ensure_world(tmp_path)
+        assert len(paths["sft"].read_text(encoding="utf-8")) > 1e6
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path):

@@ -139,6 +139,13 @@ def test_what_can_not_be_done_is_one_line_and_nothing_is_written(run, tmp_path, 
     assert files(out) == {"tokenizer.json": b"what was there"}
 
 
+def test_a_models_own_tokenizer_stays(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").touch()
+    code, _, err = run("--data_path", write(tmp_path / "a.jsonl", records(200)), "--vocab_size", 300)
+    assert code == 2 and "holds a model" in err and list(files(tmp_path / "out")) == ["config.json"]
+
+
 def test_a_folder_that_can_not_be_written(run, tmp_path):
     (tmp_path / "out").write_text("a file")
     code, _, err = run("--data_path", write(tmp_path / "a.jsonl", records(200)), "--vocab_size", 300)
