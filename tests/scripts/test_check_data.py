@@ -1,0 +1,94 @@
+"""check_data.py tells of a file what training on it would find: its rows are the datasets' own."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.packing import pack_rows
+from model.weights import load_tokenizer
+from scripts import check_data
+
+ROOT = Path(__file__).resolve().parents[2]
+CHATS = [[("user", f"Count to {n}."), ("assistant", " ".join(map(str, range(1, n + 1))))]
+         for n in range(5, 150, 5)]
+TEXTS = ["The willow stood by the river. " * n for n in range(1, 60, 2)][:29]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ROOT / "model" / "tokenizer")
+
+
+@pytest.fixture
+def files(tmp_path):
+    chats = [{"conversations": [dict(role=role, content=text) for role, text in turns]} for turns in CHATS]
+    for name, records in (("chats", chats), ("texts", [{"text": text} for text in TEXTS])):
+        lines = [json.dumps(record) for record in records]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, "{broken"]) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def check(*flags) -> None:
+    check_data.main(check_data.parse_args([str(flag) for flag in flags]))
+
+
+@pytest.mark.parametrize("name, kind", [("chats", SFTDataset), ("texts", PretrainDataset)])
+def test_the_table_is_what_the_datasets_make(name, kind, files, tokenizer, tmp_path, capsys):
+    check(files / f"{name}.jsonl", "--show", 0)
+    out, err = capsys.readouterr()
+    assert "bad lines skipped: 1" in err and f"{name}.jsonl:30: not valid JSON" in err
+    rows = [[float(cell.strip("% ").replace(",", "")) for cell in line.strip("|").split("|")]
+            for line in out.splitlines() if re.match(r"\| \d", line)]
+    assert [row[0] for row in rows] == [128, 256, 512]  # the longest sample has more than 256 tokens
+    whole = kind(files / f"{name}.jsonl", tokenizer, 10**6, cache_dir=tmp_path / "cache")
+    for size, longer, lost, packed, filled in rows:
+        dataset = kind(files / f"{name}.jsonl", tokenizer, int(size), cache_dir=tmp_path / "cache")
+        found = check_data.lengths_in_rows(whole.lengths, int(size), name == "texts")
+        assert sorted(found) == sorted(dataset.lengths)
+        assert longer == sum(whole.lengths > size)
+        assert packed == len(pack_rows(dataset.lengths, int(size), 0))
+        assert filled == pytest.approx(100 * dataset.lengths.sum() / packed / size, abs=0.51)
+        kept = 1 if name == "texts" else dataset.lengths.sum() / whole.lengths.sum()
+        assert lost == pytest.approx(100 * (1 - kept), abs=0.051)
+    assert f"{whole.lengths.sum():,} tokens, of which {whole.num_targets.sum():,} are learnt" in out
+    assert f"the longest {max(whole.lengths)}" in out
+
+
+def test_a_sample_shows_what_is_learnt(files, capsys):
+    check(files / "chats.jsonl", "--show", 1)
+    assert capsys.readouterr().out.endswith(
+        f"--- {files / 'chats.jsonl'}:1\n<|im_start|>user\nCount to 5.<|im_end|>\n"
+        "<|im_start|>assistant\n[[1 2 3 4 5<|im_end|>]]\n\n")
+
+
+def test_a_file_cannot_steer_the_terminal(tmp_path, capsys):
+    file = tmp_path / "evil.jsonl"
+    file.write_text(json.dumps({"text": "a\x1b]0;owned\x07b\r\x9bc"}) + "\n", encoding="utf-8")
+    check(file)
+    out = capsys.readouterr().out
+    assert not set("\x1b\x07\r\x9b") & set(out) and "\ufffd" in out
+
+
+@pytest.mark.parametrize("flags, part", [
+    (["nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["chats.jsonl", "--strict"], "chats.jsonl:30: not valid JSON"),
+    (["chats.jsonl", "--load_from", "empty"], "empty"),
+    (["chats.jsonl", "--show", "-1"], "--show must not be negative"),
+])  # fmt: skip
+def test_mistakes_are_one_line(flags, part, files, refused, monkeypatch):
+    (files / "empty").mkdir()
+    monkeypatch.chdir(files)
+    refused(check_data, flags, part)
+
+
+def test_the_command_runs_where_nothing_but_ascii_is_known(files):
+    (files / "zh.jsonl").write_text('{"text": "柳树在河边。"}\n', encoding="utf-8")
+    ended = subprocess.run([sys.executable, check_data.__file__, "zh.jsonl"], cwd=files, capture_output=True,
+                           env={"PYTHONIOENCODING": "ascii", "PATH": "", "SYSTEMROOT": "C:\\Windows"})
+    assert ended.returncode == 0, ended.stderr
+    assert "[[树在河边。<|endoftext|>]]" in ended.stdout.decode("utf-8")
