@@ -91,13 +91,13 @@ class _TokenDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = range(len(self))[index]  # negative indices; IndexError past the end, which ends a for loop
         start, end = self.cache.offsets[index : index + 2]
-        input_ids = torch.from_numpy(self.cache.tokens[start:end].astype(np.int64))  # (T,)
-        labels = input_ids.clone()
+        input_ids = self.cache.tokens[start:end].astype(np.int64)  # (T,)
+        labels = input_ids.copy()
         labels[0] = -100
         if self.cache.mask is not None:
-            labels[torch.from_numpy(self.cache.mask[start:end] == 0)] = -100
+            labels[self.cache.mask[start:end] == 0] = -100
         self.cache.was_read()
-        return input_ids, labels
+        return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
     def _build(self, folder: Path, tokenizer):
         report = Report(self.strict)

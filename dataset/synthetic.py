@@ -1618,7 +1618,8 @@ def ensure_world(folder):
 def main():
     parser = argparse.ArgumentParser(description="Write the embedded bilingual world as JSONL files.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out_dir", default="out/world", help="folder for the files")
+    parser.add_argument("--out_dir", default=Path(__file__).resolve().parents[1] / "out" / "world", type=Path,
+                        help="folder for the files")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another split and other records")
     args = parser.parse_args()
     try:
@@ -1626,6 +1627,9 @@ def main():
     except OSError as error:
         print(f"error: cannot write the world to {args.out_dir}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     for path in written.values():
         with open(path, encoding="utf-8") as file:
             print(f"{path}: {sum(1 for _ in file):,} records, {path.stat().st_size / 1e6:.2f} MB")
