@@ -38,16 +38,16 @@ MUON = "--optimizer muon --learning_rate"  # these two end with a flag whose val
 ADAPTER = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {ROWS} 8"
 STAGES = {
     "pretrain": ("train_pretrain.py", 300, 30, f"--preset tiny {MUON} 1e-2 {ROWS} 8"),
-    "full_sft": ("train_full_sft.py", 1750, 180, f"{MUON} 7e-3 {ROWS} 16"),
-    "lora_identity": ("train_lora.py", 420, 24, ADAPTER),
-    "lora_clinic": ("train_lora.py", 800, 44, ADAPTER),
+    "full_sft": ("train_full_sft.py", 1750, 205, f"{MUON} 7e-3 {ROWS} 16"),
+    "lora_identity": ("train_lora.py", 420, 30, ADAPTER),
+    "lora_clinic": ("train_lora.py", 800, 52, ADAPTER),
 }
 ADAPTERS = ("lora_identity", "lora_clinic")
 PARENT = {"full_sft": "pretrain", "lora_identity": "full_sft", "lora_clinic": "full_sft"}
 DATA = {"full_sft": "sft"}  # the file of the world; the others are named as their stage
 SCORED_AFTER_PRETRAIN = 200  # questions of a test: a model that never saw a chat gets none right
 SCORED_PER_MINUTE = 600  # so that a trial of a few seconds doesn't spend minutes on scoring
-START, SCORE = 5, 10  # seconds: Python, torch and the tokenizer; scoring a stage
+START, SCORE = 5, 8  # seconds: Python, torch and the tokenizer; scoring a stage
 
 
 def parse_args() -> argparse.Namespace:
