@@ -3,8 +3,9 @@
     python scripts/check_data.py my_chats.jsonl                                # with Seedling's own tokenizer
     python scripts/check_data.py my_chats.jsonl --load_from out/my_sft --show 5    # with that model's
 
-Names the lines that would be skipped, says what each --max_seq_len would cut and how full its packed rows
-would be, and shows samples, with what the loss is taken of in double brackets. Writes nothing.
+Counts the lines that would be skipped and names the first of them, says what each --max_seq_len would cut and
+how full its packed rows would be, and shows the beginning of a few samples, with what the loss is taken of in
+[[double brackets]]. Leaves nothing behind: its token cache is in a temporary folder.
 """
 
 import re
@@ -16,81 +17,122 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trainer.args import ROOT, Parser, run_script
 
 ROW_LENGTHS = [2**power for power in range(7, 16)]  # 128 to 32,768
+SHOWN_TOKENS = 600  # of a sample
+# What would steer a terminal: control characters, and those that turn the direction of text
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def main(args):
     # Imported here and not above, so that --help and a mistyped flag answer at once.
     import tempfile
 
-    from dataset.jsonl import Report, read_records
-    from dataset.lm_dataset import PretrainDataset, SFTDataset
     from model.weights import load_tokenizer
 
     tokenizer = load_tokenizer(args.load_from)
-    _, _, first = next(read_records(args.data_path, report=Report(shown=0)))
-    plain = "text" in first and not first.keys() & {"conversations", "messages", "instruction"}
-    kind = PretrainDataset if plain else SFTDataset
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        dataset = kind(args.data_path, tokenizer, sys.maxsize, strict=args.strict, cache_dir=folder)
-        describe(dataset, plain)
-        print_rows(dataset.lengths, plain, folder)
-        for i in range(min(args.show, len(dataset))):
-            sample = i * len(dataset) // min(args.show, len(dataset))
-            print(f"\n--- {dataset.where(sample)}\n{marked(*dataset[sample], tokenizer)}")
+        look(args, tokenizer, folder)
 
 
-def describe(dataset, plain: bool) -> None:
+def look(args, tokenizer, folder: str) -> None:
+    """Prints everything; `folder` is for the token cache."""
+    from dataset.lm_dataset import SFTDataset
+
+    kind = kind_of(args.data_path)
+    # Nothing is cut yet: what --max_seq_len does is reckoned for many of them below.
+    dataset = kind(args.data_path, tokenizer, sys.maxsize, strict=args.strict, cache_dir=folder)
+    describe(dataset)
+    print_rows(dataset, folder)
+    show = min(args.show, len(dataset))
+    for sample in (i * len(dataset) // show for i in range(show)):
+        ids, labels = dataset[sample]
+        text = marked(ids[:SHOWN_TOKENS], labels[:SHOWN_TOKENS], tokenizer)
+        text += f" ... ({len(ids):,} tokens in all)" * (len(ids) > SHOWN_TOKENS)
+        print(UNPRINTABLE.sub("\ufffd", f"\n--- {dataset.where(sample)}\n{text}"))
+    if kind is SFTDataset and args.show:
+        print("\n[[...]] is learnt, and nothing else.")
+
+
+def kind_of(paths: list[Path]):
+    """The dataset class for the first usable record: chats, or plain text."""
+    from dataset.chat import to_messages
+    from dataset.jsonl import DataError, Report, read_records
+    from dataset.lm_dataset import PretrainDataset, SFTDataset
+
+    for _, _, record in read_records(paths, report=Report(shown=0)):
+        try:
+            to_messages(record)
+            return SFTDataset
+        except (DataError, RecursionError):
+            if isinstance(record.get("text"), str):
+                return PretrainDataset
+    return SFTDataset  # which will say why nothing is usable
+
+
+def describe(dataset) -> None:
     """How much there is, and for which script."""
     import numpy as np
 
     tokens, targets = int(dataset.lengths.sum()), int(dataset.num_targets.sum())
-    use = "plain text, for train_pretrain.py" if plain else "chats, for train_full_sft.py and train_lora.py"
+    use = {"pretrain": "plain text, for train_pretrain.py",
+           "sft": "chats, for train_full_sft.py and train_lora.py"}[dataset.kind]
     print(f"{len(dataset):,} samples ({use})")
-    print(f"{tokens:,} tokens, of which {targets:,} are learnt ({targets / tokens:.0%}); "
-          f"{dataset.num_bytes.sum() / max(1, targets):.2f} UTF-8 bytes each")
+    print(f"{tokens:,} tokens, {targets:,} of them learnt ({targets / tokens:.1%}); "
+          f"{dataset.num_bytes.sum() / max(1, targets):.2f} UTF-8 bytes a learnt token")
     half, most = np.percentile(dataset.lengths, [50, 90], method="inverted_cdf")
     print(f"tokens of a sample: half have up to {half:,}, nine in ten up to {most:,}, "
           f"the longest {dataset.lengths.max():,}")
 
 
-def lengths_in_rows(lengths, size: int, plain: bool):
-    """Tokens of each sample where rows hold `size`: chats are cut, texts are read in windows that overlap by
-    one token (see PretrainDataset). lengths: int array (samples,)."""
+def lengths_in_rows(dataset, size: int):
+    """Lengths of the samples that rows of `size` tokens would hold, int (n,); the dataset has cut nothing.
+
+    A longer chat is cut, or dropped where none of the assistant's words come before that (see SFTDataset). A
+    longer text is read in windows that overlap by one token (see PretrainDataset).
+    """
     import numpy as np
 
-    if not plain:
-        return np.minimum(lengths, size)
+    lengths, cache = dataset.lengths, dataset.cache
+    if dataset.kind == "sft":
+        learnt = np.flatnonzero(cache.mask)  # places in the whole cache; every sample has some
+        starts = cache.offsets[:-1]
+        first = learnt[np.searchsorted(learnt, starts)] - starts
+        return np.minimum(lengths, size)[first < size]
     windows = (lengths - 2) // (size - 1) + 1  # of each text
     found = np.full(windows.sum(), size)
     found[np.cumsum(windows) - 1] = lengths - (windows - 1) * (size - 1)  # the last one is what is left
     return found
 
 
-def print_rows(lengths, plain: bool, folder: str) -> None:
+def print_rows(dataset, folder: str) -> None:
     """What each length of the rows means, up to the first that holds the longest sample."""
     from dataset.packing import pack_rows
 
-    what = "divided" if plain else "cut"
-    print(f"\n| --max_seq_len | samples {what} | tokens lost | packed rows | filled |\n|---|---|---|---|---|")
+    chats, tokens = dataset.kind == "sft", int(dataset.lengths.sum())
+    print(f"\n| --max_seq_len | samples {'cut' if chats else 'divided'} | dropped | tokens lost "
+          "| packed rows | filled |\n|---|---|---|---|---|---|")
     for size in ROW_LENGTHS:
-        found = lengths_in_rows(lengths, size, plain)
-        kept, rows = int(found.sum()), len(pack_rows(found, size, seed=0, cache_dir=folder))
-        lost = 0.0 if plain else 1 - kept / int(lengths.sum())
-        print(f"| {size:,} | {(lengths > size).sum():,} | {lost:.1%} | {rows:,} | {kept / rows / size:.0%} |")
-        if size >= lengths.max():
+        lengths = lengths_in_rows(dataset, size)
+        dropped = len(dataset) - len(lengths) if chats else 0
+        longer, kept = int((dataset.lengths > size).sum()), int(lengths.sum())
+        lost = 1 - kept / tokens if chats else 0  # windows lose nothing
+        rows = len(pack_rows(lengths, size, seed=0, cache_dir=folder))
+        print(f"| {size:,} | {longer - dropped:,} | {dropped:,} | {lost:.1%} | {rows:,} | "
+              f"{kept / max(1, rows) / size:.0%} |")
+        if not longer:
             break
 
 
 def marked(input_ids, labels, tokenizer) -> str:
-    """The text of a sample, its learnt parts as [[part]]. What would steer the terminal shows as U+FFFD."""
-    text, start = "", 0
-    learnt = (labels != -100).tolist()
+    """The text of a sample, its learnt parts as [[part]]."""
+    text, shown, learnt = "", 0, (labels != -100).tolist()
     for end in range(1, len(learnt) + 1):
-        if end == len(learnt) or learnt[end] != learnt[start]:
-            part = tokenizer.decode(input_ids[start:end], clean_up_tokenization_spaces=False)
-            text += f"[[{part}]]" if learnt[start] else part
-            start = end
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+        if end == len(learnt) or learnt[end] != learnt[end - 1]:
+            # From the beginning each time: a character may take several tokens, and some tokenizers write a
+            # blank only after another token. What is still incomplete goes to the next part.
+            whole = tokenizer.decode(input_ids[:end], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+            part, shown = whole[shown:], len(whole)
+            text += f"[[{part}]]" if learnt[end - 1] else part
+    return text
 
 
 def parse_args(argv=None):
@@ -99,7 +141,7 @@ def parse_args(argv=None):
     parser.add_argument("--load_from", type=Path, default=ROOT / "model" / "tokenizer", metavar="DIR",
                         help="a folder with the tokenizer: that of the model to be trained")
     parser.add_argument("--show", type=int, default=2, metavar="N", help="samples to print")
-    parser.add_argument("--strict", action="store_true", help="stop at the first bad line, do not skip it")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad line")
     args = parser.parse_args(argv)
     if args.show < 0:
         parser.error(f"--show must not be negative, but is {args.show}")

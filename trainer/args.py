@@ -47,6 +47,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(**{"formatter_class": HelpFormatter} | options)
 
+    def parse_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if not word.isascii() and word != word.encode("utf-8", "replace").decode("utf-8"):
+                self.error(f"{word!a} is not valid UTF-8, which names of files must be here")
+        return super().parse_args(args, namespace)
+
     def error(self, message: str):
         says = os.environ.get("RANK", "0") == "0"
         self.exit(2, f"error: {message} (--help lists the flags)\n" if says else None)
@@ -179,9 +185,6 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     it will hold what identifies the data and the weights (see trainer/stage.py).
     """
     args = parser.parse_args(argv)
-    for word in sys.argv[1:] if argv is None else argv:
-        if not word.isascii() and word != word.encode("utf-8", "replace").decode("utf-8"):
-            parser.error(f"{word!a} is not valid UTF-8, which names of files must be here")
     if args.max_minutes is not None and not args.max_minutes > 0:
         parser.error(f"--max_minutes must be above 0, not {args.max_minutes}")
     args.stop_at = time.monotonic() + 60 * args.max_minutes if args.max_minutes else float("inf")

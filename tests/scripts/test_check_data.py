@@ -16,6 +16,7 @@ from scripts import check_data
 ROOT = Path(__file__).resolve().parents[2]
 CHATS = [[("user", f"Count to {n}."), ("assistant", " ".join(map(str, range(1, n + 1))))]
          for n in range(5, 150, 5)]
+CHATS[7] = [("user", "Say it again. " * 60), ("assistant", "It.")]  # whose answer a short row never reaches
 TEXTS = ["The willow stood by the river. " * n for n in range(1, 60, 2)][:29]
 
 
@@ -46,16 +47,17 @@ def test_the_table_is_what_the_datasets_make(name, kind, files, tokenizer, tmp_p
             for line in out.splitlines() if re.match(r"\| \d", line)]
     assert [row[0] for row in rows] == [128, 256, 512]  # the longest sample has more than 256 tokens
     whole = kind(files / f"{name}.jsonl", tokenizer, 10**6, cache_dir=tmp_path / "cache")
-    for size, longer, lost, packed, filled in rows:
+    for size, cut, dropped, lost, packed, filled in rows:
         dataset = kind(files / f"{name}.jsonl", tokenizer, int(size), cache_dir=tmp_path / "cache")
-        found = check_data.lengths_in_rows(whole.lengths, int(size), name == "texts")
+        found = check_data.lengths_in_rows(whole, int(size))
         assert sorted(found) == sorted(dataset.lengths)
-        assert longer == sum(whole.lengths > size)
+        assert cut + dropped == sum(whole.lengths > size)
+        assert dropped == (name == "chats" and size < 512)
         assert packed == len(pack_rows(dataset.lengths, int(size), 0))
         assert filled == pytest.approx(100 * dataset.lengths.sum() / packed / size, abs=0.51)
         kept = 1 if name == "texts" else dataset.lengths.sum() / whole.lengths.sum()
         assert lost == pytest.approx(100 * (1 - kept), abs=0.051)
-    assert f"{whole.lengths.sum():,} tokens, of which {whole.num_targets.sum():,} are learnt" in out
+    assert f"{whole.lengths.sum():,} tokens, {whole.num_targets.sum():,} of them learnt" in out
     assert f"the longest {max(whole.lengths)}" in out
 
 
@@ -63,15 +65,47 @@ def test_a_sample_shows_what_is_learnt(files, capsys):
     check(files / "chats.jsonl", "--show", 1)
     assert capsys.readouterr().out.endswith(
         f"--- {files / 'chats.jsonl'}:1\n<|im_start|>user\nCount to 5.<|im_end|>\n"
-        "<|im_start|>assistant\n[[1 2 3 4 5<|im_end|>]]\n\n")
+        "<|im_start|>assistant\n[[1 2 3 4 5<|im_end|>]]\n\n\n[[...]] is learnt, and nothing else.\n")
+
+
+def test_what_nothing_is_left_of(tmp_path, capsys):
+    chat = [{"role": "user", "content": "Why? " * 120}, {"role": "assistant", "content": "So."}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}) + "\n", encoding="utf-8")
+    check(tmp_path / "a.jsonl")
+    out = capsys.readouterr().out
+    assert "| 128 | 0 | 1 | 100.0% | 0 | 0% |" in out and "| 512 | 0 | 0 | 0.0% | 1 |" in out
+
+
+def test_the_first_usable_record_says_what_the_file_is(tmp_path, capsys):
+    lines = [{"meta": 1}, {"text": "a fox", "messages": None, "instruction": ""}, {"text": "an owl"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    check(tmp_path / "a.jsonl")
+    assert "2 samples (plain text" in capsys.readouterr().out
+
+
+def test_characters_of_several_tokens_stay_whole(tmp_path, tokenizer, capsys):
+    texts = ["\U00020bb7 is open", "\U0001f994 a hedgehog"]
+    assert all(len(tokenizer.encode(text[0])) > 1 for text in texts)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "rare.jsonl").write_text(lines, encoding="utf-8")
+    check(tmp_path / "rare.jsonl")
+    out = capsys.readouterr().out
+    assert all(f"[[{text}<|endoftext|>]]" in out for text in texts) and "\ufffd" not in out
+
+
+def test_of_a_huge_sample_the_beginning_is_shown(tmp_path, capsys):
+    (tmp_path / "huge.jsonl").write_text(json.dumps({"text": "fox " * 50_000}) + "\n", encoding="utf-8")
+    check(tmp_path / "huge.jsonl")
+    out = capsys.readouterr().out
+    assert len(out) < 10_000 and " tokens in all)" in out
 
 
 def test_a_file_cannot_steer_the_terminal(tmp_path, capsys):
-    file = tmp_path / "evil.jsonl"
-    file.write_text(json.dumps({"text": "a\x1b]0;owned\x07b\r\x9bc"}) + "\n", encoding="utf-8")
+    file = tmp_path / "evil\x1b[31m.jsonl"
+    file.write_text(json.dumps({"text": "a\x1b]0;owned\x07b\r\x9bc\u202e"}) + "\n", encoding="utf-8")
     check(file)
     out = capsys.readouterr().out
-    assert not set("\x1b\x07\r\x9b") & set(out) and "\ufffd" in out
+    assert not set("\x1b\x07\r\x9b\u202e") & set(out) and "\ufffd" in out
 
 
 @pytest.mark.parametrize("flags, part", [
@@ -79,6 +113,7 @@ def test_a_file_cannot_steer_the_terminal(tmp_path, capsys):
     (["chats.jsonl", "--strict"], "chats.jsonl:30: not valid JSON"),
     (["chats.jsonl", "--load_from", "empty"], "empty"),
     (["chats.jsonl", "--show", "-1"], "--show must not be negative"),
+    (["\udcff.jsonl"], "is not valid UTF-8"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(flags, part, files, refused, monkeypatch):
     (files / "empty").mkdir()
