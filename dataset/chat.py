@@ -219,10 +219,7 @@ class PlainEncoder:
         self.config = json.loads(backend.to_str())
         self.config.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
         if merges := self.config["model"].get("merges"):  # Llama 2 spells "</s>" as an ordinary merge, too
-            self.config["model"]["merges"] = [
-                merge for merge in merges
-                if (merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)) not in self.control
-            ]  # fmt: skip
+            self.config["model"]["merges"] = [pair for pair in merges if "".join(pair) not in self.control]
         self.backend = Tokenizer.from_str(json.dumps(self.config))
         self.unknown = unknown_id(self.config["model"], self.backend)
         self.forbidden = {*self.control.values(), self.unknown}
