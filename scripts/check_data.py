@@ -35,8 +35,6 @@ def main(args):
 
 def look(args, tokenizer, folder: str) -> None:
     """Prints everything; `folder` is for the token cache."""
-    from dataset.lm_dataset import SFTDataset
-
     kind = kind_of(args.data_path)
     # Nothing is cut yet: what --max_seq_len does is reckoned for many of them below.
     dataset = kind(args.data_path, tokenizer, sys.maxsize, strict=args.strict, cache_dir=folder)
@@ -48,7 +46,7 @@ def look(args, tokenizer, folder: str) -> None:
         text = marked(ids[:SHOWN_TOKENS], labels[:SHOWN_TOKENS], tokenizer)
         text += f" ... ({len(ids):,} tokens in all)" * (len(ids) > SHOWN_TOKENS)
         print(UNPRINTABLE.sub("\ufffd", f"\n--- {dataset.where(sample)}\n{text}"))
-    if kind is SFTDataset and args.show:
+    if dataset.kind == "sft" and args.show:
         print("\n[[...]] is learnt, and nothing else.")
 
 

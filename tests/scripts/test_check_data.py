@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHATS = [[("user", f"Count to {n}."), ("assistant", " ".join(map(str, range(1, n + 1))))]
          for n in range(5, 150, 5)]
 CHATS[7] = [("user", "Say it again. " * 60), ("assistant", "It.")]  # whose answer a short row never reaches
-TEXTS = ["The willow stood by the river. " * n for n in range(1, 60, 2)][:29]
+TEXTS = ["The willow stood by the river. " * n for n in range(1, 58, 2)]
 
 
 @pytest.fixture(scope="module")
