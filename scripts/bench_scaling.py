@@ -139,14 +139,17 @@ def peak(config: ModelConfig, rows: int, length: int, optimizer: str, device: st
     return {part: larger.get(part, 0) for part in PARTS}
 
 
-def sent(config: ModelConfig, ranks: int, engine: str, micro_batches: int = 1) -> float:
+def sent(config: ModelConfig, ranks: int, engine: str, micro_batches: int = 1, muon: bool = False) -> float:
     """Bytes that each rank sends in a step, in rings, as NCCL and gloo do: of all but its own part.
 
     DDP all-reduces float32 gradients, which go round twice, 4 + 4. FSDP2 gathers a block's bfloat16 weights
     before its forward and its backward pass (those of embedding and head once, in float32) and reduces and
-    scatters float32 gradients, 2 + 2 + 4: for each micro-batch anew.
+    scatters float32 gradients, 2 + 2 + 4: for each micro-batch anew. With Muon the ranks exchange bfloat16
+    updates of the matrices, 2; and before that, where they are cut up, what is to be orthogonalised, 4.
     """
-    return (ranks - 1) / ranks * 8 * sum(count(config).values()) * (1 if engine == "DDP" else micro_batches)
+    total = 8 * sum(count(config).values()) * (1 if engine == "DDP" else micro_batches)
+    total += muon * (2 if engine == "DDP" else 6) * count(config)["matrices"]
+    return (ranks - 1) / ranks * total
 
 
 # ---------------------------------------------------------------- one point, in processes of its own
@@ -204,13 +207,12 @@ def measure(point: dict, args) -> dict:
         tensors += several * sum(parameter.nbytes for parameter in work[0].parameters())
     leave_ranks(ranks)
     tokens = point["rows"] * point["length"]
-    muon = args.optimizer == "muon"  # whose work every rank does in full
+    muon = args.optimizer == "muon"
     return {"parameters": sum(parameter.numel() for parameter in work[0].parameters()),
             "seconds": seconds, "wall": wall, "tensors": tensors, "held": held, "sent": traffic,
-            "flops": flops_per_token(config, point["length"]) * tokens
-            + muon * ranks.world_size * muon_flops(config),
+            "flops": flops_per_token(config, point["length"]) * tokens + muon * muon_flops(config),
             "predicted": peak(config, *work[2:], args.optimizer, device.type, several),
-            "predicted_sent": sent(config, ranks.world_size, "DDP")}
+            "predicted_sent": sent(config, ranks.world_size, "DDP", muon=muon)}
 
 
 def most_allocated(step) -> int:

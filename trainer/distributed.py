@@ -207,6 +207,20 @@ def shard_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
+def share_out(work, batch: torch.Tensor) -> torch.Tensor:
+    """work(batch), which keeps shape and type, of a batch (N, ...) that all ranks have: each does its part of
+    the N, and hands it to the others."""
+    if not dist.is_available() or not dist.is_initialized():
+        return work(batch)
+    parts = batch.split(-(-len(batch) // dist.get_world_size()))  # the last may be shorter, or missing
+    done = [torch.empty_like(parts[0]) for _ in range(dist.get_world_size())]
+    mine = torch.empty_like(parts[0])
+    if (rank := dist.get_rank()) < len(parts):
+        mine[:len(parts[rank])] = work(parts[rank])
+    dist.all_gather(done, mine)
+    return torch.cat(done)[:len(batch)]
+
+
 def gather_weights(model: nn.Module, ranks: Ranks) -> None:
     """Puts a sharded model together on rank 0, on its CPU, to be saved; it can't be run after that."""
     if not is_sharded(model):

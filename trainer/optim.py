@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from trainer.args import UsageError
-from trainer.distributed import full_tensor, shard_like
+from trainer.distributed import full_tensor, shard_like, share_out
 
 
 def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, final: float = 0.0) -> float:
@@ -37,7 +37,8 @@ class Muon(torch.optim.Optimizer):
     gives the update the size AdamW's would have, so both take the same learning rate (Liu et al. 2025).
 
     The same updates as torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; but matrices of one shape go
-    through the iteration as one batch, which for small models is twice as fast on a CPU.
+    through the iteration as one batch, which for small models is twice as fast on a CPU; and ranks, who have
+    the same gradients by now, share the batch out.
 
     dtype: of that iteration. bfloat16 is fast and exact enough to learn by, but it makes a difference in the
     last place of a gradient (another order of summing, on another number of processes) a thousand times
@@ -64,7 +65,8 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step on
                 whole = [full_tensor(matrix) for matrix in ahead]  # where processes hold parts of them (FSDP)
-                updates = orthogonalise(torch.stack(whole).to(self.dtype)).to(weights[0].dtype).unbind()
+                updates = share_out(orthogonalise, torch.stack(whole).to(self.dtype))
+                updates = updates.to(weights[0].dtype).unbind()
                 updates = [shard_like(update, w) for update, w in zip(updates, weights, strict=True)]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 scale = 0.2 * math.sqrt(max(rows, columns))

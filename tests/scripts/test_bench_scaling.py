@@ -28,7 +28,7 @@ TINY = replace(PRESETS["tiny"], vocab_size=512)
 SMALL = replace(bench_scaling.shape(128), num_hidden_layers=3, vocab_size=256)
 SHAPES = {**PRESETS, "biases": replace(PRESETS["26m"], attention_bias=True),
           "untied": replace(PRESETS["64m"], tie_word_embeddings=False), "wide": bench_scaling.shape(768)}
-FLAGS = Namespace(device="cpu", steps=1, optimizer="adamw")
+FLAGS = Namespace(device="cpu", steps=1, optimizer="muon")
 
 
 def train(model, optimizers, rows, length):

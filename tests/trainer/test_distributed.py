@@ -33,8 +33,8 @@ def torchrun(*flags, processes=2):
 def trained_twice(workshop):
     """Stage -> (folder of one process, of two, code, stdout, stderr of the two)."""
     # 41 chats, a fifth held out: 33 rows, so an epoch ends with a batch of one row, and one rank has none.
-    changes = {"max_steps": None, "epochs": 2, "optimizer": "adamw", "learning_rate": 1e-3, "log_interval": 1,
-               "lora_dropout": None, "micro_batch_size": 1}
+    changes = {"max_steps": None, "epochs": 2, "learning_rate": 1e-3, "log_interval": 1, "lora_dropout": None,
+               "micro_batch_size": 1}
     one, two, running = workshop.folder / "one", workshop.folder / "two", {}
     for stage in ("full_sft", "lora"):
         flags = [*workshop.flags(stage, two, **changes), "--no-packing"]
