@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.transformer import BLOCK, LONGEST_BLOCKED, LOSS_CHUNK, CausalLM, ModelConfig
 from trainer.args import ROOT, Parser, run_script
+from trainer.optim import AT_ONCE
 
 BASE = {"width": 128, "rows": 16, "length": 128, "processes": 1}  # 2.3 million parameters, 2,048 tokens
 PANELS = {  # what grows: (the title, the points, what differs from BASE at each)
@@ -134,7 +135,7 @@ def peak(config: ModelConfig, rows: int, length: int, optimizer: str, device: st
     step = {STATE: fixed, GRADIENTS: sizes["gradients"]}
     if optimizer == "muon":  # of all gates and ups at once: gradients looked ahead, stacked, in bfloat16
         gates_and_ups = 2 * config.num_hidden_layers * config.hidden_size * config.intermediate_size
-        step[WORK] = (4 + 4 + 2) * gates_and_ups
+        step[WORK] = (4 + 4 + 2) * min(gates_and_ups, AT_ONCE)
     larger = max(loss, step, key=lambda parts: sum(parts.values()))
     return {part: larger.get(part, 0) for part in PARTS}
 

@@ -207,13 +207,18 @@ def shard_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
+def world_size() -> int:
+    """How many ranks there are, for code that is not told."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def share_out(work, batch: torch.Tensor) -> torch.Tensor:
     """work(batch), which keeps shape and type, of a batch (N, ...) that all ranks have: each does its part of
     the N, and hands it to the others."""
-    if not dist.is_available() or not dist.is_initialized():
+    if world_size() == 1:
         return work(batch)
-    parts = batch.split(-(-len(batch) // dist.get_world_size()))  # the last may be shorter, or missing
-    done = [torch.empty_like(parts[0]) for _ in range(dist.get_world_size())]
+    parts = batch.split(-(-len(batch) // world_size()))  # the last may be shorter, or missing
+    done = [torch.empty_like(parts[0]) for _ in range(world_size())]
     mine = torch.empty_like(parts[0])
     if (rank := dist.get_rank()) < len(parts):
         mine[:len(parts[rank])] = work(parts[rank])

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from trainer.args import UsageError
-from trainer.distributed import full_tensor, shard_like, share_out
+from trainer.distributed import full_tensor, shard_like, share_out, world_size
+
+AT_ONCE = 2**27  # numbers in the matrices that Muon takes as one batch: bounds the memory of their copies
 
 
 def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, final: float = 0.0) -> float:
@@ -57,20 +59,25 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     shapes.setdefault(parameter.shape, []).append(parameter)
-            for (rows, columns), weights in shapes.items():
-                gradients = [w.grad for w in weights]
-                for w in weights:
-                    self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
-                momenta = [self.state[w]["momentum_buffer"] for w in weights]
-                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step on
-                whole = [full_tensor(matrix) for matrix in ahead]  # where processes hold parts of them (FSDP)
-                updates = share_out(orthogonalise, torch.stack(whole).to(self.dtype))
-                updates = updates.to(weights[0].dtype).unbind()
-                updates = [shard_like(update, w) for update, w in zip(updates, weights, strict=True)]
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                scale = 0.2 * math.sqrt(max(rows, columns))
-                torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
+            for (rows, columns), same in shapes.items():
+                at_once = max(world_size(), AT_ONCE // (rows * columns))
+                for i in range(0, len(same), at_once):
+                    self._update(same[i:i + at_once], group)
+
+    def _update(self, weights: list[torch.Tensor], group: dict) -> None:
+        """Takes a step with matrices of one shape."""
+        gradients = [w.grad for w in weights]
+        for w in weights:
+            self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+        momenta = [self.state[w]["momentum_buffer"] for w in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step on
+        whole = [full_tensor(matrix) for matrix in ahead]  # where processes hold parts of them (FSDP)
+        updates = share_out(orthogonalise, torch.stack(whole).to(self.dtype)).to(weights[0].dtype)
+        updates = [shard_like(update, w) for update, w in zip(updates, weights, strict=True)]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        scale = 0.2 * math.sqrt(max(weights[0].shape))
+        torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,21 @@ def test_in_float32_muon_carries_rounding_on_and_does_not_blow_it_up():
     assert moved[torch.float32] < 1e-3 < moved[torch.bfloat16]
 
 
+def test_muon_takes_many_matrices_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    start, ends = torch.randn(5, 8, 16), []
+    for at_once in (5, 2, 0):  # all five; two, two and one; one by one
+        monkeypatch.setattr("trainer.optim.AT_ONCE", at_once * 8 * 16)
+        weights = [nn.Parameter(matrix.clone()) for matrix in start]
+        for w in weights:
+            w.grad = w.detach().sin()
+        Muon(weights, lr=0.1, dtype=torch.float32).step()
+        ends.append(torch.stack([w.detach() for w in weights]))
+    assert (ends[0] - start).abs().amax(dim=(1, 2)).min() > 0.01
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], atol=1e-6, rtol=0)
+
+
 def test_muon_resumes_from_its_state():
     torch.manual_seed(0)
     first, second = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8, 8))
