@@ -96,16 +96,20 @@ def ends(name: str, ending: str) -> bool:
 
 @contextmanager
 def _replacing(folder: Path):
-    """A temporary folder whose files, when all are written, move into `folder`, adapter_config.json last."""
+    """A temporary folder whose files, when all are written, move into `folder`, adapter_config.json last. An
+    old one goes first: a kill in between leaves no adapter, but never one of two halves."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".writing"  # same disk: atomic moves; one name: what a kill left goes now
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG):
+        files = sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG)
+        for file in files:
             with open(file, "rb+") as stream:
                 os.fsync(stream.fileno())
+        (folder / CONFIG).unlink(missing_ok=True)
+        for file in files:
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

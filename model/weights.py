@@ -320,9 +320,10 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
 
     What is quantized is written as transformers with bitsandbytes writes it, and opens there.
     Never half-written: all files go to a temporary folder beside `path` first. A new folder then appears in
-    one rename; in a folder that exists each file is replaced in one rename, config.json and training.json
-    last, and what else lies there (metrics.jsonl, checkpoints/) stays. Raises ModelError where adapters are
-    in the way, or a weight is NaN or infinite.
+    one rename. In a folder that exists the old config.json goes first and the new one comes when the weights
+    are there, so a kill in between leaves no model, but never one of two halves; what else lies there
+    (metrics.jsonl, checkpoints/) stays. Raises ModelError where adapters are in the way, or a weight is NaN
+    or infinite.
     """
     path = Path(path).resolve()
     if path.is_file():
@@ -391,6 +392,7 @@ def _publish(temporary: Path, path: Path) -> None:
     if not path.exists():
         os.rename(temporary, path)
     else:
+        (path / "config.json").unlink(missing_ok=True)
         for file in files:
             (path / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / file, path / file)

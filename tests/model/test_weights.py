@@ -469,6 +469,29 @@ def test_training_json_comes_last(folder, monkeypatch):
     assert order == ["generation_config.json", "model.safetensors", "config.json", "training.json"]
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_a_kill_while_files_are_replaced_never_pairs_old_with_new(folder, monkeypatch, moved):
+    replace, left = os.replace, iter(range(moved))
+
+    def die(a, b):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        replace(a, b)
+
+    new = ours(rope_theta=123.0)  # shapes alike: only the config tells them apart
+    monkeypatch.setattr(weights.os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(new, folder, training={})
+    monkeypatch.undo()
+    if moved < 3:
+        with pytest.raises(ModelError, match=r"no config.json"):
+            load_model(folder)
+    else:
+        assert_equal_logits(load_model(folder), new, tolerance=1e-9)
+    save_model(new, folder)
+    assert_equal_logits(load_model(folder), new, tolerance=1e-9)
+
+
 def test_adapters_are_not_saved_as_a_plain_model(tmp_path):
     model = ours()
     model.model.layers[0].mlp.up_proj.lora = torch.nn.Linear(2, 2)
