@@ -96,8 +96,8 @@ def ends(name: str, ending: str) -> bool:
 
 @contextmanager
 def _replacing(folder: Path):
-    """A temporary folder whose files, when all are written, move into `folder`, adapter_config.json last. An
-    old one goes first: a kill in between leaves no adapter, but never one of two halves."""
+    """A temporary folder whose files, when all are written, move into `folder`, adapter_config.json last: an
+    old one goes before, so that a kill in between leaves no adapter, but never one of two halves."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".writing"  # same disk: atomic moves; one name: what a kill left goes now
     shutil.rmtree(temporary, ignore_errors=True)
@@ -108,7 +108,8 @@ def _replacing(folder: Path):
         for file in files:
             with open(file, "rb+") as stream:
                 os.fsync(stream.fileno())
-        (folder / CONFIG).unlink(missing_ok=True)
+        if temporary / CONFIG in files:  # not where a .pth is saved beside an adapter
+            (folder / CONFIG).unlink(missing_ok=True)
         for file in files:
             os.replace(file, folder / file.name)
     finally:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import pickle
 import warnings
 
@@ -482,6 +483,34 @@ def test_plain_file_and_its_old_forms(tmp_path):
     assert close(logits(old), logits(model), 1e-2) and {p.dtype for p in L.lora_parameters(old)} == {
         torch.float32
     }
+
+
+def test_a_kill_while_an_adapter_is_replaced_never_pairs_old_with_new(tmp_path, monkeypatch):
+    """alpha stands in the config, the matrices in another file."""
+    def read():
+        model = ours()
+        L.load_lora(model, tmp_path)
+        return logits(model)
+
+    replace, old, new = os.replace, wake_and(ours(), alpha=8), wake_and(ours(), alpha=2)
+    L.save_lora(old, tmp_path)
+    L.save_lora(old, tmp_path / "beside.pth")
+    assert close(read(), logits(old))
+    left = iter([True])
+
+    def die(a, b):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        replace(a, b)
+
+    monkeypatch.setattr("model.adapter_files.os.replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        L.save_lora(new, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="no adapter here"):
+        read()
+    L.save_lora(new, tmp_path)
+    assert close(read(), logits(new))
 
 
 def test_folder_keeps_what_else_is_in_it(tmp_path):
