@@ -117,6 +117,8 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     optim.add_argument("--learning_rate", type=float, default=5e-4, metavar="LR", help="at its peak")
     optim.add_argument("--warmup_ratio", type=float, default=0.02, metavar="F",
                        help="part of the steps that warms up")
+    optim.add_argument("--lr_schedule", choices=("cosine", "wsd"), default="cosine",
+                       help="how the learning rate falls; wsd: not before half of the steps, then linearly")
     optim.add_argument("--weight_decay", type=float, default=0.1, metavar="F", help="on matrices only")
     optim.add_argument("--grad_clip", type=float, default=1.0, metavar="F",
                        help="largest gradient norm; 0 = no limit")
@@ -140,7 +142,8 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     log.add_argument("--use_wandb", action="store_true",
                      help="log to Weights & Biases too (obeys WANDB_MODE)")
     log.add_argument("--wandb_project", metavar="NAME", help="the project there (default: seedling)")
-    parser.set_defaults(retain_data_path=None, replay=0.0, lora_plus_ratio=1.0)  # not of every stage
+    parser.set_defaults(retain_data_path=None, replay=0.0,  # not of every stage
+                        lora_plus_ratio=1.0, embedding_ratio=1.0)
     return parser
 
 
@@ -212,8 +215,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         parser.error("--replay needs --retain_data_path, the old data to replay")
     if args.wandb_project and not args.use_wandb:
         parser.error("--wandb_project has no effect without --use_wandb")
-    if not 0 < args.lora_plus_ratio < float("inf"):
-        parser.error(f"--lora_plus_ratio must be above 0 and finite, not {args.lora_plus_ratio}")
+    for name in ("lora_plus_ratio", "embedding_ratio"):
+        if not 0 < getattr(args, name) < float("inf"):
+            parser.error(f"--{name} must be above 0 and finite, not {getattr(args, name)}")
     if args.parallel == "fsdp":
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             parser.error("--parallel fsdp cuts a model up over several processes, and this is one: start "

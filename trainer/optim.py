@@ -18,17 +18,21 @@ from trainer.distributed import full_tensor, shard_like, share_out, world_size
 AT_ONCE = 2**27  # numbers in the matrices that Muon takes as one batch: bounds the memory of their copies
 
 
-def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, final: float = 0.0) -> float:
-    """What the peak learning rate is multiplied by at `step` (0, 1, ...): linear warm-up, then half a cosine.
+def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, schedule: str = "cosine") -> float:
+    """What the peak learning rate is multiplied by at `step` (0, 1, ...): linear warm-up, then
 
-    100 steps with a warm-up of 0.02:  step 0 -> 0.5,  step 1 -> 1,  step 51 -> 0.5,  step 99 -> 0.0003.
+    cosine  half a cosine: 100 steps, 2 of them warm-up: step 0 -> 0.5, 1 -> 1, 51 -> 0.5, 99 -> 0.0003
+    wsd     all of it until the middle, then straight down: step 0 -> 0.5, 1 -> 1, 50 -> 1, 75 -> 0.5, 99 ->
+            0.02 (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395)
+
     The first step already learns something, and the last one still does.
     """
     warmup = round(max_steps * warmup_ratio)
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, max_steps - warmup)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if schedule == "wsd":
+        return min(1.0, 2 * (max_steps - step) / max_steps)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
 
 
 class Muon(torch.optim.Optimizer):
@@ -113,7 +117,7 @@ class AdamW(torch.optim.AdamW):
 
 def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_decay: float,
                      lora_plus_ratio: float = 1.0, dtype: torch.dtype = torch.bfloat16,
-                     ) -> list[torch.optim.Optimizer]:
+                     embedding_ratio: float = 1.0) -> list[torch.optim.Optimizer]:
     """Optimizers over the parameters that train (`requires_grad`), and over no other.
 
     Decay pulls matrices towards zero. It leaves gains and biases alone, which are few and scale what follows,
@@ -121,9 +125,10 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
     nothing.
     With "muon" the matrices inside the blocks go to Muon, the rest stays with AdamW.
 
-    Each group carries its `ratio` to the learning rate: 1, and lora_plus_ratio for LoRA's B (LoRA+: Hayou et
-    al. 2024, https://arxiv.org/abs/2402.12354). With A and B at one rate wide layers learn too little: B
-    starts at zero and has to grow, while A only turns.
+    Each group carries its `ratio` to the learning rate: 1; embedding_ratio for the embedding, which is the
+    head too where they are tied; and lora_plus_ratio for LoRA's B (LoRA+: Hayou et al. 2024,
+    https://arxiv.org/abs/2402.12354). With A and B at one rate wide layers learn too little: B starts at zero
+    and has to grow, while A only turns.
 
     `dtype` is that of the forward pass: where it is float32 Muon iterates in float32 too. Raises UsageError
     where "adamw8bit" can't run.
@@ -134,6 +139,7 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
             muon = name == "muon" and p.ndim == 2 and ".layers." in key
             decay = weight_decay if p.ndim >= 2 and "embed" not in key else 0.0
             ratio = lora_plus_ratio if key.endswith(".lora.B.weight") else 1.0
+            ratio = embedding_ratio if "embed" in key else ratio
             groups.setdefault((muon, decay, ratio), []).append(p)
     hidden, rest = ([{"params": params, "weight_decay": decay, "ratio": ratio, "lr": learning_rate * ratio}
                      for (muon, decay, ratio), params in groups.items() if muon == wanted]

@@ -65,9 +65,12 @@ if __name__ == "__main__":
         shape.add_argument(f"--{name}", type=int, metavar="N", help="instead of the preset's")
     shape.add_argument("--tokenizer", type=Path, default=flags.ROOT / "model" / "tokenizer", metavar="DIR",
                        help="its tokenizer")
-    # Muon on the blocks learns faster than AdamW alone; small steps many times beat large ones few times.
+    optim = parser.add_argument_group("optimisation of random weights")
+    optim.add_argument("--embedding_ratio", type=float, default=6.0, metavar="R",
+                       help="the embedding learns R times faster than the rest")
+    # What learns most from few tokens, as tried in docs/speedrun.md
     parser.set_defaults(stage="pretrain", world="pretrain", name="pretrain", optimizer="muon",
-                        learning_rate=5e-3, batch_size=16, max_seq_len=256)
+                        learning_rate=5e-3, lr_schedule="wsd", batch_size=16, max_seq_len=256)
     args = flags.parse_args(parser)
     for name in ("preset", "tokenizer", *SHAPE):
         if args.load_from and getattr(args, name) != parser.get_default(name):

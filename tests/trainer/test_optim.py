@@ -106,6 +106,15 @@ def test_every_parameter_has_one_place_and_only_matrices_decay(make_model, name)
                 assert isinstance(optimizer, Muon) == (name == "muon" and in_blocks), names[parameter]
 
 
+def test_the_embedding_learns_faster_where_it_is_asked_to(make_model):
+    model = make_model()
+    optimizers = build_optimizers(model, "muon", 1e-3, 0.1, embedding_ratio=6)
+    rates = {parameter: (group["ratio"], group["lr"]) for optimizer in optimizers
+             for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert rates[parameter] == ((6, 6e-3) if "embed" in name else (1, 1e-3)), name
+
+
 def test_nothing_but_matrices_of_the_blocks_makes_muon_alone(make_model):
     model = make_model()
     for name, parameter in model.named_parameters():
@@ -123,10 +132,15 @@ def test_schedule_warms_up_then_falls_as_half_a_cosine():
     assert factors[26] == pytest.approx(0.5 * (1 + math.cos(math.pi * 24 / 98)))
 
 
+def test_wsd_holds_until_the_middle_and_then_falls_straight():
+    factors = [learning_rate_factor(step, 100, 0.02, "wsd") for step in range(100)]
+    assert factors[:2] == [0.5, 1.0] and set(factors[2:51]) == {1.0}
+    assert factors[75] == 0.5 and factors[99] == pytest.approx(0.02)
+    assert {round(a - b, 9) for a, b in zip(factors[50:], factors[51:], strict=False)} == {0.02}
+
+
 @pytest.mark.parametrize("max_steps, warmup", [(1, 0.0), (1, 0.9), (3, 0.02), (10, 0.99), (7, 0.5)])
 def test_schedule_never_wastes_a_step(max_steps, warmup):
-    assert all(0 < learning_rate_factor(step, max_steps, warmup) <= 1 for step in range(max_steps))
-
-
-def test_schedule_can_end_above_zero():
-    assert learning_rate_factor(10, 10, 0.0, final=0.1) == pytest.approx(0.1)
+    for schedule in ("cosine", "wsd"):
+        factors = [learning_rate_factor(step, max_steps, warmup, schedule) for step in range(max_steps)]
+        assert all(0 < factor <= 1 for factor in factors)
