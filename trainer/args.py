@@ -216,8 +216,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     if args.wandb_project and not args.use_wandb:
         parser.error("--wandb_project has no effect without --use_wandb")
     for name in ("lora_plus_ratio", "embedding_ratio"):
-        if not 0 < getattr(args, name) < float("inf"):
-            parser.error(f"--{name} must be above 0 and finite, not {getattr(args, name)}")
+        if (ratio := getattr(args, name)) is not None and not 0 < ratio < float("inf"):
+            parser.error(f"--{name} must be above 0 and finite, not {ratio}")
     if args.parallel == "fsdp":
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             parser.error("--parallel fsdp cuts a model up over several processes, and this is one: start "
