@@ -142,8 +142,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     log.add_argument("--use_wandb", action="store_true",
                      help="log to Weights & Biases too (obeys WANDB_MODE)")
     log.add_argument("--wandb_project", metavar="NAME", help="the project there (default: seedling)")
-    parser.set_defaults(retain_data_path=None, replay=0.0,  # not of every stage
-                        lora_plus_ratio=1.0, embedding_ratio=1.0)
+    parser.set_defaults(retain_data_path=None, replay=0.0, lora_plus_ratio=1.0)  # not of every stage
     return parser
 
 
@@ -215,9 +214,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         parser.error("--replay needs --retain_data_path, the old data to replay")
     if args.wandb_project and not args.use_wandb:
         parser.error("--wandb_project has no effect without --use_wandb")
-    for name in ("lora_plus_ratio", "embedding_ratio"):
-        if (ratio := getattr(args, name)) is not None and not 0 < ratio < float("inf"):
-            parser.error(f"--{name} must be above 0 and finite, not {ratio}")
+    if not 0 < args.lora_plus_ratio < float("inf"):
+        parser.error(f"--lora_plus_ratio must be above 0 and finite, not {args.lora_plus_ratio}")
     if args.parallel == "fsdp":
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             parser.error("--parallel fsdp cuts a model up over several processes, and this is one: start "

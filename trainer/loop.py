@@ -102,7 +102,7 @@ def train(model, batches: Batches, eval_batches: Batches | None, args, ranks: Ra
         model.compile()  # in place: names of parameters stay as they are
     replica = parallelise(model, args.parallel, dtype, ranks)  # before the optimizers, who hold what it makes
     optimizers = build_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
-                                  args.lora_plus_ratio, dtype, args.embedding_ratio)
+                                  args.lora_plus_ratio, dtype)
     # float16 gradients underflow below 6e-8: the loss is multiplied up, the gradients divided down again.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -117,7 +117,7 @@ class AdamW(torch.optim.AdamW):
 
 def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_decay: float,
                      lora_plus_ratio: float = 1.0, dtype: torch.dtype = torch.bfloat16,
-                     embedding_ratio: float = 1.0) -> list[torch.optim.Optimizer]:
+                     ) -> list[torch.optim.Optimizer]:
     """Optimizers over the parameters that train (`requires_grad`), and over no other.
 
     Decay pulls matrices towards zero. It leaves gains and biases alone, which are few and scale what follows,
@@ -125,10 +125,9 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
     nothing.
     With "muon" the matrices inside the blocks go to Muon, the rest stays with AdamW.
 
-    Each group carries its `ratio` to the learning rate: 1; embedding_ratio for the embedding, which is the
-    head too where they are tied; and lora_plus_ratio for LoRA's B (LoRA+: Hayou et al. 2024,
-    https://arxiv.org/abs/2402.12354). With A and B at one rate wide layers learn too little: B starts at zero
-    and has to grow, while A only turns.
+    Each group carries its `ratio` to the learning rate: 1, and lora_plus_ratio for LoRA's B (LoRA+: Hayou et
+    al. 2024, https://arxiv.org/abs/2402.12354). With A and B at one rate wide layers learn too little: B
+    starts at zero and has to grow, while A only turns.
 
     `dtype` is that of the forward pass: where it is float32 Muon iterates in float32 too. Raises UsageError
     where "adamw8bit" can't run.
@@ -139,7 +138,6 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
             muon = name == "muon" and p.ndim == 2 and ".layers." in key
             decay = weight_decay if p.ndim >= 2 and "embed" not in key else 0.0
             ratio = lora_plus_ratio if key.endswith(".lora.B.weight") else 1.0
-            ratio = embedding_ratio if "embed" in key else ratio
             groups.setdefault((muon, decay, ratio), []).append(p)
     hidden, rest = ([{"params": params, "weight_decay": decay, "ratio": ratio, "lr": learning_rate * ratio}
                      for (muon, decay, ratio), params in groups.items() if muon == wanted]

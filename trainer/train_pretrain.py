@@ -65,15 +65,10 @@ if __name__ == "__main__":
         shape.add_argument(f"--{name}", type=int, metavar="N", help="instead of the preset's")
     shape.add_argument("--tokenizer", type=Path, default=flags.ROOT / "model" / "tokenizer", metavar="DIR",
                        help="its tokenizer")
-    more = parser.add_argument_group("pretraining alone")
-    more.add_argument("--embedding_ratio", type=float, default=None, metavar="R",
-                      help="the embedding learns R times faster than the rest (default: 6, or 1 with "
-                           "--load_from)")
     # What learns most from few tokens, as tried in docs/speedrun.md
     parser.set_defaults(stage="pretrain", world="pretrain", name="pretrain", optimizer="muon",
                         learning_rate=5e-3, lr_schedule="wsd", batch_size=16, max_seq_len=256)
     args = flags.parse_args(parser)
-    args.embedding_ratio = args.embedding_ratio or (1.0 if args.load_from else 6.0)
     for name in ("preset", "tokenizer", *SHAPE):
         if args.load_from and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} has no effect with --load_from: weights bring shape and tokenizer along")

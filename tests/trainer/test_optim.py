@@ -106,15 +106,6 @@ def test_every_parameter_has_one_place_and_only_matrices_decay(make_model, name)
                 assert isinstance(optimizer, Muon) == (name == "muon" and in_blocks), names[parameter]
 
 
-def test_the_embedding_learns_faster_where_it_is_asked_to(make_model):
-    model = make_model()
-    optimizers = build_optimizers(model, "muon", 1e-3, 0.1, embedding_ratio=6)
-    rates = {parameter: (group["ratio"], group["lr"]) for optimizer in optimizers
-             for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in model.named_parameters():
-        assert rates[parameter] == ((6, 6e-3) if "embed" in name else (1, 1e-3)), name
-
-
 def test_nothing_but_matrices_of_the_blocks_makes_muon_alone(make_model):
     model = make_model()
     for name, parameter in model.named_parameters():

@@ -460,15 +460,6 @@ def test_flags_out_of_range(flag, value, capsys):
     assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and f"--{flag}" in err
 
 
-@pytest.mark.parametrize("ratio", [0, float("inf")])
-def test_the_embedding_needs_a_rate(ratio, capsys):
-    parser = training_parser("a test")
-    parser.set_defaults(embedding_ratio=ratio)  # a flag of pretraining alone
-    with pytest.raises(SystemExit):
-        parse_args(parser, ["--name", "x"])
-    assert capsys.readouterr().err.startswith("error: --embedding_ratio must be above 0 and finite")
-
-
 def test_a_time_limit_under_a_torchrun_that_starts_runs_again(monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
     parse_args(training_parser("a test"), ["--name", "x", "--max_minutes", "1"])
