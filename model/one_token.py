@@ -17,6 +17,8 @@ from torch import nn
 from model.quantize import FEW, KERNEL_WIDTH, Int8Linear
 from model.transformer import CausalLM, KVCache, block_attention, one_block, positions_and_mask, rotate
 
+MANY = 64  # rows of x up to which a float32 `Product` is faster than PyTorch's
+
 
 class Product:
     """Layers that read the same x (B, in) as one: their outputs, one after the other (B, out).
@@ -65,7 +67,7 @@ class Product:
 
 
 class OneToken:
-    """CausalLM.forward for one new token in each of few rows: float32 or int8 weights, on a CPU."""
+    """CausalLM.forward for one new token in each of some rows: float32 or int8 weights, on a CPU."""
 
     def __init__(self, model: CausalLM):
         self.model, config = model, model.config
@@ -79,7 +81,8 @@ class OneToken:
     def fits(self, batch_size: int) -> bool:
         """To be asked before each text: adapters and memory may have changed since the last."""
         products = [self.head, *(product for _, *products in self.layers for product in products)]
-        return batch_size <= FEW and all([product.look() for product in products])  # a list: each must look
+        most = FEW if any("codes" in product.joined for product in products) else MANY
+        return batch_size <= most and all([product.look() for product in products])  # a list: each must look
 
     @torch.inference_mode()
     def __call__(self, ids, cache: KVCache):

@@ -1,6 +1,6 @@
 """How time and memory grow, measured and on paper: the figures and tables of docs/scaling.md.
 
-    python scripts/bench_scaling.py --plot scaling.png --json scaling.json   # all panels: under 10 minutes
+    python scripts/bench_scaling.py --plot scaling.png --json scaling.json   # all panels: minutes
     python scripts/bench_scaling.py --panels length processes --device cuda
     python scripts/bench_scaling.py --on_paper        # 1B and 7B models on 1, 8, 64 GPUs; measures nothing
 
@@ -356,6 +356,7 @@ def draw(panels: dict, path: Path) -> None:
             ax.tick_params(axis="y", labelsize=8)
             ax.grid(alpha=0.3)
         above.set_yscale("log", base=2)
+        above.margins(y=0.25)  # room for two ticks
         above.yaxis.set_major_formatter("{x:.2g}")
         below.set_ylim(bottom=0)
         above.legend(frameon=False, fontsize=8)
