@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.quantize import FEW, KERNEL_WIDTH, Int8Linear
-from model.transformer import CausalLM, KVCache, block_attention, one_block, positions_and_mask, rotate
+from model.transformer import CausalLM, KVCache, one_block, positions_and_mask, rotate
 
 MANY = 64  # rows of x up to which a float32 `Product` is faster than PyTorch's
 
@@ -77,6 +77,8 @@ class OneToken:
              Product(block.self_attn.o_proj), Product(block.mlp.gate_proj, block.mlp.up_proj),
              Product(block.mlp.down_proj)) for block in model.model.layers]
         self.head = Product(model.lm_head)
+        self.root_eps = torch.tensor(config.rms_norm_eps).sqrt()
+        self.scale = config.head_dim ** -0.5
 
     def fits(self, batch_size: int) -> bool:
         """To be asked before each text: adapters and memory may have changed since the last."""
@@ -89,27 +91,36 @@ class OneToken:
         """The logits (B, V) after ids (B,), which are appended to the cache."""
         config, decoder, (heads, kv_heads) = self.model.config, self.model.model, self.heads
         positions, mask = positions_and_mask(config, ids[:, None], cache=cache)
-        rope = [table[positions[:, 0]] for table in cache.rope]  # (B or 1, 1, D) each
-        blocks = one_block(config, mask, torch.float32)
+        cos, sin = (table[positions[:, 0]] for table in cache.rope)  # (B or 1, 1, D) each
+        [(_, bias)] = one_block(config, mask, torch.float32)  # (1 or B * K, 1, S)
+        last = cache.length  # where the new token goes
+        keys, values = (stored[..., :last + 1, :].flatten(1, 2) for stored in (cache.k, cache.v))  # (L, B * K, S, D)
+        new_keys, new_values = cache.k[..., last, :], cache.v[..., last, :]  # (L, B, K, D)
         x = decoder.embed_tokens(ids)  # (B, C)
-        for i, (block, qkv, o, gate_up, down) in enumerate(self.layers):
-            y = qkv(norm(block.input_layernorm, x)).view(len(x), -1, config.head_dim)
-            qk, v = y.split((heads + kv_heads, kv_heads), dim=1)  # (B, H + K, D), (B, K, D)
+        # Each layer's part of the cache is taken before the loop, by one operation for all of them.
+        for (block, qkv, o, gate_up, down), k, v, new_k, new_v in zip(
+                self.layers, keys.unbind(), values.unbind(), new_keys.unbind(), new_values.unbind(), strict=True):
+            y = qkv(self.norm(block.input_layernorm, x)).view(len(x), -1, config.head_dim)
+            qk = y[:, :-kv_heads]  # (B, H + K, D)
             if config.qk_norm:
-                q, k = qk.split((heads, kv_heads), dim=1)
-                qk = torch.cat((norm(block.self_attn.q_norm, q), norm(block.self_attn.k_norm, k)), dim=1)
-            q, k = rotate(qk, *rope).unsqueeze(2).split((heads, kv_heads), dim=1)  # (B, H or K, 1, D)
-            y = block_attention(q, *cache.append(i, k, v.unsqueeze(2)), blocks)  # (B, H, 1, D)
-            x = x + o(y.reshape(len(x), -1))
-            gate, up = gate_up(norm(block.post_attention_layernorm, x)).chunk(2, dim=-1)
+                norms = block.self_attn.q_norm, block.self_attn.k_norm
+                parts = zip(norms, qk.split((heads, kv_heads), dim=1), strict=True)
+                qk = torch.cat([self.norm(*part) for part in parts], dim=1)
+            qk = rotate(qk, cos, sin)
+            new_k.copy_(qk[:, heads:])
+            new_v.copy_(y[:, -kv_heads:])
+            q = qk[:, :heads].reshape(len(k), -1, config.head_dim)  # (B * K, H / K, D)
+            scores = torch.baddbmm(bias, q, k.mT, alpha=config.head_dim ** -0.5)  # (B * K, H / K, S)
+            x = x + o(torch.bmm(scores.softmax(dim=-1), v).view(len(x), -1))
+            gate, up = gate_up(self.norm(block.post_attention_layernorm, x)).chunk(2, dim=-1)
             x = x + down(F.silu(gate) * up)
         cache.length += 1
-        return self.head(norm(decoder.norm, x))
+        return self.head(self.norm(decoder.norm, x))
 
-
-def norm(module: nn.Module, x):
-    """What an RMSNorm gives, without its way through nn.Module and its casts."""
-    return F.rms_norm(x, x.shape[-1:], module.weight, module.eps)
+    def norm(self, module: nn.Module, x):
+        """What an RMSNorm gives, in half the time: sqrt(mean of squares + eps) as a hypotenuse."""
+        root_mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(x.size(-1) ** -0.5)
+        return (x * module.weight).div_(root_mean_square.hypot_(self.root_eps))
 
 
 def prepare_to_decode(model: CausalLM) -> CausalLM:

@@ -221,11 +221,11 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch_size, max_length, device=None, dtype=None, start=None):
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
         positions = torch.arange(max_length, device=device)[None]
         self.rope = [table[0] for table in rope_tables(config, positions, torch.float32)]
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.start, self.max_length = start, max_length
         self.length = 0  # tokens stored; the Decoder moves it on once every layer has appended
 

@@ -201,7 +201,7 @@ def test_positions_and_masks_over_a_cache():
     assert seen(mask) == [whole, [*pads, [0, 0, 1, 0], [0, 0, 1, 1]]]
 
     cache = KVCache(config, 2, 9, dtype=torch.bfloat16)
-    assert {t.dtype for t in cache.k + cache.v} == {torch.bfloat16}
+    assert {cache.k.dtype, cache.v.dtype} == {torch.bfloat16}
     for past, new, expected in ((0, 4, None), (3, 1, None), (3, 2, [[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]])):
         cache.length = past
         positions, mask = transformer.positions_and_mask(config, ids[:, :new], cache=cache)
