@@ -8,8 +8,6 @@ streams of them, and what `CausalLM` computes is written here once more, in few 
 width, H heads, K key/value heads, D head dim, V vocabulary.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,6 +38,10 @@ class Product:
             for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
                 parameter.data = part
             self.joined[name] = joined
+        self.laid_out = self.addresses()
+
+    def addresses(self) -> list[int]:
+        return [getattr(layer, name).data_ptr() for layer in self.layers for name in self.joined]
 
     def look(self) -> bool:
         """Finds the adapters that are on now; False where the layers no longer share the memory."""
@@ -47,10 +49,10 @@ class Product:
         self.loras = [(i, lora) for i, lora in adapters if lora is not None and lora.active]
         if "weight" in self.joined:
             columns = self.joined["weight"].t()  # (in, out)
-            parts = math.gcd(len(columns), 2 * torch.get_num_threads())  # two each: one of them may be slow
+            most = 2 * torch.get_num_threads()  # two each: one of them may be slow
+            parts = max(n for n in range(1, most + 1) if len(columns) % n == 0)
             self.columns = columns.view(parts, -1, columns.size(1))  # (parts, in / parts, out)
-        return all(getattr(self.layers[0], name).data_ptr() == joined.data_ptr()
-                   for name, joined in self.joined.items())
+        return self.addresses() == self.laid_out
 
     def __call__(self, x):
         if "codes" in self.joined:
@@ -78,7 +80,6 @@ class OneToken:
              Product(block.mlp.down_proj)) for block in model.model.layers]
         self.head = Product(model.lm_head)
         self.root_eps = torch.tensor(config.rms_norm_eps).sqrt()
-        self.scale = config.head_dim ** -0.5
 
     def fits(self, batch_size: int) -> bool:
         """To be asked before each text: adapters and memory may have changed since the last."""
@@ -93,19 +94,19 @@ class OneToken:
         positions, mask = positions_and_mask(config, ids[:, None], cache=cache)
         cos, sin = (table[positions[:, 0]] for table in cache.rope)  # (B or 1, 1, D) each
         [(_, bias)] = one_block(config, mask, torch.float32)  # (1 or B * K, 1, S)
-        last = cache.length  # where the new token goes
-        keys, values = (stored[..., :last + 1, :].flatten(1, 2) for stored in (cache.k, cache.v))  # (L, B * K, S, D)
-        new_keys, new_values = cache.k[..., last, :], cache.v[..., last, :]  # (L, B, K, D)
+        # Of the cache, for all layers at once: what is seen, and where the new token goes.
+        end, stored = cache.length + 1, (cache.k, cache.v)
+        seen = [tensor[..., :end, :].flatten(1, 2) for tensor in stored]  # (L, B * K, S, D) each
+        places = [tensor[..., end - 1, :] for tensor in stored]  # (L, B, K, D) each
+        parts = zip(*(part.unbind() for part in (*seen, *places)), strict=True)
         x = decoder.embed_tokens(ids)  # (B, C)
-        # Each layer's part of the cache is taken before the loop, by one operation for all of them.
-        for (block, qkv, o, gate_up, down), k, v, new_k, new_v in zip(
-                self.layers, keys.unbind(), values.unbind(), new_keys.unbind(), new_values.unbind(), strict=True):
+        for (block, qkv, o, gate_up, down), (k, v, new_k, new_v) in zip(self.layers, parts, strict=True):
             y = qkv(self.norm(block.input_layernorm, x)).view(len(x), -1, config.head_dim)
             qk = y[:, :-kv_heads]  # (B, H + K, D)
             if config.qk_norm:
                 norms = block.self_attn.q_norm, block.self_attn.k_norm
-                parts = zip(norms, qk.split((heads, kv_heads), dim=1), strict=True)
-                qk = torch.cat([self.norm(*part) for part in parts], dim=1)
+                split = qk.split((heads, kv_heads), dim=1)
+                qk = torch.cat([self.norm(*pair) for pair in zip(norms, split, strict=True)], dim=1)
             qk = rotate(qk, cos, sin)
             new_k.copy_(qk[:, heads:])
             new_v.copy_(y[:, -kv_heads:])
@@ -114,7 +115,7 @@ class OneToken:
             x = x + o(torch.bmm(scores.softmax(dim=-1), v).view(len(x), -1))
             gate, up = gate_up(self.norm(block.post_attention_layernorm, x)).chunk(2, dim=-1)
             x = x + down(F.silu(gate) * up)
-        cache.length += 1
+        cache.length = end
         return self.head(self.norm(decoder.norm, x))
 
     def norm(self, module: nn.Module, x):

@@ -100,7 +100,7 @@ def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, shape, dtype: torc
     n = math.prod(shape)
     if short := -codes.numel() % (BLOCK // 2):  # the last block is not full
         codes = F.pad(codes, (0, short))
-    weight = PAIRS.to(codes.device).index_select(0, codes.int()).view(torch.float32)
+    weight = PAIRS.to(codes.device, non_blocking=True).index_select(0, codes.int()).view(torch.float32)
     return (weight.view(-1, BLOCK) * absmax[:, None]).to(dtype).flatten()[:n].view(shape)
 
 
@@ -116,7 +116,7 @@ def quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 def dequantize_absmax(codes, nested_absmax, offset) -> torch.Tensor:
     """The inverse of quantize_absmax: (n,) float32."""
     scales = nested_absmax.repeat_interleave(NESTED_BLOCK)[:codes.numel()]
-    return DYNAMIC.to(codes.device).index_select(0, codes.int()) * scales + offset
+    return DYNAMIC.to(codes.device, non_blocking=True).index_select(0, codes.int()) * scales + offset
 
 
 def _dense(shape, dtype, codes, absmax, *nested) -> torch.Tensor:

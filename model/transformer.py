@@ -221,7 +221,8 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch_size, max_length, device=None, dtype=None, start=None):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
+        shape = (layers, batch_size, kv_heads, max_length, config.head_dim)
         positions = torch.arange(max_length, device=device)[None]
         self.rope = [table[0] for table in rope_tables(config, positions, torch.float32)]
         self.k = torch.zeros(shape, device=device, dtype=dtype)
@@ -313,7 +314,13 @@ class Attention(nn.Module):
             y = block_attention(q, k, v, mask)
         else:
             causal = mask is None and x.size(1) > 1  # a single new token may see every key there is
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.grouped)
+            grouped = self.grouped
+            if grouped and x.is_cuda and (mask is not None or q.dtype == torch.float32):
+                # Only CUDA's flash attention knows groups, in half precision and without a mask; with them
+                # everything else would write all the scores out.
+                k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+                grouped = False
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
 

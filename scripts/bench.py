@@ -176,6 +176,7 @@ def train(args):
     import torch
 
     from model.transformer import preset
+    from scripts.bench_scaling import flops_per_token
 
     model, optimizers = build(args)
     code, _, half = TRAINING[args.job][args.contender]
@@ -186,6 +187,7 @@ def train(args):
     else:
         ids = torch.randint(config.vocab_size, (args.batch_size, args.seq_len))
         batches = [({"input_ids": ids, "labels": ids}, ids.numel())]
+    # The same for everyone, adapters included: a LoRA step that computes less has a larger share.
     per_token = flops_per_token(config, args.seq_len)
     number = 0
 
@@ -207,22 +209,6 @@ def train(args):
         return {"amount": amount} if args.job == "sft" else {"amount": amount, "flops": flops}
 
     return turn
-
-
-def flops_per_token(config, length: int) -> int:
-    """Of a full training step: 2 a weight forward and 4 backward, and causal attention, half of T x T scores.
-
-    The same formula for everyone, adapters included: a LoRA step that computes less has a larger share.
-    """
-    import torch
-
-    from model.transformer import CausalLM
-
-    with torch.device("meta"):
-        model = CausalLM(config)
-    weights = sum(p.numel() for p in model.model.layers.parameters()) + model.lm_head.weight.numel()
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    return 6 * (weights + attention)
 
 
 def sft_batches(args, packed: bool) -> list[tuple[dict, int]]:

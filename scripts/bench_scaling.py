@@ -108,7 +108,7 @@ def block_activations(config: ModelConfig, length: int, device: str) -> int:
     norms += (4 * (q + kv) + 4 * (heads + config.num_key_value_heads)) * config.qk_norm
     attention = 2 * (2 * q + 2 * kv)  # q, k, v and the output in bfloat16
     # On a CPU blocks of queries keep a probability for each key that they may see: half of the row, and
-    # half a block. Flash attention, which long rows and GPUs take, keeps one float32 for each query instead.
+    # half a block. Fused attention, which long rows and GPUs take, keeps one float32 for each query instead.
     blocked = device == "cpu" and length <= LONGEST_BLOCKED
     attention += 2 * heads * (length + min(length, BLOCK)) // 2 if blocked else 4 * heads
     return norms + attention + 2 * 4 * f  # gate, silu(gate), up and their product
@@ -159,10 +159,9 @@ def sent(config: ModelConfig, ranks: int, engine: str, micro_batches: int = 1, m
 def measure(point: dict, args) -> dict:
     """Takes real steps as one rank of point["processes"]; returns what they took, in seconds and bytes."""
     import torch
-    from torch.nn.parallel import DistributedDataParallel
 
     from scripts.bench_memory import forget_peak, resident
-    from trainer.distributed import autocast, join_ranks, leave_ranks
+    from trainer.distributed import autocast, join_ranks, leave_ranks, parallelise
     from trainer.optim import build_optimizers
 
     ranks = join_ranks(args.device)
@@ -170,8 +169,8 @@ def measure(point: dict, args) -> dict:
 
     def prepare(config):
         torch.manual_seed(0)
-        model = CausalLM(config).to(device).train()
-        replica = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
+        model = CausalLM(config).train()
+        replica = parallelise(model, "ddp", torch.bfloat16, ranks)
         return replica, build_optimizers(model, args.optimizer, 1e-4, 0.0)
 
     def step(replica, optimizers, rows, length):

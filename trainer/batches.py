@@ -24,7 +24,8 @@ class Batches(Dataset):
 
     def __init__(self, dataset, samples: np.ndarray, args, pad_token_id: int, ranks: Ranks,
                  replayed: np.ndarray | None = None):
-        self.dataset, self.ranks, self.pad_token_id, self.seed = dataset, ranks, pad_token_id, args.seed
+        self.dataset, self.pad_token_id, self.seed = dataset, pad_token_id, args.seed
+        self.rank, self.world_size = ranks.rank, ranks.world_size  # not `ranks`, which no worker can be sent
         self.batch_size, self.micro_batch_size = args.batch_size, args.micro_batch_size
         self.samples, self.replayed = samples, replayed
 
@@ -58,8 +59,8 @@ class Batches(Dataset):
     def __getitem__(self, number: int) -> tuple[list[dict], int, int]:
         rows = self.rows_of(number)
         samples = np.concatenate(rows)
-        mine = rows[self.ranks.rank::self.ranks.world_size]
-        share = math.ceil(len(rows) / self.ranks.world_size)  # rows of the fullest rank
+        mine = rows[self.rank::self.world_size]
+        share = math.ceil(len(rows) / self.world_size)  # rows of the fullest rank
         size = self.micro_batch_size or share
         # All ranks make the same number of forward passes; one with no rows left gets a row without targets.
         micro = [collate(self.dataset, mine[i:i + size], self.pad_token_id) for i in range(0, share, size)]

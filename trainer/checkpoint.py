@@ -32,7 +32,7 @@ except ImportError:  # Windows
     fcntl = None
 
 # Flags that may differ between the first part of a run and its continuation: the result is the same, with
-# the third line to float rounding.
+# the third line to float rounding, and to what --lora_dropout draws.
 FREE = {"resume", "overwrite", "save_interval", "keep_last", "on_full_disk", "max_minutes", "log_interval",
         "num_workers", "device", "use_wandb", "wandb_project", "out_dir", "name", "run_dir", "strict",
         "micro_batch_size", "gradient_checkpointing", "compile",

@@ -142,6 +142,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def join_ranks(device_flag: str) -> Ranks:
     """Joins the process group that torchrun announces, if any: gloo for CPU tensors, NCCL for CUDA's."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ":" in device_flag and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise UsageError(f"--device {device_flag}: torchrun's processes can't share a GPU; use --device cuda "
+                         "(and CUDA_VISIBLE_DEVICES to choose among GPUs)")
     device = choose_device(device_flag, int(os.environ.get("LOCAL_RANK", 0)))
     keep_freed_memory()
     end_with_torchrun()
@@ -170,7 +173,8 @@ def parallelise(model: nn.Module, kind: str, dtype: torch.dtype, ranks: Ranks) -
     if ranks.world_size == 1:
         return model.to(ranks.device)
     if kind == "ddp":
-        return DistributedDataParallel(model.to(ranks.device), gradient_as_bucket_view=True)
+        return DistributedDataParallel(model.to(ranks.device), gradient_as_bucket_view=True,
+                                       forward_sync_buffers=False)  # they never change
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, because it imports slowly
 

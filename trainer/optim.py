@@ -72,7 +72,8 @@ class Muon(torch.optim.Optimizer):
         """Takes a step with matrices of one shape."""
         gradients = [w.grad for w in weights]
         for w in weights:
-            self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+            if "momentum_buffer" not in self.state[w]:
+                self.state[w]["momentum_buffer"] = torch.zeros_like(w)
         momenta = [self.state[w]["momentum_buffer"] for w in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step on
@@ -129,8 +130,8 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
     al. 2024, https://arxiv.org/abs/2402.12354). With A and B at one rate wide layers learn too little: B
     starts at zero and has to grow, while A only turns.
 
-    `dtype` is that of the forward pass: where it is float32 Muon iterates in float32 too. Raises UsageError
-    where "adamw8bit" can't run.
+    `dtype` is that of the forward pass: where it is bfloat16 Muon iterates in it too. Raises UsageError where
+    "adamw8bit" can't run.
     """
     groups: dict[tuple, list[nn.Parameter]] = {}
     for key, p in model.named_parameters():
@@ -154,7 +155,8 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
             fused = device in ("cpu", "cuda")  # one kernel for a whole group
             optimizers.append(AdamW(rest, **settings, fused=fused))
     if hidden:
-        iteration = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        # Who trains in float16 has no fast bfloat16, and in float16 small gradients would vanish.
+        iteration = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         optimizers.append(Muon(hidden, learning_rate, weight_decay, dtype=iteration))
     return optimizers
 

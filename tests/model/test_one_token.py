@@ -154,6 +154,10 @@ def test_it_steps_aside_where_it_does_not_fit():
     assert not copied.one_token.fits(1)  # its layers have memory of their own now
     list(generate(copied.bfloat16(), ids(1), 3))
     assert model.one_token.fits(1)
+    last = model.model.layers[1].mlp.up_proj  # the second of the two that lie together
+    last.weight.data = last.weight.data.clone()
+    assert not model.one_token.fits(1)
+    model = prepare_to_decode(small())
     model.double()
     assert not model.one_token.fits(1)
 

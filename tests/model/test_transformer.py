@@ -235,6 +235,28 @@ def test_packed_gradients_equal_the_sum_of_documents_alone():
 
 
 @pytest.mark.parametrize("packed", [False, True])
+def test_cuda_is_not_asked_for_groups_that_its_kernels_lack(packed, monkeypatch):
+    """The branch for a GPU, taken on a CPU: each query head with a copy of its keys and values."""
+    model, ids = small(), tokens(3, 20)
+    document_ids = torch.tensor([0] * 13 + [1] * 7).expand(3, 20) if packed else None
+    expected = model(ids, document_ids=document_ids).logits
+    attention, heads = F.scaled_dot_product_attention, []
+
+    def look(q, k, v, *rest, enable_gqa, **named):
+        heads.append((q.size(1), k.size(1), v.size(1), enable_gqa))
+        return attention(q, k, v, *rest, enable_gqa=enable_gqa, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    torch.testing.assert_close(model(ids, document_ids=document_ids).logits, expected)
+    assert heads == [(4, 4, 4, False)] * 2
+    if not packed:  # half precision has flash attention, which knows groups
+        with torch.no_grad():
+            model.bfloat16()(ids)
+        assert heads[2:] == [(4, 2, 2, True)] * 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
 def test_half_precision_on_a_cpu_gives_the_same_training(packed):
     """`block_attention`, which only half precision takes, against PyTorch's own."""
     model = small().train()

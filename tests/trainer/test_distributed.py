@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from model.weights import save_model
 from trainer.args import ROOT, UsageError
-from trainer.distributed import Ranks, choose_device, choose_dtype
+from trainer.distributed import Ranks, choose_device, choose_dtype, join_ranks
 from trainer.stage import is_finished
 
 
@@ -189,6 +189,12 @@ def test_a_gpu_that_is_not_there(name):
 def test_a_gpu_too_many():
     with pytest.raises(UsageError, match="counted from 0"):
         choose_device("cuda:99")
+
+
+def test_processes_of_one_host_can_not_share_a_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--device cuda:0: .* use --device cuda "):
+        join_ranks("cuda:0")
 
 
 def test_auto_always_finds_a_device_and_a_dtype():

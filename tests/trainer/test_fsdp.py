@@ -61,6 +61,24 @@ def test_a_model_cut_up_trains_as_a_whole_one(stage, sharded, read_log):
     assert {p.name for p in many.iterdir()} == {p.name for p in one.iterdir()}  # nothing else is left behind
 
 
+@pytest.mark.parametrize("stage, dtype", [("full_sft", "float16"), ("lora", "bfloat16")])
+def test_it_does_so_in_half_precision(stage, dtype, workshop, read_log):
+    """float16 with its GradScaler; LoRA over blocks with frozen weights in bfloat16, adapters in float32."""
+    flags = FLAGS | {"max_steps": 6, "dtype": dtype, "eval_fraction": 0, "save_interval": 100}
+    one, many = (workshop.folder / f"{name}_{dtype}" for name in ("one", "fsdp"))
+    process = torchrun(*workshop.command(stage, *workshop.flags(stage, many, **flags, parallel="fsdp")),
+                       "--no-packing")
+    alone = workshop.run(stage, *workshop.flags(stage, one, **flags), "--no-packing")
+    out, err = process.communicate(timeout=240)
+    assert alone.code == 0 and process.returncode == 0, alone.err + err[-3000:]
+    assert f"{dtype} on cpu x 2 (fsdp)" in out
+    ours, theirs = read_log(many / stage), read_log(one / stage)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a["step"], a["skipped"]) == (b["step"], b["skipped"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05)
+
+
 def settings(run_dir):
     return torch.load(checkpoints(run_dir)[0] / "state.pt", weights_only=True)["settings"]
 

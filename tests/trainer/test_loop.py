@@ -1,6 +1,7 @@
 """The loop: a step's loss is the mean over all its supervised tokens, however the batch is cut up."""
 
 import math
+import pickle
 import signal
 
 import numpy as np
@@ -357,10 +358,28 @@ def test_lora_leaves_the_base_as_it_was(go, make_model, checkpointing):
             assert not torch.equal(weight, before[name]), name
 
 
-def test_clipping_limits_the_gradient_but_logs_its_true_norm(go):
+def test_clipping_limits_the_gradient_but_logs_its_true_norm(go, monkeypatch):
+    norms, step = [], trainer.optim.AdamW.step
+
+    def look(self, closure=None):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        return step(self, closure)
+
+    monkeypatch.setattr(trainer.optim.AdamW, "step", look)
     _, free, _ = go(Samples(RAGGED), packing=False, max_steps=1, grad_clip=0)
     _, tight, _ = go(Samples(RAGGED), packing=False, max_steps=1, grad_clip=0.01)
     assert free[0]["grad_norm"] == tight[0]["grad_norm"] > 0.01
+    assert norms == pytest.approx([free[0]["grad_norm"], 0.01], rel=1e-3)
+
+
+def test_batches_can_be_sent_to_workers_that_are_not_forks(arguments):
+    """As where DataLoader starts them by spawn or forkserver; a process group can't be sent."""
+    ranks = Ranks(1, 2, torch.device("cpu"), patient=lambda: "not to be pickled")
+    batches = Batches(Samples(RAGGED), np.arange(11), arguments(packing=False), 3, ranks)
+    sent = pickle.loads(pickle.dumps(batches))
+    for ours, theirs in zip(sent[0][0], batches[0][0], strict=True):
+        assert torch.equal(ours["input_ids"], theirs["input_ids"])
 
 
 def test_workers_prepare_the_same_batches(go):
