@@ -126,8 +126,8 @@ def test_everything_at_once_equals_nothing_at_all(compiled, plain_lora, workshop
     assert plain.keys() == adapter.keys()  # no wrapper's name in a key
     for name, tensor in plain.items():
         assert adapter[name].dtype == torch.float32
-        if ".lora_A." in name:
-            assert (adapter[name] - tensor).norm() < 0.05 * tensor.norm(), name
+        close = 1e-3 if ".lora_A." in name else 2e-2  # in three steps A moves by hundredths
+        assert (adapter[name] - tensor).norm() < close * tensor.norm(), name
 
 
 def test_one_process_needs_no_collectives():
