@@ -113,7 +113,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     optim.add_argument("--optimizer", choices=("adamw", "muon", "adamw8bit", "paged_adamw8bit"),
                        default="adamw", help="muon: Muon on the matrices of the blocks, AdamW on the rest; "
                        "adamw8bit: AdamW with its state in 8 bits, paged: moves to the CPU's memory if the "
-                       "GPU's is full (both need bitsandbytes)")
+                       "GPU's is full, but not after --resume (both need bitsandbytes)")
     optim.add_argument("--learning_rate", type=float, default=5e-4, metavar="LR", help="at its peak")
     optim.add_argument("--warmup_ratio", type=float, default=0.02, metavar="F",
                        help="part of the steps that warms up")
