@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.transformer import BLOCK, LONGEST_BLOCKED, LOSS_CHUNK, CausalLM, ModelConfig
 from trainer.args import ROOT, Parser, run_script
-from trainer.optim import AT_ONCE, STEPS
+from trainer.optim import AT_ONCE
 
 BASE = {"width": 128, "rows": 16, "length": 128, "processes": 1}  # 2.3 million parameters, 2,048 tokens
 PANELS = {  # what grows: (the title, the points, what differs from BASE at each)
@@ -74,11 +74,11 @@ def flops_per_token(config: ModelConfig, length: int) -> int:
 
 
 def muon_flops(config: ModelConfig) -> int:
-    """Of one optimizer step, whatever the batch: X X^T, its square, and their product with X, four times."""
+    """Of one optimizer step, whatever the batch: five times X X^T, its square, and their product with X."""
     c, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     shapes = [(q, c), (c, q), (kv, c), (kv, c), (f, c), (f, c), (c, f)]
-    return layers * sum(STEPS * 2 * (2 * min(m) ** 2 * max(m) + min(m) ** 3) for m in shapes)
+    return layers * sum(5 * 2 * (2 * min(m) ** 2 * max(m) + min(m) ** 3) for m in shapes)
 
 
 def state(config: ModelConfig, method: str) -> dict[str, float]:

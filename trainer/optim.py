@@ -15,7 +15,6 @@ from torch import nn
 from trainer.args import UsageError
 from trainer.distributed import full_tensor, shard_like, share_out, world_size
 
-STEPS = 4  # of the iteration in Muon
 AT_ONCE = 2**27  # numbers in the matrices that Muon takes as one batch: bounds the memory of their copies
 
 
@@ -43,9 +42,9 @@ class Muon(torch.optim.Optimizer):
     so that directions the gradient hardly shows are learned as fast as the loud ones. 0.2 * sqrt(max(...))
     gives the update the size AdamW's would have, so both take the same learning rate (Liu et al. 2025).
 
-    The same updates as torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and ns_steps=4; but matrices of
-    one shape go through the iteration as one batch, which for small models is twice as fast on a CPU; and
-    ranks, who have the same gradients by now, share the batch out.
+    The same updates as torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; but matrices of one shape go
+    through the iteration as one batch, which for small models is twice as fast on a CPU; and ranks, who have
+    the same gradients by now, share the batch out.
 
     dtype: of that iteration. bfloat16 is fast and exact enough to learn by, but it makes a difference in the
     last place of a gradient (another order of summing, on another number of processes) a thousand times
@@ -89,14 +88,13 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Matrices (n, rows, columns) with their singular vectors kept, and all their singular values near one.
 
-    A Newton-Schulz iteration, in the matrices' own dtype. A step sends each singular value s to
-    3.4445 s - 4.775 s^3 + 2.0315 s^5: small ones more than triple, those between 0.7 and 1.2 stay there. The
-    usual five steps cost a quarter more than four, and nothing was learned faster by them (docs/speedrun.md).
+    Five steps of a Newton-Schulz iteration, in the matrices' own dtype. A step sends each singular value s to
+    3.4445 s - 4.775 s^3 + 2.0315 s^5: small ones more than triple, those between 0.7 and 1.2 stay there.
     """
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices  # wide: the products below are rows x rows
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above one
-    for _ in range(STEPS):
+    for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)

@@ -17,8 +17,7 @@ def test_muon_is_torchs_muon(weight_decay):
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     a = Muon(ours, lr=0.02, weight_decay=weight_decay)
-    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=weight_decay, ns_steps=4,
-                         adjust_lr_fn="match_rms_adamw")
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     start = [p.detach().clone() for p in ours]
     for _ in range(5):
         for p, q in zip(ours, theirs, strict=True):
