@@ -41,6 +41,7 @@ class Product:
         self.laid_out = self.addresses()
 
     def addresses(self) -> list[int]:
+        """Where each layer's parameters lie now."""
         return [getattr(layer, name).data_ptr() for layer in self.layers for name in self.joined]
 
     def look(self) -> bool:
@@ -101,7 +102,7 @@ class OneToken:
         parts = zip(*(part.unbind() for part in (*seen, *places)), strict=True)
         x = decoder.embed_tokens(ids)  # (B, C)
         for (block, qkv, o, gate_up, down), (k, v, new_k, new_v) in zip(self.layers, parts, strict=True):
-            y = qkv(self.norm(block.input_layernorm, x)).view(len(x), -1, config.head_dim)
+            y = qkv(self.norm(block.input_layernorm, x)).view(len(x), -1, config.head_dim)  # (B, H + 2 K, D)
             qk = y[:, :-kv_heads]  # (B, H + K, D)
             if config.qk_norm:
                 norms = block.self_attn.q_norm, block.self_attn.k_norm

@@ -100,6 +100,7 @@ def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, shape, dtype: torc
     n = math.prod(shape)
     if short := -codes.numel() % (BLOCK // 2):  # the last block is not full
         codes = F.pad(codes, (0, short))
+    # non_blocking, here and below: else each layer would have the CPU wait for the GPU.
     weight = PAIRS.to(codes.device, non_blocking=True).index_select(0, codes.int()).view(torch.float32)
     return (weight.view(-1, BLOCK) * absmax[:, None]).to(dtype).flatten()[:n].view(shape)
 

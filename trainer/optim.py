@@ -155,7 +155,7 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
             fused = device in ("cpu", "cuda")  # one kernel for a whole group
             optimizers.append(AdamW(rest, **settings, fused=fused))
     if hidden:
-        # Who trains in float16 has no fast bfloat16, and in float16 small gradients would vanish.
+        # GPUs that train in float16 have no fast bfloat16, and in float16 small gradients would vanish.
         iteration = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         optimizers.append(Muon(hidden, learning_rate, weight_decay, dtype=iteration))
     return optimizers

@@ -56,6 +56,7 @@ def test_in_float32_muon_carries_rounding_on_and_does_not_blow_it_up():
             ends.append(model.model.layers.weight.detach())
         moved[dtype] = (ends[0] - ends[1]).abs().max().item()
     assert moved[torch.float32] < 1e-3 < moved[torch.bfloat16]
+    assert build_optimizers(model, "muon", 1.0, 0.0, dtype=torch.float16)[0].dtype == torch.float32
 
 
 def test_muon_takes_many_matrices_in_parts(monkeypatch):
