@@ -1,16 +1,19 @@
 """Several adapters on one model: one in use at a time, or a blend of them, or another one for each row.
 
     adapters = Adapters(model)
-    adapters.load("out/lora_clinic")                       # named by its folder
+    adapters.load("out/lora_clinic")                       # its name is that of its folder
     adapters.load("out/lora_identity")
-    adapters.use("lora_clinic")                            # W + B1 A1; the base is not touched
+    adapters.use("lora_clinic")                            # W + B1 A1; W itself stays as it is
     adapters.use({"lora_clinic": 0.7, "lora_identity": 0.3})
     adapters.use_rows(["lora_clinic", None, "lora_identity"])  # for batches of three rows
     adapters.use(None)                                     # the base alone
 
     adapters.combine("both", {"lora_clinic": 0.7, "lora_identity": 0.3}, "svd", rank=16)
     adapters.use("both")
-    save_lora(model, "out/both")                           # saves what is in use
+    save_lora(model, "out/both")                           # saves the adapter in use
+
+Also here: LoRA is switched off, removed, and described for a person. model/lora.py can be understood without
+this file. In both files `rank` is the width of A and of B.
 """
 
 import math
@@ -19,182 +22,212 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.lora import (
-    LoRA,
-    LoRAReport,
-    _adapted,
-    _inject,
-    _linears,
-    low_rank,
-    read_lora,
-    remove_lora,
-    set_lora,
-)
-from model.transformer import ModelError, matmul_dtype
-
-COMBINATIONS = ("linear", "cat", "svd")
+from common.device import matmul_dtype
+from common.errors import ModelError
+from model.lora import WITH_LORA, LoRA, adapted_layers, inject, read_lora, unmerge_lora
+from model.low_rank import LoRAReport, low_rank, report_layers
 
 
 class Adapters:
-    """The adapters of one model by name; `linear.lora` is that of the adapter in use.
+    """The adapters of one model by name. The child `lora` of a layer is that of the adapter in use.
 
-    adapters: {name: {layer: LoRA}}. in_use: a name, {name: weight}, a list of one for each row, or None.
+    adapters: {name: {layer name: LoRA}}. in_use: a name, {name: weight}, a list with a name or None for each
+    row, or None.
     """
 
     def __init__(self, model: nn.Module):
-        """Any LoRA that the model has already must be saved and removed first, or it is lost: ModelError."""
-        if any("lora" in dict(linear.named_children()) for linear in _linears(model).values()):
+        """Raises ModelError where the model has LoRA already, because using another adapter would drop it."""
+        if adapted_layers(model, required=False):
             raise ModelError("the model has LoRA already: save it, call remove_lora, and load it from there")
         self.model, self.adapters, self.in_use = model, {}, None
 
     def load(self, path: str | Path, name: str | None = None) -> str:
-        """Read an adapter, without using it yet. Returns its name: the folder's (a .pth's without .pth), or
-        `name`. Raises ModelError for a name that is taken, and as read_lora does."""
+        """Reads an adapter, without using it yet. Returns its name: `name`, or that of its folder or file.
+
+        A .pth is named without its .pth. Raises ModelError for a name that is taken, and as read_lora does.
+        """
         path = Path(path)
-        name = name or (path.stem if path.suffix == ".pth" else path.resolve().name)
-        self._check_new(name)
-        self.adapters[name] = read_lora(self.model, path)
+        if not name:
+            name = path.stem if path.suffix == ".pth" else path.resolve().name
+        self._add(name, read_lora(self.model, path))
         return name
 
     def use(self, what: str | dict[str, float] | None) -> None:
-        """Switch to one adapter, to a weighted sum of several, or to none. Raises ModelError, and leaves in
-        use what was, for a name that is not loaded or adapters that can't be summed."""
-        if isinstance(what, dict):
-            self._put(_combine(self._get(what), list(what.values()), "cat", None))
+        """Switches to one adapter, to a weighted sum of several, or to none.
+
+        Raises ModelError for a name that is not loaded, or adapters that cannot be summed. The adapter that
+        was in use then stays in use.
+        """
+        if what is None:
+            self._put({}, None)
+        elif isinstance(what, dict):
+            self._put(self._combine(what, "cat"), what)
         else:
-            self._put({} if what is None else self._get([what])[0])
-        self.in_use = what
+            self._put(self._get(what), what)
 
     def use_rows(self, names: list[str | None]) -> None:
-        """From now on row i of each batch goes through the adapter names[i], or where that is None through
-        the base alone. For inference: these copies don't train."""
-        loras = [{} if name is None else self._get([name])[0] for name in names]
-        layers = dict.fromkeys(layer for adapter in loras for layer in adapter)
-        self._put({layer: RowLoRA([adapter.get(layer) for adapter in loras]) for layer in layers})
-        self.in_use = list(names)
+        """From now on row i of each batch goes through the adapter names[i]; None means the base alone.
+
+        For inference only: the rows hold copies of A and B, which do not train.
+        """
+        rows = [{} if name is None else self._get(name) for name in names]
+        layers = dict.fromkeys(layer for row in rows for layer in row)
+        self._put({layer: RowLoRA([row.get(layer) for row in rows]) for layer in layers}, list(names))
 
     def combine(self, name: str, weights: dict[str, float], how: str, rank: int | None = None) -> None:
-        """Make a new adapter, `name`, of others, by PEFT's definitions:
+        """Makes a new adapter, `name`, of others, by PEFT's definitions:
 
-        cat     all their ranks side by side: the weighted sum itself
-        svd     of that sum, what `rank` holds best (None: the largest rank of them)
-        linear  B = sum sqrt(w) B_i and A = sum sqrt(w) A_i: of the rank of one, but with cross terms B_i A_j,
-                so not the sum; for adapters of equal ranks
+        cat     all their A side by side, and all their B: exactly the weighted sum of the updates
+        svd     the nearest update to that sum that `rank` can hold (None: the largest rank of the adapters)
+        linear  B = sum sqrt(w) B_i and A = sum sqrt(w) A_i. The rank stays that of one adapter, but B A has
+                cross terms B_i A_j, so it is not the sum. All adapters must have equal ranks.
 
-        Raises ModelError: unknown name or way, a taken name, other layers or (linear) ranks, a bad weight.
+        Raises ModelError for an unknown name or way, a name that is taken, adapters of other layers or
+        (linear) of other ranks, or a weight that is not finite.
         """
-        self._check_new(name)
-        self.adapters[name] = _combine(self._get(weights), list(weights.values()), how, rank)
+        self._add(name, self._combine(weights, how, rank))
 
-    def _check_new(self, name: str) -> None:
+    def _add(self, name: str, loras: dict[str, LoRA]) -> None:
         if name in self.adapters:
             raise ModelError(f"there is an adapter {name!r} already: give this one another name")
+        self.adapters[name] = loras
 
-    def _get(self, names) -> list[dict[str, LoRA]]:
-        for name in names:
-            if name not in self.adapters:
-                loaded = ", ".join(self.adapters) or "none"
-                raise ModelError(f"adapter {name!r} is not loaded; loaded: {loaded}")
-        return [self.adapters[name] for name in names]
+    def _get(self, name: str) -> dict[str, LoRA]:
+        if name not in self.adapters:
+            raise ModelError(f"adapter {name!r} is not loaded; loaded: {', '.join(self.adapters) or 'none'}")
+        return self.adapters[name]
 
-    def _put(self, loras: dict[str, nn.Module]) -> None:
-        remove_lora(self.model)  # undoes a merge
-        linears = _linears(self.model)
-        for layer, lora in loras.items():
-            lora.enabled = True
-            device = next(linears[layer].parameters()).device  # the model may have moved since
-            _inject(linears[layer], lora.to(device))
+    @torch.no_grad()
+    def _combine(self, weights: dict[str, float], how: str, rank: int | None = None) -> dict[str, LoRA]:
+        """{layer name: LoRA} with alpha = rank: the factor of each adapter is in its matrices, as in PEFT."""
+        adapters = [self._get(name) for name in weights]
+        if how not in ("linear", "cat", "svd"):
+            raise ModelError(f"adapters are combined by linear, cat, svd, not {how!r}")
+        if rank is not None and how != "svd":
+            raise ModelError(f"a rank can be chosen for svd; {how} has its own")
+        if not adapters or not all(math.isfinite(weight) for weight in weights.values()):
+            raise ModelError(f"adapters are combined with a number for each, not {weights}")
+        for adapter in adapters[1:]:
+            if different := sorted(adapter.keys() ^ adapters[0].keys()):
+                raise ModelError(f"adapters of different layers can't be combined: some lack {different[0]}")
+        combined = {}
+        for layer in adapters[0]:
+            b, a = _combine_layer(layer, [loras[layer] for loras in adapters], weights.values(), how, rank)
+            combined[layer] = LoRA(a.size(1), len(b), len(a), device=a.device)
+            combined[layer].load_state_dict({"A.weight": a, "B.weight": b})
+        return combined
+
+    def _put(self, loras: dict[str, nn.Module], in_use) -> None:
+        remove_lora(self.model)  # this undoes a merge, too
+        inject(self.model, loras)
+        self.in_use = in_use
+
+
+def _combine_layer(layer: str, loras: list[LoRA], weights, how: str, rank: int | None) -> tuple:
+    """B (out, r) and A (r, in) of one layer in the new adapter. layer: its name, for the message."""
+    # (scale, B, A) of each adapter
+    parts = [(weight * lora.scaling, *lora.factors()) for weight, lora in zip(weights, loras, strict=True)]
+    ranks = [len(a) for _, _, a in parts]
+    if how == "linear":
+        if len(set(ranks)) > 1:
+            raise ModelError(f"linear needs equal ranks, but {layer} has {ranks}: use cat or svd")
+        b = sum(abs(scale) ** 0.5 * b for scale, b, _ in parts)
+        a = sum(math.copysign(abs(scale) ** 0.5, scale) * a for scale, _, a in parts)
+        return b, a
+    b = torch.cat([b for _, b, _ in parts], dim=1)
+    a = torch.cat([scale * a for scale, _, a in parts])
+    if how == "svd":
+        b, a, _ = low_rank(b @ a, max(ranks) if rank is None else rank)
+    return b, a
 
 
 class RowLoRA(nn.Module):
-    """In the place of a LoRA, one for each row of the batch: (rows, ..., in) -> (rows, ..., out)."""
+    """A LoRA for each row of the batch, in the place of one for all: (rows, ..., in) -> (rows, ..., out)."""
 
-    rank, enabled, original = 0, True, None
+    active = LoRA.active  # switched on, and not merged
+    original = None  # a RowLoRA is never merged
+    rank = 0  # the rows have several ranks; load_lora, which compares ranks, refuses to replace a RowLoRA
 
     def __init__(self, loras: list[LoRA | None]):
         super().__init__()
-        some = next(lora for lora in loras if lora is not None)
-        rank = max(lora.factors()[1].size(0) for lora in loras if lora is not None)
-        a = some.A.weight.new_zeros(len(loras), rank, some.A.in_features)
-        b = some.A.weight.new_zeros(len(loras), some.B.out_features, rank)
-        for row, lora in enumerate(loras):  # lower ranks, and rows without, are filled up with zeros
-            if lora is not None:
-                up, down = (part.detach() for part in lora.factors())
-                a[row, :len(down)], b[row, :, :len(down)] = down, lora.scaling * up
-        self.register_buffer("a", a.transpose(1, 2), persistent=False)  # (rows, in, rank)
-        self.register_buffer("b", b.transpose(1, 2), persistent=False)  # (rows, rank, out)
-
-    @property
-    def active(self) -> bool:
-        return self.enabled
+        self.enabled = True
+        factors = {row: lora.factors() for row, lora in enumerate(loras) if lora is not None}  # {row: (B, A)}
+        b, a = next(iter(factors.values()))
+        # Lower ranks, and rows without an adapter, are filled up with zeros.
+        rank = max(len(a) for _, a in factors.values())
+        all_b = b.new_zeros(len(loras), len(b), rank)
+        all_a = a.new_zeros(len(loras), rank, a.size(1))
+        for row, (b, a) in factors.items():
+            all_b[row, :, :len(a)] = loras[row].scaling * b.detach()
+            all_a[row, :len(a)] = a.detach()
+        self.register_buffer("a", all_a.transpose(1, 2), persistent=False)  # (rows, in, rank)
+        self.register_buffer("b", all_b.transpose(1, 2), persistent=False)  # (rows, rank, out)
 
     def factors(self, dtype=None):
         raise ModelError("each row has an adapter of its own: switch to one of them before merging or saving")
 
     def forward(self, x):
         if x.dim() < 3 or x.size(0) != len(self.a):
-            raise ModelError(f"use_rows was told of {len(self.a)} rows, but the batch is {tuple(x.shape)}")
+            raise ModelError(f"use_rows got names for {len(self.a)} rows, but the batch is {tuple(x.shape)}")
         dtype = matmul_dtype(x)
         y = x.to(dtype).flatten(1, -2) @ self.a.to(dtype) @ self.b.to(dtype)  # (rows, T, out)
         return y.view(*x.shape[:-1], y.size(-1))
 
 
-@torch.no_grad()
-def _combine(adapters: list[dict[str, LoRA]], weights: list[float], how: str, rank: int | None) -> dict:
-    """{layer: LoRA} of rank = alpha: the scale of each is inside its matrices, as PEFT has it."""
-    if how not in COMBINATIONS:
-        raise ModelError(f"adapters are combined by {', '.join(COMBINATIONS)}, not {how!r}")
-    if rank is not None and how != "svd":
-        raise ModelError(f"a rank can be chosen for svd; {how} has its own")
-    if not adapters or not all(math.isfinite(weight) for weight in weights):
-        raise ModelError(f"adapters are combined with a number for each, not {weights}")
-    for adapter in adapters[1:]:
-        if different := sorted(adapter.keys() ^ adapters[0].keys()):
-            raise ModelError(f"adapters of different layers can't be combined: not all have {different[0]}")
-    combined = {}
-    for layer, first in adapters[0].items():
-        loras = [adapter[layer] for adapter in adapters]
-        scales = [weight * lora.scaling for weight, lora in zip(weights, loras, strict=True)]
-        bs, factors_a = zip(*(lora.factors() for lora in loras), strict=True)
-        if how == "linear":
-            if len({len(a) for a in factors_a}) > 1:
-                ranks = " and ".join(str(len(a)) for a in factors_a)
-                raise ModelError(f"linear needs equal ranks, but {layer} has {ranks}: use cat or svd")
-            b = sum(abs(s) ** 0.5 * b for s, b in zip(scales, bs, strict=True))
-            a = sum(math.copysign(abs(s) ** 0.5, s) * a for s, a in zip(scales, factors_a, strict=True))
-        else:
-            b, a = torch.cat(bs, dim=1), torch.cat([s * a for s, a in zip(scales, factors_a, strict=True)])
-            if how == "svd":
-                b, a, _ = low_rank(b @ a, max(len(a) for a in factors_a) if rank is None else rank)
-        new = LoRA(first.A.in_features, first.B.out_features, len(a), device=a.device)
-        new.B.weight.copy_(b)
-        new.A.weight.copy_(a)
-        combined[layer] = new
-    return combined
+# --- off, on, and gone --------------------------------------------------------------------------------------
+
+
+def set_lora(model: nn.Module, on: bool) -> None:
+    """Switches the adapter on, or off. Off is exactly the base model, because a merge is undone."""
+    if not on:
+        unmerge_lora(model)
+    for layer in adapted_layers(model).values():
+        layer.lora.enabled = on
+
+
+def remove_lora(model: nn.Module, keep_merged: bool = False) -> None:
+    """Makes the layers plain again, as in the base model; keep_merged: with the weights that are merged."""
+    plain = {adapted: kind for kind, adapted in WITH_LORA.items()}
+    for layer in adapted_layers(model, required=False).values():
+        if not keep_merged:
+            unmerge_lora(layer)
+        del layer.lora
+        layer.__class__ = plain[type(layer)]
+
+
+# --- what an adapter does, for a person to read -------------------------------------------------------------
+
+
+def report_lora(model: nn.Module) -> LoRAReport:
+    """How much the adapter in use changes. Raises ModelError where there is none."""
+    return report_layers(adapted_layers(model))
 
 
 @torch.no_grad()
 def logit_shift(model: nn.Module) -> tuple[float, float]:
-    """What the adapter does to the logits of 32 fixed tokens: the largest change, and the mean KL divergence
-    of the adapted model's prediction from the base model's, in nats. Undoes a merge."""
+    """The effect of the adapter on the logits of 32 fixed tokens. Undoes a merge.
+
+    Returns the largest change of a logit, and the mean KL divergence of the adapted model's prediction from
+    the base model's, in nats.
+    """
     device = next(model.parameters()).device
-    ids = torch.arange(1, 33, device=device)[None] * 37 % model.config.vocab_size
-    adapted, training, logits = _adapted(model).values(), model.training, {}
-    was = [linear.lora.enabled for linear in adapted]
+    ids = torch.arange(1, 33, device=device)[None] * 37 % model.config.vocab_size  # (1, 32)
+    was_training = model.training
+    was_on = all(layer.lora.enabled for layer in adapted_layers(model).values())
     model.eval()
-    for on in (False, True):
-        set_lora(model, on)
-        logits[on] = model(ids).logits.float()
-    model.train(training)
-    for linear, enabled in zip(adapted, was, strict=True):
-        linear.lora.enabled = enabled
-    base, now = (logits[on].log_softmax(dim=-1) for on in (False, True))
-    kl = (base.exp() * (base - now)).sum(-1).mean().item()
-    return (logits[True] - logits[False]).abs().max().item(), max(kl, 0.0)
+    set_lora(model, False)
+    base = model(ids).logits.float()
+    set_lora(model, True)
+    adapted = model(ids).logits.float()
+    model.train(was_training)
+    set_lora(model, was_on)
+    log_p, log_q = base.log_softmax(dim=-1), adapted.log_softmax(dim=-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    return (adapted - base).abs().max().item(), max(kl, 0.0)
 
 
 def report_line(model: nn.Module, path: str | Path, report: LoRAReport) -> str:
-    """What loading did, for a person to read; an adapter that does nothing is called out."""
+    """What loading an adapter did, in words. The line calls out an adapter that does nothing."""
     line = f"{path}: {report.matched}/{report.matched} layers matched"
     if not report.relative_norm:
         return f"{line}, but it changes nothing: all its updates are zero; was it trained and saved?"

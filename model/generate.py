@@ -3,38 +3,65 @@
     for ids in generate(model, input_ids, max_new_tokens=100, temperature=0.7, eos_token_id=2):
         print(tokenizer.decode(ids), end="")    # ids: (B,), the next token of each row
 
-Shapes: B batch, T tokens of the prompt, V vocabulary.
+Shapes: B batch, T tokens of the prompt, S tokens stored, K key/value heads, D head dim, V vocabulary.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-from model.transformer import CausalLM, KVCache, ModelError
+from common.errors import ModelError
+from model.config import ModelConfig
+from model.transformer import CausalLM, rope_tables
 
 
-def generate(
-    model: CausalLM,
-    input_ids: torch.Tensor,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    repetition_penalty: float = 1.0,
-    eos_token_id: int | list[int] | None = None,
-    prompt_lengths: torch.Tensor | None = None,
-) -> Iterator[torch.Tensor]:
+class KVCache:
+    """The keys and values of all tokens so far. They never change, because a token sees only earlier tokens.
+
+    Without a cache each new token would need a forward pass over the whole text. With a cache the pass
+    covers the new token alone, and attention reads the stored keys and values of the earlier ones.
+
+    start (B,): how many pads stand on the left of each row. Positions count from there, and nobody sees pads.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size, max_length, device=None, dtype=None, start=None):
+        layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
+        shape = (layers, batch_size, kv_heads, max_length, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.start, self.max_length = start, max_length
+        self.length = 0  # tokens stored; the Decoder raises it once every layer has appended
+        positions = torch.arange(max_length, device=device)[None]
+        # Of all positions, (max_length, 1, D) each
+        self.rope = [table[0] for table in rope_tables(config, positions, torch.float32)]
+
+    def append(self, layer: int, k, v):
+        """Stores new k, v (B, K, T, D) of one layer; returns all keys and values it has now (B, K, S, D)."""
+        end = self.length + k.size(2)
+        self.k[layer][:, :, self.length:end] = k
+        self.v[layer][:, :, self.length:end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def rope_at(self, positions, dtype):
+        """What `rope_tables` gives for positions (B or 1, T): two tables (B or 1, T, 1, D)."""
+        return [table[positions].to(dtype) for table in self.rope]
+
+
+def generate(model: CausalLM, input_ids: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0, seed: int | None = None, repetition_penalty: float = 1.0,
+             eos_token_id: int | list[int] | None = None,
+             prompt_lengths: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
     """Continues the prompts input_ids (B, T): yields the next ids (B,), at most max_new_tokens times.
 
-    temperature 0 takes the likeliest token; top_k 0 and top_p 1 leave all tokens in play;
-    repetition_penalty above 1 makes tokens that were there, prompt included, less likely. The same seed
-    gives the same text; without one, torch's global random state decides. A row that has met an eos repeats
-    the first of them; when all rows have, decoding stops.
+    temperature: 0 takes the likeliest token. top_k 0 and top_p 1 leave all tokens in play.
+    repetition_penalty: above 1, tokens that have occurred, also in the prompt, become less likely.
+    seed: the same seed gives the same text. Without one, torch's global random state decides.
+    eos_token_id: tokens that end a row. An ended row repeats the first of them, and decoding stops once all
+        rows have ended.
+    prompt_lengths (B,): prompts of unequal length are padded on the left, and this is how long each really
+        is. Then a batch gives the same tokens as its rows alone.
 
-    Prompts of unequal length are padded on the left, and prompt_lengths (B,) says how long each really is:
-    then a batch gives what its rows give alone. Put the model in eval() first. Raises ModelError for
-    senseless values.
+    Put the model in eval() first. Raises ModelError for senseless values.
     """
     shape = tuple(input_ids.shape)
     for wrong, message in (
@@ -48,10 +75,8 @@ def generate(
         if wrong:
             raise ModelError(message)
     device = model.model.embed_tokens.weight.device
-    input_ids = input_ids.to(device)
-    if prompt_lengths is None:
-        start = None
-    else:
+    input_ids, start = input_ids.to(device), None
+    if prompt_lengths is not None:
         prompt_lengths = torch.as_tensor(prompt_lengths, device=device)
         if prompt_lengths.shape != shape[:1] or prompt_lengths.min() < 1 or prompt_lengths.max() > shape[1]:
             raise ModelError(f"prompt_lengths must be one length per row, each from 1 to {shape[1]}")
@@ -59,7 +84,7 @@ def generate(
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    # A function of its own, so that a wrong argument is told at the call and not at the first token.
+    # The loop is a function of its own, so that a wrong argument raises here and not at the first token.
     return _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sampling, generator)
 
 
@@ -74,24 +99,23 @@ def _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sa
     if repetition_penalty != 1.0:
         seen = torch.zeros(batch_size, model.config.vocab_size, dtype=torch.bool, device=input_ids.device)
         for row in range(batch_size):
-            seen[row, input_ids[row, 0 if start is None else start[row]:]] = True  # pads don't count as seen
+            first = 0 if start is None else start[row]  # pads have not occurred
+            seen[row, input_ids[row, first:]] = True
 
-    one_token = model.one_token if model.one_token and model.one_token.fits(batch_size) else None
+    one_token = model.one_token
+    if one_token and not one_token.get_ready(batch_size):
+        one_token = None
     new = input_ids  # the whole prompt in one pass, then one token at a time
     for _ in range(max_new_tokens):
         if cache.length and one_token:
             logits = one_token(new[:, 0], cache)  # (B, V)
         else:
             output = model(new, cache=cache)
-            output.hidden = output.hidden[:, -1:]  # only the last position predicts something new
+            output.hidden = output.hidden[:, -1:]  # the last position alone predicts something new
             logits = output.logits[:, 0].float()  # (B, V)
         if seen is not None:
             logits = penalize(logits, seen, repetition_penalty)
-        if sampling["temperature"] == 0:
-            token = logits.argmax(dim=-1)  # (B,)
-        else:
-            probabilities = filter_logits(logits, **sampling).softmax(dim=-1)
-            token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B,)
+        token = choose_token(logits, **sampling, generator=generator)  # (B,)
         if eos:
             token = torch.where(ended, eos_ids[0], token)
             ended |= torch.isin(token, eos_ids)
@@ -103,19 +127,27 @@ def _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sa
         new = token[:, None]  # (B, 1)
 
 
-def penalize(logits, seen, penalty: float):
-    """Divides the positive and multiplies the negative logits of the tokens seen (B, V) by the penalty.
+def choose_token(logits, temperature: float, top_k: int, top_p: float, generator=None) -> torch.Tensor:
+    """logits (B, V) -> token ids (B,): the likeliest at temperature 0, else drawn by probability."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
-    Keskar et al. 2019, arXiv:1909.05858, and transformers: each token once, however often it was there.
+
+def penalize(logits, seen, penalty: float):
+    """Divides the positive logits of the tokens seen (B, V) by the penalty, and multiplies the negative ones.
+
+    Keskar et al. 2019, arXiv:1909.05858, and transformers: once for each token, however often it occurred.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filter_logits(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
-    """Temperature, then top-k, then top-p, as in transformers: logits (B, V), -inf at what is ruled out.
+    """Temperature, then top-k, then top-p, as in transformers: logits (B, V), -inf at tokens ruled out.
 
-    top-k keeps the k likeliest tokens, and all that tie with the last. top-p ("nucleus", Holtzman et al.
-    2019, arXiv:1904.09751) keeps the fewest likely tokens that make up probability p. With p = 0.7:
+    top-k keeps the k likeliest tokens, and all that tie with the last of them. top-p ("nucleus", Holtzman et
+    al. 2019, arXiv:1904.09751) keeps the smallest set of likely tokens that has probability p. With p = 0.7:
         probability           0.5   0.3   0.2
         of likelier tokens    0.0   0.5   0.8
         kept, if below p      yes   yes   no
@@ -126,7 +158,8 @@ def filter_logits(logits, temperature: float = 1.0, top_k: int = 0, top_p: float
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
         ascending, order = logits.sort(dim=-1)
-        out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p  # it and all less likely ones can go
-        out[:, -1] = False  # the likeliest always stays
-        logits = logits.masked_fill(out.scatter(1, order, out), -torch.inf)
+        # A token is ruled out when it and all less likely tokens together have at most 1 - p.
+        ruled_out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
+        ruled_out[:, -1] = False  # the likeliest always stays
+        logits = logits.masked_fill(ruled_out.scatter(1, order, ruled_out), -torch.inf)
     return logits

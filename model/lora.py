@@ -1,46 +1,41 @@
-"""LoRA: fine-tune by training two thin matrices beside each frozen weight (Hu et al. 2021, arXiv:2106.09685).
+"""LoRA: fine-tuning by two thin matrices beside each frozen weight (Hu et al. 2021, arXiv:2106.09685).
 
-    y = W x + (alpha / rank) B A x        A (rank, in) is Gaussian, B (out, rank) is zero
+    y = W x + (alpha / rank) B A x        A (rank, in) starts random, B (out, rank) starts at zero
 
-What fine-tuning changes in W is close to low rank, so B A can hold it; B = 0 makes the start exactly W.
-W may be a plain linear layer's or, in 4 bits, an NF4Linear's (QLoRA).
+Fine-tuning changes W by a matrix of nearly low rank, and B A can hold such a matrix. Because B starts at
+zero, the adapted model starts as exactly the base model. In this file `rank` is the width of A and of B.
 
-    apply_lora(model, rank=16)               # an A and a B for every linear layer; no output changes
+    apply_lora(model, rank=16)               # every linear layer gets an A and a B; no output changes
     freeze_all_but_lora(model)               # ... train lora_parameters(model) ...
     save_lora(model, "out/my_adapter")       # a few MB, in PEFT's format
-    load_lora(base_model, "out/my_adapter")  # and merge_lora(base_model) for the speed of the base
+    load_lora(base_model, "out/my_adapter")  # then merge_lora(base_model) makes it as fast as the base
 
-Several adapters on one model: model/adapters.py.
+Several adapters on one model: model/adapters.py. The files of an adapter: model/lora_files.py.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.adapter_files import (
-    check_shapes,
-    fingerprint,
-    other_base,
-    read_adapter,
-    select_layers,
-    write_adapter,
-    write_plain,
-)
-from model.files import clean
-from model.quantize import Int8Linear, NF4Linear
-from model.transformer import ModelError, count_parameters, matmul_dtype
+from common.device import matmul_dtype
+from common.errors import ModelError
+from common.files import without_wrappers
+from model.fused import lora_linear
+from model.int8 import Int8Linear
+from model.lora_files import check_same_layers, read_adapter, select_layers, write_adapter
+from model.low_rank import LoRAReport, base_weight, report_layers, start_at_singular_vectors
+from model.quantize import NF4Linear, count_parameters
 
 
 class LoRA(nn.Module):
-    """The update (alpha / rank) B A x of one linear layer: (..., in) -> (..., out).
+    """The update of one linear layer: x (..., in) -> (alpha / rank) B A x (..., out).
 
-    rslora: alpha / sqrt(rank) instead, under which high ranks learn as fast as low ones (Kalajdzievski 2023,
-    arXiv:2312.03732).
+    rslora: the factor is alpha / sqrt(rank). With this factor high ranks learn as fast as low ones
+    (Kalajdzievski 2023, arXiv:2312.03732).
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, alpha: float | None = None,
@@ -49,154 +44,91 @@ class LoRA(nn.Module):
         self.rank, self.dropout, self.rslora = rank, dropout, rslora
         self.alpha = float(rank if alpha is None else alpha)
         self.scaling = self.alpha / (math.sqrt(rank) if rslora else rank)
-        self.enabled = True  # see set_lora
-        self.original = None  # the base weight, while merged; no buffer, since it belongs in no checkpoint
-        # float32: an optimizer's small steps round away in bf16, and GradScaler refuses float16 gradients.
+        # Always float32: bfloat16 would round small steps away, and GradScaler refuses float16 gradients.
         self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
         self.B = nn.Linear(rank, out_features, bias=False, device=device, dtype=torch.float32)
         nn.init.normal_(self.A.weight, std=0.02)
-        nn.init.zeros_(self.B.weight)  # one of the two must be zero; were both, neither would get a gradient
-        # Where B A does not start at zero (PiSSA), what it started at. No parameters: they never change.
+        nn.init.zeros_(self.B.weight)  # B alone is zero: if A were zero too, neither would get a gradient
+        self.enabled = True  # changed by set_lora in model/adapters.py
+        self.original = None  # W, while B A is merged into it; no buffer, because it belongs in no checkpoint
+        # Where B A does not start at zero (PiSSA), these two hold the start of A and B. They never train.
         self.register_buffer("A0", None, persistent=False)
         self.register_buffer("B0", None, persistent=False)
 
-    @property
-    def active(self) -> bool:
-        return self.enabled and self.original is None  # switched on, and not in the weight already
+    def forward(self, x):
+        b, a = self.factors(matmul_dtype(x))
+        h = F.linear(F.dropout(x.to(a.dtype), self.dropout, self.training), a)  # (..., rank)
+        return F.linear(h * self.scaling, b)  # (..., out); h is thin, so scaling h costs little
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """B (out, r) and A (r, in) of the update: r = rank, or 2 rank for B A - B0 A0."""
+        """B (out, r) and A (r, in) of the update. r is rank, or 2 rank with PiSSA: B A - B0 A0."""
         b, a = self.B.weight, self.A.weight
         if self.B0 is not None:
             b, a = torch.cat((b, -self.B0), dim=1), torch.cat((a, self.A0))
         return b.to(dtype), a.to(dtype)
 
-    def forward(self, x):
-        b, a = self.factors(matmul_dtype(x))
-        x = F.linear(F.dropout(x.to(a.dtype), self.dropout, self.training), a)  # (..., rank)
-        return F.linear(x * self.scaling, b)  # (..., out); scaled where it is thin
+    @property
+    def active(self) -> bool:
+        """Whether the update is to be added: it is switched on, and not in W already."""
+        return self.enabled and self.original is None
 
 
-class _LoRAMatMul(torch.autograd.Function):
-    """W x + bias + scaling B A x for a frozen W, all of one dtype: (..., in) -> (..., out).
-
-    What autograd makes of the plain formula, in fewer passes over the wide tensors: the matrix product with B
-    adds itself to W x, and the one that takes the gradient back through A to what came back through W.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling):
-        ctx.scaling, rows = scaling, x.reshape(-1, x.size(-1))  # (N, in)
-        h = F.linear(rows, a)  # (N, rank)
-        ctx.save_for_backward(rows, h, weight, a, b)  # rows for A's gradient: W has none
-        y = F.linear(rows, weight, bias).addmm_(h, b.t(), alpha=scaling)  # (N, out)
-        return y.view(*x.shape[:-1], y.size(-1))
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, h, weight, a, b = ctx.saved_tensors
-        dx, dy = None, grad.reshape(-1, grad.size(-1))  # (N, out)
-        dh = (dy @ b) * ctx.scaling  # (N, rank)
-        if ctx.needs_input_grad[0]:  # the first block's q, k and v have nothing to train before them
-            dx = (dy @ weight).addmm_(dh, a).view(*grad.shape[:-1], weight.size(-1))
-        return dx, None, None, dh.t() @ rows, (dy.t() @ h) * ctx.scaling, None
-
-
-class LoRALinear(nn.Linear):
-    """An nn.Linear with a child `lora`. Never constructed: `_inject` makes one of a layer that exists."""
+class WithLoRA:
+    """Makes a linear layer with a child `lora` compute y = W x + bias + (alpha / rank) B A x."""
 
     def forward(self, x):
-        lora = self.lora
-        if not lora.active:
-            return F.linear(x, self.weight, self.bias)
-        # _LoRAMatMul is for a frozen W and one LoRA without dropout; model/adapters.py's RowLoRA has many.
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
-        if trains or not isinstance(lora, LoRA) or (lora.dropout and lora.training):
-            return F.linear(x, self.weight, self.bias) + lora(x)
-        b, a = lora.factors(matmul_dtype(x))
-        bias = None if self.bias is None else self.bias.to(a.dtype)
-        return _LoRAMatMul.apply(x.to(a.dtype), self.weight.to(a.dtype), bias, a, b, lora.scaling)
-
-
-class _OverQuantized:
-    """What a quantized layer gives, plus what its child `lora` does."""
-
-    def forward(self, x):
-        y = super().forward(x)
+        y = super().forward(x)  # W x + bias, as the layer computed it before
         return y + self.lora(x) if self.lora.active else y
 
 
-class LoRANF4Linear(_OverQuantized, NF4Linear):
-    """The same for a layer whose weight is held in 4 bits, to train."""
+class LoRALinear(WithLoRA, nn.Linear):
+    """An nn.Linear with a child `lora`. Nobody constructs one: `inject` makes one of a layer that exists."""
+
+    def forward(self, x):
+        if not self.can_be_fast():
+            return super().forward(x)
+        b, a = self.lora.factors(matmul_dtype(x))
+        return lora_linear(x, self.weight, self.bias, a, b, self.lora.scaling)  # the same in fewer steps
+
+    def can_be_fast(self) -> bool:
+        """Whether W is frozen, nothing drops out, and all rows have the same LoRA (see RowLoRA)."""
+        lora = self.lora
+        if not lora.active or not isinstance(lora, LoRA):
+            return False
+        drops_out = lora.training and lora.dropout > 0
+        w_trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
+        return not drops_out and not w_trains
 
 
-class LoRAInt8Linear(_OverQuantized, Int8Linear):
-    """And in 8 bits, to decode with an adapter."""
+class LoRANF4Linear(WithLoRA, NF4Linear):
+    """A layer whose weight is held in 4 bits, to train an adapter over (QLoRA)."""
+
+    bits = 4
 
 
-_WITH_LORA = {nn.Linear: LoRALinear, NF4Linear: LoRANF4Linear, Int8Linear: LoRAInt8Linear}
-_WITHOUT_LORA = {adapted: plain for plain, adapted in _WITH_LORA.items()}
+class LoRAInt8Linear(WithLoRA, Int8Linear):
+    """A layer whose weight is held in 8 bits, to decode with an adapter."""
+
+    bits = 8
 
 
-@torch.no_grad()
-def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The nearest product B A of two thin matrices, by truncated SVD (Eckart & Young 1936).
+WITH_LORA = {nn.Linear: LoRALinear, NF4Linear: LoRANF4Linear, Int8Linear: LoRAInt8Linear}
 
-    matrix (out, in) -> B (out, rank), A (rank, in), and the share of the energy kept: the sum of sigma^2 over
-    the `rank` largest singular values, divided by that over all. B and A each carry sqrt(sigma), the largest
-    first. A zero matrix loses nothing: 1. Raises ModelError for a rank that the matrix can't have.
-    """
-    if not 0 < rank <= min(matrix.shape):
-        raise ModelError(f"rank must be from 1 to {min(matrix.shape)}, not {rank}")
-    u, sigma, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
-    root, energy = sigma[:rank].sqrt(), sigma.square()
-    kept = (energy[:rank].sum() / energy.sum()).item() if energy.any() else 1.0
-    return u[:, :rank] * root, root[:, None] * vh[:rank], kept
-
-
-def _inject(linear: nn.Module, lora: nn.Module) -> None:
-    linear.lora = lora.train(linear.training)  # born in training mode, it would drop out in an eval() model
-    # The living object changes its class and nothing wraps it: `q_proj.weight` keeps its name and, for
-    # all that refers to it (tied weights, optimizers), its identity. Unlike a patched forward, it pickles.
-    linear.__class__ = _WITH_LORA.get(type(linear), type(linear))
-
-
-def _new_lora(linear: nn.Module, *arguments) -> LoRA:
-    return LoRA(linear.in_features, linear.out_features, *arguments, device=next(linear.parameters()).device)
-
-
-def _base_weight(linear: nn.Module) -> torch.Tensor:
-    """W (out, in) in float32, whatever holds it and whether or not an adapter is merged into it."""
-    if isinstance(linear, (NF4Linear, Int8Linear)):
-        return linear.dequantize()
-    lora = getattr(linear, "lora", None)
-    return (linear.weight if lora is None or lora.original is None else lora.original).detach().float()
-
-
-def _adapted(model: nn.Module, required: bool = True) -> dict[str, LoRALinear | _OverQuantized]:
-    found = {clean(name): m for name, m in model.named_modules() if type(m) in _WITHOUT_LORA}
-    if required and not found:
-        raise ModelError("the model has no LoRA: call apply_lora or load_lora first")
-    return found
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    # No other subclasses: they have a forward of their own (fused, say), which the new class would discard.
-    kinds = {*_WITH_LORA, *_WITHOUT_LORA}
-    return {clean(name): m for name, m in model.named_modules()
-            if type(m) in kinds and name and ".lora." not in f".{name}."}
+# --- adding adapters, and training them ---------------------------------------------------------------------
 
 
 def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dropout: float = 0.0,
                target_modules: str | list[str] = "all-linear", rslora: bool = False,
                init: str = "gaussian") -> list[str]:
-    """Give layers of any model an adapter, in place; no output changes. Returns their names.
+    """Gives layers of any model an adapter, in place; no output changes. Returns the names of the layers.
 
     target_modules, one or a list: "all-linear" (never lm_head), "square" (in = out, MiniMind's rule), the end
-    of a name ("q_proj"), or a regular expression for the whole name. alpha None: rank, so a scale of 1.
-    rslora: see LoRA. init: "gaussian", or "pissa": A and B start as W's largest singular vectors, where there
-    is most to change (Meng et al. 2024, arXiv:2404.02948), and outputs stay the same to float rounding.
-    Raises ModelError: rank, alpha or dropout out of range, a target that matches nothing, LoRA there already.
+    of a name ("q_proj"), or a regular expression for the whole name. alpha: None means rank, so that the
+    factor alpha / rank is 1. rslora: see LoRA.
+    init: "gaussian", or "pissa", where A and B start as the largest singular vectors of W and outputs stay
+    the same to float rounding (model/low_rank.py).
+    Raises ModelError if rank, alpha or dropout is out of range, a target matches nothing, or the model has
+    LoRA already. The model is unchanged then.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ModelError(f"LoRA rank must be a whole number from 1 up, not {rank!r}")
@@ -206,204 +138,181 @@ def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dro
         raise ModelError(f"LoRA dropout must be from 0 to below 1, not {dropout!r}")
     if init not in ("gaussian", "pissa"):
         raise ModelError(f"LoRA init must be gaussian or pissa, not {init!r}")
-    if _adapted(model, required=False):
+    if adapted_layers(model, required=False):
         raise ModelError("the model has LoRA already: call remove_lora first")
-    # First all the names, then the injection: a walk that injects as it goes meets LoRA's own A, which is
-    # square too when rank = width, and never ends.
-    linears = _linears(model)
-    names = select_layers(linears, target_modules)
-    widths = [min(linears[name].in_features, linears[name].out_features) for name in names]
-    width = min(widths) if init == "pissa" else max(widths)  # W has no more singular vectors than that
-    if rank > width:
-        raise ModelError(f"LoRA rank {rank} is above the width of the layers, {width}")
-    for name in names:
-        lora = _new_lora(linears[name], rank, alpha, dropout, rslora)
-        if init == "pissa":
-            _start_at_singular_vectors(lora, _base_weight(linears[name]))
-        _inject(linears[name], lora)
+    # All names are collected before the first layer changes. If rank equals the width, A is a square linear
+    # layer too, and a walk that adapts the layers it meets would adapt A, then A's own A, and never end.
+    layers = linear_layers(model)
+    names = select_layers(layers, target_modules)
+    widths = [min(layers[name].in_features, layers[name].out_features) for name in names]
+    # PiSSA needs as many singular vectors of every W, and W has no more of them than its width.
+    max_rank = min(widths) if init == "pissa" else max(widths)
+    if rank > max_rank:
+        raise ModelError(f"LoRA rank {rank} is above the width of the layers, {max_rank}")
+    loras = {name: new_lora(layers[name], rank, alpha, dropout, rslora) for name in names}
+    if init == "pissa":
+        for name, lora in loras.items():
+            start_at_singular_vectors(lora, base_weight(layers[name]))
+    inject(model, loras)
     return names
 
 
-@torch.no_grad()
-def _start_at_singular_vectors(lora: LoRA, weight: torch.Tensor) -> None:
-    """scaling B A becomes the nearest to `weight` (out, in) of its rank.
+def new_lora(layer: nn.Module, *settings) -> LoRA:
+    """A LoRA of the layer's size, on the layer's device. settings: rank, alpha, dropout, rslora."""
+    return LoRA(layer.in_features, layer.out_features, *settings, device=next(layer.parameters()).device)
 
-    The paper trains B A beside the rest, W - B0 A0. Here W stays and the update is B A - B0 A0, which is the
-    same function: the base keeps its bits and other adapters their base, for one more thin product.
+
+def inject(model: nn.Module, loras: dict[str, nn.Module]) -> None:
+    """loras {layer name: LoRA}: makes each LoRA the child `lora` of its layer, which has none yet.
+
+    The layer changes its class and is not wrapped. The name `q_proj.weight` stays, and the parameter is the
+    same object for everything that refers to it (tied weights, optimizers). Unlike a layer with a patched
+    forward method, the layer can be pickled.
     """
-    lora.B0, lora.A0, _ = low_rank(weight / lora.scaling, lora.rank)
-    lora.B.weight.copy_(lora.B0)
-    lora.A.weight.copy_(lora.A0)
+    layers = linear_layers(model)
+    for name, lora in loras.items():
+        layer = layers[name]
+        device = next(layer.parameters()).device  # the model may have moved since `lora` was made
+        layer.lora = lora.to(device).train(layer.training)  # a new module is in training mode: dropout is on
+        layer.lora.enabled = True  # an adapter that was used before may have been switched off
+        layer.__class__ = WITH_LORA[type(layer)]
+
+
+def adapted_layers(model: nn.Module, required: bool = True) -> dict[str, WithLoRA]:
+    """The layers that have an adapter, by name. required: raises ModelError where there are none."""
+    layers = {without_wrappers(name): module for name, module in model.named_modules()
+              if isinstance(module, WithLoRA)}
+    if required and not layers:
+        raise ModelError("the model has no LoRA: call apply_lora or load_lora first")
+    return layers
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can have an adapter or have one, by name.
+
+    Other subclasses of nn.Linear are left out: they have a forward of their own, which a new class would
+    drop. A and B of an adapter are left out, and so is `model` itself, which has no name.
+    """
+    classes = {*WITH_LORA, *WITH_LORA.values()}
+    return {without_wrappers(name): module for name, module in model.named_modules()
+            if name and type(module) in classes and ".lora." not in f".{name}."}
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Every A and B, for the optimizer."""
-    for linear in _adapted(model).values():
-        yield from linear.lora.parameters()
+    for layer in adapted_layers(model).values():
+        yield from layer.lora.parameters()
 
 
 def freeze_all_but_lora(model: nn.Module) -> None:
-    """Only A and B train. Call it before DDP wraps the model: DDP looks at requires_grad once."""
-    lora = list(lora_parameters(model))
-    model.requires_grad_(False)
-    for parameter in lora:
-        parameter.requires_grad_(True)
+    """Lets only A and B train. Call it before DDP wraps the model: DDP reads requires_grad only once."""
+    trained = set(lora_parameters(model))
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in trained)
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the frozen matrices in the type that the forward pass computes in: nothing adds small updates to
-    them. Norms and biases, which are few, stay as they are, and so do 4-bit weights."""
+    """Holds the frozen matrices in the type that the forward pass computes in, to save memory.
+
+    Frozen matrices get no small updates, so they need no float32. Norms and biases, which are small, stay as
+    they are, and so do quantized weights.
+    """
     for weight in model.parameters():
         if not weight.requires_grad and weight.is_floating_point() and weight.ndim == 2:
             weight.data = weight.data.to(dtype)  # the same Parameter: embedding and head may share it
 
 
 def count_line(model: nn.Module) -> str:
-    """How many parameters there are and how few of them train, for a person to read."""
-    total, lora = count_parameters(model), sum(p.numel() for p in lora_parameters(model))
+    """How many parameters the model has and how many of them train, in words."""
+    total = count_parameters(model)
+    lora = sum(parameter.numel() for parameter in lora_parameters(model))
     return f"{total:,} parameters in all, {lora:,} LoRA, {100 * lora / total:.2f} %"
 
 
-def set_lora(model: nn.Module, on: bool) -> None:
-    """Switch the adapter on, or off: exactly the base model then (a merge is undone)."""
-    if not on:
-        unmerge_lora(model)
-    for linear in _adapted(model).values():
-        linear.lora.enabled = on
+# --- merging ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """W <- W + (alpha / rank) B A: the adapted model at the speed of the base. A second call does nothing.
+    """W <- W + (alpha / rank) B A: the adapted model becomes as fast as the base.
 
-    The old W is kept: subtracting B A again would not give back the same bits. Raises ModelError, and merges
-    nothing, where W is in 4 bits, or shared (an adapted lm_head tied to the embedding): both would change.
+    A second call changes nothing. The old W is kept, because subtracting B A again would not give back the
+    same bits. Raises ModelError, and merges nothing, where a W is quantized, or where a W is shared: an
+    adapted lm_head may be tied to the embedding, and both would change.
     """
-    names, adapted = {}, _adapted(model)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    for name, linear in adapted.items():
-        if isinstance(linear, (NF4Linear, Int8Linear)):
-            bits = 4 if isinstance(linear, NF4Linear) else 8
-            raise ModelError(f"LoRA can't be merged into {bits}-bit weights ({name}): "
-                             "use scripts/merge_lora.py")
-        if len(shared := names[linear.weight]) > 1:
+    adapted = adapted_layers(model)
+    for name, layer in adapted.items():
+        if not isinstance(layer, nn.Linear):
+            raise ModelError(f"can't merge into {layer.bits}-bit weights ({name}): use scripts/merge_lora.py")
+        shared = [n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
+        if len(shared) > 1:
             raise ModelError(f"LoRA can't be merged into a shared weight: {' = '.join(shared)}")
-    factors = {name: linear.lora.factors() for name, linear in adapted.items()}
-    for name, linear in adapted.items():
-        lora, weight, (b, a) = linear.lora, linear.weight, factors[name]
+    for layer in adapted.values():
+        lora = layer.lora
+        b, a = lora.factors()  # raises ModelError at the first layer where each row has its own adapter
         lora.enabled = True
         if lora.original is None:
-            lora.original = weight.detach().clone()
-            weight.copy_(weight.float() + lora.scaling * b @ a)  # same Parameter
+            lora.original = layer.weight.detach().clone()
+            layer.weight.copy_(layer.weight.float() + lora.scaling * b @ a)  # same Parameter
 
 
 @torch.no_grad()
 def unmerge_lora(model: nn.Module) -> None:
-    """Undo merge_lora, to the bit. Does nothing where nothing is merged."""
-    for linear in _adapted(model).values():
-        if linear.lora.original is not None:
-            linear.weight.copy_(linear.lora.original)
-            linear.lora.original = None
+    """Undoes merge_lora, to the bit. Where nothing is merged, nothing changes."""
+    for layer in adapted_layers(model).values():
+        if layer.lora.original is not None:
+            layer.weight.copy_(layer.lora.original)
+            layer.lora.original = None
 
 
-def remove_lora(model: nn.Module, keep_merged: bool = False) -> None:
-    """Back to plain layers: the base model, or with keep_merged what merge_lora made of it."""
-    for linear in _adapted(model, required=False).values():
-        if not keep_merged:
-            unmerge_lora(linear)
-        del linear.lora
-        linear.__class__ = _WITHOUT_LORA[type(linear)]
-
-
-def _base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All that is not LoRA's, as it is without a merge."""
-    weights = {clean(name): p for name, p in model.named_parameters() if ".lora." not in name}
-    merged = {f"{name}.weight": linear.lora.original for name, linear in _adapted(model, False).items()}
-    return weights | {name: weight for name, weight in merged.items() if weight is not None}
+# --- saving and loading -------------------------------------------------------------------------------------
 
 
 def save_lora(model: nn.Module, path: str | Path, base: str | Path | None = None, tokenizer=None,
               training: dict | None = None) -> None:
-    """Write the adapter and nothing of the base: a PEFT folder, or one plain file where path ends in .pth.
+    """Writes the adapter and nothing of the base: a PEFT folder, or one plain file where path ends in .pth.
 
-    The folder: adapter_model.safetensors, adapter_config.json (`base`: where the base model lies), and where
-    given, the tokenizer and training.json. The .pth: {"NAME.lora.A.weight": ...} alone; it has no place for
-    alpha, so it holds B times alpha / rank. Each file is complete or absent; other files survive. Raises
-    ModelError, and writes nothing, where A or B hold NaN or infinity.
+    The folder holds adapter_model.safetensors and adapter_config.json (which names `base`, the path of the
+    base model), and the tokenizer and training.json if they are given. The file holds the matrices alone,
+    {"NAME.lora.A.weight": ...}. It has no place for alpha, so its B is B times alpha / rank.
+    Each file is complete or absent, and other files in the folder stay. Raises ModelError, and writes
+    nothing, where A or B holds NaN or infinity.
     """
-    path, loras = Path(path), {name: linear.lora for name, linear in _adapted(model).items()}
-    if path.suffix == ".pth":
-        return write_plain(path, loras)
-    modules, marks = [clean(name) for name, _ in model.named_modules()], fingerprint(_base_weights(model))
-    write_adapter(path, loras, modules, marks, base, tokenizer, training)
+    loras = {name: layer.lora for name, layer in adapted_layers(model).items()}
+    write_adapter(Path(path), loras, model, base, tokenizer, training)
 
 
 def read_lora(model: nn.Module, path: str | Path) -> dict[str, LoRA]:
-    """{name: the LoRA of that layer} of an adapter that fits the model, which stays as it is.
+    """{layer name: LoRA} of an adapter that fits the model. The model stays as it is.
 
-    A PEFT folder, ours or PEFT's own, or a plain .pth, also an old one in half precision. Raises ModelError:
-    a missing or misshapen matrix, a layer that isn't here, another base model, a damaged file.
+    path: a PEFT folder, ours or PEFT's own, or a plain .pth, also an old one in half precision. Raises
+    ModelError for a missing or misshapen matrix, a layer that the model does not have, an adapter of another
+    base model, or a damaged file.
     """
-    parts, marks = read_adapter(Path(path))
-    linears = _linears(model)
-    check_shapes(parts, linears, path)
-    if name := other_base(marks, fingerprint(_base_weights(model))):
-        raise ModelError(f"{path}: made for another base model (other values in {name})")
-    loras = {}
-    for name, part in parts.items():
-        loras[name] = _new_lora(linears[name], len(part["A"]), part["alpha"], part["dropout"], part["rslora"])
-        loras[name].A.weight.data.copy_(part["A"])
-        loras[name].B.weight.data.copy_(part["B"])
+    layers, loras = linear_layers(model), {}
+    for name, part in read_adapter(Path(path), model, layers).items():
+        loras[name] = new_lora(layers[name], len(part["A"]), part["alpha"], part["dropout"], part["rslora"])
+        loras[name].load_state_dict({"A.weight": part["A"], "B.weight": part["B"]})
     return loras
-
-
-@dataclass
-class LoRAReport:
-    """What load_lora did. relative_norm: |updates| / |the weights they change|; 0 changes nothing."""
-
-    matched: int
-    names: list[str]
-    relative_norm: float
 
 
 @torch.no_grad()
 def load_lora(model: nn.Module, path: str | Path) -> LoRAReport:
-    """Load an adapter (see read_lora) and put it to use.
+    """Reads an adapter (see read_lora) and puts it to use.
 
-    A model without LoRA gets it where the adapter needs it; one with LoRA must have the same layers and ranks
-    and keeps its alpha (B is rescaled where the file's differs). Raises ModelError as read_lora does, and for
-    missing layers or other ranks; the model is untouched then.
+    A model without LoRA gets it in the layers that the adapter has. A model with LoRA must have it in the
+    same layers and with the same ranks; it keeps its alpha, and B is rescaled where the file's alpha differs.
+    Raises ModelError as read_lora does, and for other layers or ranks. The model is unchanged then.
     """
-    adapted, loras, linears = _adapted(model, required=False), read_lora(model, path), _linears(model)
-    if missing := sorted(adapted.keys() - loras.keys()):
-        raise ModelError(f"{path}: lacks {len(missing)} of the model's LoRA layers, as {missing[0]}")
-    for name, lora in loras.items() if adapted else ():
-        if name not in adapted:
-            raise ModelError(f"{path}: has a layer that is no LoRA layer here, {name}")
-        if (rank := adapted[name].lora.rank) != lora.rank:
-            raise ModelError(f"{path}: {name} lora A is {(lora.rank, linears[name].in_features)}, "
-                             f"not {(rank, linears[name].in_features)}")
+    adapted, loras = adapted_layers(model, required=False), read_lora(model, path)
     if adapted:
+        check_same_layers(path, loras, {name: layer.lora for name, layer in adapted.items()})
         unmerge_lora(model)
-    for name, lora in loras.items():
-        if not adapted:
-            _inject(linears[name], lora)
-            continue
-        mine = adapted[name].lora
-        mine.A.weight.copy_(lora.A.weight)
-        mine.B.weight.copy_(lora.B.weight * (lora.scaling / mine.scaling))
-        mine.A0 = mine.B0 = None
-    return report_lora(model)
-
-
-def report_lora(model: nn.Module) -> LoRAReport:
-    """How much the adapter in use changes."""
-    update = weight = 0.0
-    adapted = _adapted(model)
-    for linear in adapted.values():
-        b, a = (part.detach() for part in linear.lora.factors())
-        # |scaling B A|^2 without making B A
-        update += linear.lora.scaling**2 * ((b.T @ b) * (a @ a.T)).sum().item()
-        weight += _base_weight(linear).square().sum().item()
-    return LoRAReport(len(adapted), sorted(adapted), math.sqrt(max(update, 0.0) / max(weight, 1e-30)))
+        for name, lora in loras.items():
+            mine = adapted[name].lora
+            b = lora.B.weight * (lora.scaling / mine.scaling)
+            mine.load_state_dict({"A.weight": lora.A.weight, "B.weight": b})
+            mine.A0 = mine.B0 = None
+    else:
+        inject(model, loras)
+    return report_layers(adapted_layers(model))

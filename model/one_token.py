@@ -1,59 +1,73 @@
-"""One new token for each row, as fast as a CPU can: what `generate` spends its time on.
+"""One new token for each row, as fast as a CPU can: most of `generate`'s time. A reader may skip this file.
 
     model = prepare_to_decode(load_model("out/full_sft"))  # or quantize_int8(...) of it; then generate
 
-A token's arithmetic is nothing. It waits for two things: every weight comes from memory once, and some
-hundred small operations are started one after the other. So the weights lie such that all threads read long
-streams of them, and what `CausalLM` computes is written here once more, in few operations. Shapes: B rows, C
-width, H heads, K key/value heads, D head dim, V vocabulary.
+The arithmetic for one token takes almost no time. Two other things do: every weight comes from memory once,
+and some hundred small operations are started one after the other. For this reason weights are arranged in
+memory so that all threads read long streams of them, and `CausalLM` is written here once more, with few
+operations.
+
+Shapes: B rows, L layers, C width, H heads, K key/value heads, D head dim, S tokens in the cache, V vocabulary
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.quantize import FEW, KERNEL_WIDTH, Int8Linear
-from model.transformer import CausalLM, KVCache, one_block, positions_and_mask, rotate
+from model.attention import one_block, visible_keys
+from model.generate import KVCache
+from model.int8 import KERNEL_WIDTH_MULTIPLE, MAX_KERNEL_ROWS, Int8Linear
+from model.transformer import Block, CausalLM, RMSNorm, rotate, token_positions
 
-MANY = 64  # rows of x up to which a float32 `Product` is faster than PyTorch's
+MAX_FLOAT32_ROWS = 64  # with more rows of x, PyTorch's own product is faster than a float32 `Product`
 
 
 class Product:
-    """Layers that read the same x (B, in) as one: their outputs, one after the other (B, out).
+    """Layers that read the same x (B, in) as one layer: their outputs, one after the other (B, out).
 
         W x = the sum of the columns of W, each times one number of x
 
-    float32 matrices are stored column by column, and each thread adds up a part of the columns: PyTorch's own
-    product of a matrix and a vector keeps to one thread. The layers live on, and share this memory.
-    Before the first call, and after a change of adapters, `look`.
+    float32 matrices are stored column by column, and each thread adds up a part of the columns. PyTorch's own
+    product of a matrix and a vector uses one thread only. The layers stay usable, and share this memory.
+    Call `get_ready` before the first use, and again whenever adapters have changed.
     """
 
     def __init__(self, *layers: nn.Linear | Int8Linear):
-        self.layers, self.joined = layers, {}
+        self.layers = layers
+        self.joined = {}  # the parameters of all layers in one tensor each: weight or codes, scale, bias
         for name, _ in layers[0].named_parameters():
             parameters = [getattr(layer, name) for layer in layers]
             joined = torch.cat([parameter.data for parameter in parameters])  # (out, ...) like each of them
             if name == "weight":
                 joined = joined.t().contiguous().t()
-            for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
+            parts = joined.split([len(parameter) for parameter in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
                 parameter.data = part
             self.joined[name] = joined
-        self.laid_out = self.addresses()
+        self.max_rows = MAX_KERNEL_ROWS if "codes" in self.joined else MAX_FLOAT32_ROWS
+        self.addresses = self.find_addresses()
 
-    def addresses(self) -> list[int]:
-        """Where each layer's parameters lie now."""
+    def find_addresses(self) -> list[int]:
+        """Where the parameters of each layer lie in memory now."""
         return [getattr(layer, name).data_ptr() for layer in self.layers for name in self.joined]
 
-    def look(self) -> bool:
-        """Finds the adapters that are on now; False where the layers no longer share the memory."""
-        adapters = [(i, getattr(layer, "lora", None)) for i, layer in enumerate(self.layers)]
-        self.loras = [(i, lora) for i, lora in adapters if lora is not None and lora.active]
+    def get_ready(self, batch_size: int) -> bool:
+        """Looks up the adapters in use. False for too many rows, or if the layers left this memory."""
+        self.loras = []  # the columns of the output that an adapter adds to, and the adapter
+        begin = 0
+        for layer in self.layers:
+            lora = getattr(layer, "lora", None)
+            if lora is not None and lora.active:
+                self.loras.append((slice(begin, begin + layer.out_features), lora))
+            begin += layer.out_features
         if "weight" in self.joined:
             columns = self.joined["weight"].t()  # (in, out)
-            most = 2 * torch.get_num_threads()  # two each: one of them may be slow
-            parts = max(n for n in range(1, most + 1) if len(columns) % n == 0)
+            # Equal parts, at most two for each thread, because one of the threads may be slow.
+            parts = max(n for n in range(1, 2 * torch.get_num_threads() + 1) if len(columns) % n == 0)
             self.columns = columns.view(parts, -1, columns.size(1))  # (parts, in / parts, out)
-        return self.addresses() == self.laid_out
+        return batch_size <= self.max_rows and self.find_addresses() == self.addresses
 
     def __call__(self, x):
         if "codes" in self.joined:
@@ -63,79 +77,103 @@ class Product:
             y = torch.bmm(rows, self.columns).sum(0)
         if "bias" in self.joined:
             y += self.joined["bias"]
-        for i, lora in self.loras:
-            begin = sum(layer.out_features for layer in self.layers[:i])
-            y[:, begin:begin + self.layers[i].out_features] += lora(x[:, None])[:, 0]
+        for outputs, lora in self.loras:
+            y[:, outputs] += lora(x[:, None])[:, 0]
         return y
 
 
+square_root = functools.cache(lambda eps: torch.tensor(eps).sqrt())
+
+
+def norm(module: RMSNorm, x):
+    """The result of an RMSNorm in half the time: sqrt(mean of squares + eps) is computed as a hypotenuse."""
+    root_mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(x.size(-1) ** -0.5)
+    return (x * module.weight).div_(root_mean_square.hypot_(square_root(module.eps)))
+
+
+class OneBlock:
+    """`Block.forward` for one new token in each row."""
+
+    def __init__(self, block: Block):
+        self.block = block
+        self.qkv = Product(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        self.o = Product(block.self_attn.o_proj)
+        self.gate_up = Product(block.mlp.gate_proj, block.mlp.up_proj)
+        self.down = Product(block.mlp.down_proj)
+
+    def __call__(self, x, config, rope, bias, keys, values, new_key, new_value):
+        """x (B, C) -> (B, C). keys, values (B * K, S, D): those of this layer in the cache.
+
+        new_key, new_value (B, K, D): the last of them, which are written here. bias: as `one_block` makes it.
+        """
+        kv_heads = config.num_key_value_heads
+        y = self.qkv(norm(self.block.input_layernorm, x)).view(len(x), -1, config.head_dim)  # (B, H + 2 K, D)
+        qk = y[:, :-kv_heads]  # (B, H + K, D)
+        if config.qk_norm:
+            q, k = qk[:, :-kv_heads], qk[:, -kv_heads:]
+            attention = self.block.self_attn
+            qk = torch.cat([norm(attention.q_norm, q), norm(attention.k_norm, k)], dim=1)
+        qk = rotate(qk, *rope)
+        new_key.copy_(qk[:, -kv_heads:])
+        new_value.copy_(y[:, -kv_heads:])
+        q = qk[:, :-kv_heads].reshape(len(keys), -1, config.head_dim)  # (B * K, H / K, D)
+        scores = torch.baddbmm(bias, q, keys.mT, alpha=config.head_dim ** -0.5)  # (B * K, H / K, S)
+        x = x + self.o(torch.bmm(scores.softmax(dim=-1), values).view(len(x), -1))
+        gate, up = self.gate_up(norm(self.block.post_attention_layernorm, x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
 class OneToken:
-    """CausalLM.forward for one new token in each of some rows: float32 or int8 weights, on a CPU."""
+    """`CausalLM.forward` for one new token in each row: float32 or int8 weights, on a CPU."""
 
     def __init__(self, model: CausalLM):
-        self.model, config = model, model.config
-        self.heads = config.num_attention_heads, config.num_key_value_heads
-        self.layers = [
-            (block, Product(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj),
-             Product(block.self_attn.o_proj), Product(block.mlp.gate_proj, block.mlp.up_proj),
-             Product(block.mlp.down_proj)) for block in model.model.layers]
+        self.model = model
+        self.blocks = [OneBlock(block) for block in model.model.layers]
         self.head = Product(model.lm_head)
-        self.root_eps = torch.tensor(config.rms_norm_eps).sqrt()
 
-    def fits(self, batch_size: int) -> bool:
-        """To be asked before each text: adapters and memory may have changed since the last."""
-        products = [self.head, *(product for _, *products in self.layers for product in products)]
-        most = FEW if any("codes" in product.joined for product in products) else MANY
-        return batch_size <= most and all([product.look() for product in products])  # a list: each must look
+    def get_ready(self, batch_size: int) -> bool:
+        """Looks up adapters and memory, which may have changed: call it before each text.
+
+        False if the ordinary forward pass must be used.
+        """
+        products = [self.head]
+        for block in self.blocks:
+            products += [block.qkv, block.o, block.gate_up, block.down]
+        return all([product.get_ready(batch_size) for product in products])  # a list: no product is left out
 
     @torch.inference_mode()
     def __call__(self, ids, cache: KVCache):
         """The logits (B, V) after ids (B,), which are appended to the cache."""
-        config, decoder, (heads, kv_heads) = self.model.config, self.model.model, self.heads
-        positions, mask = positions_and_mask(config, ids[:, None], cache=cache)
-        cos, sin = (table[positions[:, 0]] for table in cache.rope)  # (B or 1, 1, D) each
-        [(_, bias)] = one_block(config, mask, torch.float32)  # (1 or B * K, 1, S)
-        # Of the cache, for all layers at once: what is seen, and where the new token goes.
-        end, stored = cache.length + 1, (cache.k, cache.v)
-        seen = [tensor[..., :end, :].flatten(1, 2) for tensor in stored]  # (L, B * K, S, D) each
-        places = [tensor[..., end - 1, :] for tensor in stored]  # (L, B, K, D) each
-        parts = zip(*(part.unbind() for part in (*seen, *places)), strict=True)
-        x = decoder.embed_tokens(ids)  # (B, C)
-        for (block, qkv, o, gate_up, down), (k, v, new_k, new_v) in zip(self.layers, parts, strict=True):
-            y = qkv(self.norm(block.input_layernorm, x)).view(len(x), -1, config.head_dim)  # (B, H + 2 K, D)
-            qk = y[:, :-kv_heads]  # (B, H + K, D)
-            if config.qk_norm:
-                norms = block.self_attn.q_norm, block.self_attn.k_norm
-                split = qk.split((heads, kv_heads), dim=1)
-                qk = torch.cat([self.norm(*pair) for pair in zip(norms, split, strict=True)], dim=1)
-            qk = rotate(qk, cos, sin)
-            new_k.copy_(qk[:, heads:])
-            new_v.copy_(y[:, -kv_heads:])
-            q = qk[:, :heads].reshape(len(k), -1, config.head_dim)  # (B * K, H / K, D)
-            scores = torch.baddbmm(bias, q, k.mT, alpha=config.head_dim ** -0.5)  # (B * K, H / K, S)
-            x = x + o(torch.bmm(scores.softmax(dim=-1), v).view(len(x), -1))
-            gate, up = gate_up(self.norm(block.post_attention_layernorm, x)).chunk(2, dim=-1)
-            x = x + down(F.silu(gate) * up)
+        config = self.model.config
+        # bias (1 or B * K, 1, S)
+        [(_, bias)] = one_block(config, visible_keys(config, ids[:, None], cache=cache), torch.float32)
+        positions = token_positions(ids[:, None], cache=cache)[:, 0]  # (B or 1,)
+        rope = [table[positions] for table in cache.rope]  # cos and sin, (B or 1, 1, D) each
+        # The cache is cut for all layers at once: L views of each kind. The new token has the last place.
+        end = cache.length + 1
+        keys = cache.k[..., :end, :].flatten(1, 2).unbind()  # (B * K, S, D)
+        values = cache.v[..., :end, :].flatten(1, 2).unbind()
+        new_keys = cache.k[..., end - 1, :].unbind()  # (B, K, D)
+        new_values = cache.v[..., end - 1, :].unbind()
+        x = self.model.model.embed_tokens(ids)  # (B, C)
+        for block, *of_layer in zip(self.blocks, keys, values, new_keys, new_values, strict=True):
+            x = block(x, config, rope, bias, *of_layer)
         cache.length = end
-        return self.head(self.norm(decoder.norm, x))
-
-    def norm(self, module: nn.Module, x):
-        """What an RMSNorm gives, in half the time: sqrt(mean of squares + eps) as a hypotenuse."""
-        root_mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(x.size(-1) ** -0.5)
-        return (x * module.weight).div_(root_mean_square.hypot_(self.root_eps))
+        return self.head(norm(self.model.model.norm, x))
 
 
 def prepare_to_decode(model: CausalLM) -> CausalLM:
-    """Lays out weights for `OneToken` and hands it to the model; names, shapes and values of all stay.
+    """Arranges the weights for `OneToken` and gives it to the model. Weights keep names, shapes and values.
 
-    The last thing to do, after quantize_int8, with a model that is not trained any more: an optimizer's state
-    would lie in the other order. A model in half precision or 4 bits stays as it is, and so does one on a
-    GPU, where nothing of this was measured.
+    This is the last thing to do, after quantize_int8, with a model that is not trained any more: the state of
+    an optimizer would lie in the other order. A model in half precision or 4 bits stays as it is, and so does
+    a model on a GPU, where none of this was measured.
     """
     layers = [module for module in model.modules() if hasattr(module, "in_features")]
-    known = all(type(layer) is nn.Linear
-                or type(layer) is Int8Linear and layer.in_features % KERNEL_WIDTH == 0 for layer in layers)
+    are_known = all(type(layer) in (nn.Linear, Int8Linear) for layer in layers)
+    widths = [layer.in_features for layer in layers if type(layer) is Int8Linear]
+    fit_kernel = all(width % KERNEL_WIDTH_MULTIPLE == 0 for width in widths)
     weight = model.model.norm.weight
-    if known and weight.dtype == torch.float32 and weight.device.type == "cpu":
+    if are_known and fit_kernel and weight.dtype == torch.float32 and weight.device.type == "cpu":
         model.one_token = OneToken(model)
     return model

@@ -1,11 +1,12 @@
-"""Look at a data file as training will see it, before a run: what is unusable, how long, and what is learnt.
+"""Shows a data file as training will see it: which lines are unusable, how long samples are, what is learnt.
 
     python scripts/check_data.py my_chats.jsonl                                # with Seedling's own tokenizer
     python scripts/check_data.py my_chats.jsonl --load_from out/my_sft --show 5    # with that model's
 
-Counts the lines that would be skipped and names the first of them, says what each --max_seq_len would cut and
-how full its packed rows would be, and shows the beginning of a few samples, with what the loss is taken of in
-[[double brackets]]. Leaves nothing behind: its token cache is in a temporary folder.
+Counts the lines that would be skipped and names the first of them. Says how much each --max_seq_len would cut
+and how full its packed rows would be. Shows the beginning of a few samples, with the supervised tokens, of
+which the loss is taken, in [[double brackets]]. Leaves nothing behind: its token cache is in a temporary
+folder.
 """
 
 import re
@@ -14,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.args import ROOT, Parser, run_script
+from common.cli import ROOT, Parser, run_script
 
 ROW_LENGTHS = [2**power for power in range(7, 16)]  # 128 to 32,768
-SHOWN_TOKENS = 600  # of a sample
-# What would steer a terminal: control characters, and those that turn the direction of text
+MAX_SHOWN_TOKENS = 600  # of a sample
+# Characters that would steer a terminal: control characters, and those that turn the direction of text
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -35,26 +36,29 @@ def main(args):
 
 def look(args, tokenizer, folder: str) -> None:
     """Prints everything; `folder` is for the token cache."""
-    kind = kind_of(args.data_path)
-    # Nothing is cut yet: what --max_seq_len does is reckoned for many of them below.
-    dataset = kind(args.data_path, tokenizer, sys.maxsize, strict=args.strict, cache_dir=folder)
+    dataset_class = class_for(args.data_path)
+    # The dataset cuts nothing. `lengths_in_rows` computes below what many values of --max_seq_len would cut.
+    dataset = dataset_class(args.data_path, tokenizer, sys.maxsize, strict=args.strict, cache_dir=folder)
     describe(dataset)
     print_rows(dataset, folder)
-    show = min(args.show, len(dataset))
-    for sample in (i * len(dataset) // show for i in range(show)):
+    number_shown = min(args.show, len(dataset))
+    for i in range(number_shown):
+        sample = i * len(dataset) // number_shown
         ids, labels = dataset[sample]
-        text = marked(ids[:SHOWN_TOKENS], labels[:SHOWN_TOKENS], tokenizer)
-        text += f" ... ({len(ids):,} tokens in all)" * (len(ids) > SHOWN_TOKENS)
+        text = marked(ids[:MAX_SHOWN_TOKENS], labels[:MAX_SHOWN_TOKENS], tokenizer)
+        if len(ids) > MAX_SHOWN_TOKENS:
+            text += f" ... ({len(ids):,} tokens in all)"
         print(UNPRINTABLE.sub("\ufffd", f"\n--- {dataset.where(sample)}\n{text}"))
     if dataset.kind == "sft" and args.show:
         print("\n[[...]] is learnt, and nothing else.")
 
 
-def kind_of(paths: list[Path]):
+def class_for(paths: list[Path]):
     """The dataset class for the first usable record: chats, or plain text."""
-    from dataset.chat import to_messages
-    from dataset.jsonl import DataError, Report, read_records
+    from common.errors import DataError
     from dataset.lm_dataset import PretrainDataset, SFTDataset
+    from dataset.messages import to_messages
+    from dataset.records import Report, read_records
 
     for _, _, record in read_records(paths, report=Report(shown=0)):
         try:
@@ -63,11 +67,11 @@ def kind_of(paths: list[Path]):
         except (DataError, RecursionError):
             if isinstance(record.get("text"), str):
                 return PretrainDataset
-    return SFTDataset  # which will say why nothing is usable
+    return SFTDataset  # it will say why no record is usable
 
 
 def describe(dataset) -> None:
-    """How much there is, and for which script."""
+    """Prints how much data there is, and for which script."""
     import numpy as np
 
     tokens, targets = int(dataset.lengths.sum()), int(dataset.num_targets.sum())
@@ -84,25 +88,25 @@ def describe(dataset) -> None:
 def lengths_in_rows(dataset, size: int):
     """Lengths of the samples that rows of `size` tokens would hold, int (n,); the dataset has cut nothing.
 
-    A longer chat is cut, or dropped where none of the assistant's words come before that (see SFTDataset). A
-    longer text is read in windows that overlap by one token (see PretrainDataset).
+    A longer chat is cut there, or dropped if no word of the assistant comes before the cut (see SFTDataset).
+    A longer text is read in windows that overlap by one token (see PretrainDataset).
     """
     import numpy as np
 
     lengths, cache = dataset.lengths, dataset.cache
     if dataset.kind == "sft":
-        learnt = np.flatnonzero(cache.mask)  # places in the whole cache; every sample has some
+        learnt = np.flatnonzero(cache.mask)  # places in the whole cache; every sample has at least one
         starts = cache.offsets[:-1]
         first = learnt[np.searchsorted(learnt, starts)] - starts
         return np.minimum(lengths, size)[first < size]
     windows = (lengths - 2) // (size - 1) + 1  # of each text
     found = np.full(windows.sum(), size)
-    found[np.cumsum(windows) - 1] = lengths - (windows - 1) * (size - 1)  # the last one is what is left
+    found[np.cumsum(windows) - 1] = lengths - (windows - 1) * (size - 1)  # the last window has the rest
     return found
 
 
 def print_rows(dataset, folder: str) -> None:
-    """What each length of the rows means, up to the first that holds the longest sample."""
+    """A table of row lengths, up to the first length that holds the longest sample."""
     from dataset.packing import pack_rows
 
     chats, tokens = dataset.kind == "sft", int(dataset.lengths.sum())
@@ -125,8 +129,8 @@ def marked(input_ids, labels, tokenizer) -> str:
     text, shown, learnt = "", 0, (labels != -100).tolist()
     for end in range(1, len(learnt) + 1):
         if end == len(learnt) or learnt[end] != learnt[end - 1]:
-            # From the beginning each time: a character may take several tokens, and some tokenizers write a
-            # blank only after another token. What is still incomplete goes to the next part.
+            # Each time the whole text is decoded: a character may take several tokens, and some tokenizers
+            # write a blank only after another token. An incomplete character goes to the next part.
             whole = tokenizer.decode(input_ids[:end], clean_up_tokenization_spaces=False).rstrip("\ufffd")
             part, shown = whole[shown:], len(whole)
             text += f"[[{part}]]" if learnt[end - 1] else part

@@ -1,13 +1,14 @@
-"""Make an adapter of what fine-tuning changed: the best of rank r between two models of the same shape.
+"""Makes an adapter of what fine-tuning changed: the best of rank r between two models of the same shape.
 
     python scripts/extract_lora.py out/pretrain out/full_sft --rank 16 --out_dir out/lora_of_sft
     python scripts/extract_lora.py out/pretrain out/full_sft --energy 0.9 --out_dir out/lora_of_sft
     python scripts/merge_lora.py --load_from out/pretrain --lora out/lora_of_sft --out_dir out/sft_at_rank_16
 
-No training: B A is the truncated SVD of W_tuned - W_base, which no other matrix of that rank comes nearer to
-(Eckart & Young 1936). --energy gives each layer the least rank that keeps that share of its change. Norms,
-embeddings and biases have no adapter: the table names what they changed by. docs/lora.md has the pictures.
-With a 4-bit BASE and its original as TUNED, the adapter takes back what it can of the quantization.
+Nothing is trained: B A is the truncated SVD of W_tuned - W_base, and no other matrix of that rank is nearer
+to the change (Eckart & Young 1936). --energy gives each layer the least rank that keeps that share of its
+change. Norms, embeddings and biases have no adapter: the table says how much they changed. docs/lora.md has
+the pictures. With a 4-bit BASE and its original as TUNED, the adapter takes back as much of the quantization
+as it can.
 
 Writes an adapter in PEFT's format, and energy.json: the table, with the singular values of every layer.
 """
@@ -18,7 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.args import Parser, run_script
+from common.cli import Parser, run_script
+from common.errors import ModelError
+from common.files import write_whole
 
 
 def main(args):
@@ -27,7 +30,6 @@ def main(args):
 
     from model.lora import apply_lora, save_lora
     from model.quantize import dequantize_model
-    from model.transformer import ModelError
     from model.weights import load_model
 
     if args.out_dir.resolve() in (args.base.resolve(), args.tuned.resolve()):
@@ -46,16 +48,13 @@ def main(args):
     rest = changes_outside(base, tuned, layers)
     training = {"stage": "extract_lora", "parent": str(args.base), "tuned": str(args.tuned)}
     save_lora(base, args.out_dir, base=args.base, training=training)
-    text = json.dumps({"layers": layers, "not_held": rest}) + "\n"
-    (args.out_dir / "energy.json").write_text(text, encoding="utf-8", newline="\n")
+    write_whole(args.out_dir / "energy.json", json.dumps({"layers": layers, "not_held": rest}) + "\n")
     print_table(layers, rest)
     print(f"saved {args.out_dir}")
 
 
 def check_same_shape(base, tuned, args):
-    """Raises ModelError at the first weight that the two don't have in common."""
-    from model.transformer import ModelError
-
+    """Raises ModelError at the first weight that the two do not have in common."""
     here, there = ({name: list(p.shape) for name, p in model.named_parameters()} for model in (base, tuned))
     for name in [*here, *there]:
         if here.get(name) != there.get(name):
@@ -68,16 +67,17 @@ def check_same_shape(base, tuned, args):
 
 
 def fill(linear, tuned_weight, args) -> dict:
-    """Give an adapted layer the best B and A for its change; returns its row of the table."""
-    from model.lora import LoRA, low_rank
+    """Gives an adapted layer the best B and A for its change. Returns its row of the table."""
+    from model.lora import LoRA
+    from model.low_rank import low_rank
 
     change = tuned_weight.float() - linear.weight.float()  # (out, in)
-    b, a, _ = low_rank(change, min(change.shape))  # whole: a lower rank is its first columns and rows
+    b, a, _ = low_rank(change, min(change.shape))  # of full rank: a lower rank is its first columns and rows
     sigma = b.square().sum(0)  # each column is a unit vector times sqrt(sigma)
     kept = energy_kept(sigma.double())  # kept[r - 1]: at rank r
     wanted = args.rank or int((kept < args.energy).sum()) + 1
     rank = min(wanted, len(sigma))
-    linear.lora = LoRA(linear.in_features, linear.out_features, rank)  # apply_lora gave all the same
+    linear.lora = LoRA(linear.in_features, linear.out_features, rank)  # apply_lora gave all layers one rank
     linear.lora.B.weight.data.copy_(b[:, :rank])
     linear.lora.A.weight.data.copy_(a[:rank])
     return {"rank": rank, "kept": kept[rank - 1].item(), "change": size(change, linear.weight),

@@ -1,14 +1,16 @@
-"""Fold an adapter into its base: a plain model directory that needs no LoRA code and is as fast as the base.
+"""Merges an adapter into its base. The result is a plain model, as fast as the base, that needs no LoRA code.
 
     python scripts/merge_lora.py --load_from out/full_sft --lora out/lora_clinic --out_dir out/clinic
     python scripts/merge_lora.py --load_from out/full_sft --lora out/lora_clinic out/lora_identity \
         --weights 0.7 0.3 --out_dir out/both
 
-Runs on a CPU: W + (alpha / rank) B A in float32, checked against the adapted model's logits, then stored in
-the precision of the base (--dtype changes that), with the base's tokenizer and chat template.
+Runs on a CPU. W + (alpha / rank) B A is computed in float32 and checked against the logits of the adapted
+model. It is stored in the precision of the base (--dtype changes that), with the base's tokenizer and chat
+template.
 
-An adapter of QLoRA was trained over a 4-bit base, so that base, dequantized, is what it is merged into,
-whether --load_from holds it in 4 bits or not; the script says how far it is from the unquantized one.
+An adapter of QLoRA was trained over a 4-bit base. So the base is dequantized and the adapter merged into the
+result, whether --load_from holds the base in 4 bits or not. The script says how far the dequantized base is
+from the unquantized one.
 """
 
 import argparse
@@ -17,33 +19,36 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.args import Parser, run_script
+from common.cli import Parser, run_script
+from common.errors import ModelError
+from common.files import read_json_if_there
 
 
 def main(args):
     # Imported here and not above, so that --help and a mistyped flag answer at once.
     import torch
 
-    from model.adapters import Adapters, report_line
-    from model.lora import merge_lora, remove_lora, report_lora
+    from model.adapters import Adapters, remove_lora, report_line, report_lora
+    from model.lora import merge_lora
     from model.weights import load_model, load_tokenizer, save_model
 
     check_out_dir(args)
     model = load_model(args.load_from)
     dtype = getattr(torch, stored_dtype(args.load_from) if args.dtype == "auto" else args.dtype)
     tokenizer = load_tokenizer(args.tokenizer or args.load_from)
-    in_4_bits, original = quantize(model, args)
+    layers_in_4_bits, original = quantize_as_trained(model, args)
     adapters = Adapters(model)
     names = [adapters.load(path, str(path)) for path in args.lora]
-    adapters.use(dict(zip(names, args.weights, strict=True)))  # their sum, as one adapter
+    adapters.use(dict(zip(names, args.weights, strict=True)))  # the weighted sum, as one adapter
     report = report_lora(model)
     print(report_line(model, " + ".join(names), report))
 
-    adapted, update, lost = logits(model), 0.0, 0.0
-    if in_4_bits:
+    adapted = logits(model)
+    if layers_in_4_bits:
         dequantize(model, report.names)
-        compare(model, in_4_bits, original)
+        print_loss_of_4_bits(model, layers_in_4_bits, original)
     merge_lora(model)
+    update = lost = 0.0
     for linear in map(model.get_submodule, report.names):
         merged = linear.weight.detach()
         update += (merged - linear.lora.original).square().sum().item()
@@ -59,34 +64,36 @@ def main(args):
     print(f"saved {args.out_dir}")
 
 
-def quantize(model, args) -> tuple[list[str], Path | None]:
-    """Make the base the one that the adapter was trained over.
+def quantize_as_trained(model, args) -> tuple[list[str], Path | None]:
+    """Makes the base the one that the adapter was trained over.
 
-    Returns the layers that are in 4 bits then, and where their original weights lie, if that is known.
+    Returns the names of the layers that are in 4 bits then, and the folder of their original weights, if that
+    is known.
     """
     from model.quantize import NF4Linear, quantize_model
-    from model.transformer import ModelError
 
-    def in_4_bits():
+    def layers_in_4_bits():
         return [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
 
-    if stored := in_4_bits():
+    stored = layers_in_4_bits()
+    if stored:
         if args.quantize:
             raise ModelError(f"--quantize {args.quantize}: {args.load_from} is stored in 4 bits")
         return stored, args.original
     if args.original:
         raise ModelError(f"--original: {args.load_from} is not quantized, it is the original itself")
-    trained = {str(arguments(path).get("quantize", "none")) for path in args.lora}
-    if len(trained) > 1 and not args.quantize:
+    trained_over = {str(arguments(path).get("quantize", "none")) for path in args.lora}
+    if len(trained_over) > 1 and not args.quantize:
         raise ModelError("some adapters were trained over 4 bits and some were not: choose with --quantize")
-    if args.quantize == "nf4" or (not args.quantize and trained == {"nf4"}):
+    if args.quantize == "nf4" or (not args.quantize and trained_over == {"nf4"}):
         quantize_model(model)
-    return in_4_bits(), args.load_from
+    return layers_in_4_bits(), args.load_from
 
 
 def dequantize(model, adapted: list[str]) -> None:
-    """4-bit layers become plain ones, and keep their adapters."""
-    from model.lora import apply_lora, remove_lora
+    """Makes 4-bit layers plain ones, which keep their adapters."""
+    from model.adapters import remove_lora
+    from model.lora import apply_lora
     from model.quantize import dequantize_model
 
     loras = {name: model.get_submodule(name).lora for name in adapted}
@@ -97,19 +104,19 @@ def dequantize(model, adapted: list[str]) -> None:
         model.get_submodule(name).lora = lora
 
 
-def compare(model, names: list[str], original: Path | None) -> None:
-    """Say what 4 bits lost in these layers. Raises ModelError where the original is another model."""
-    from model.transformer import ModelError
+def print_loss_of_4_bits(model, names: list[str], original: Path | None) -> None:
+    """Says how far these layers are from the original. Raises ModelError where that is another model."""
     from model.weights import load_model
 
     if original is None:
-        print("the base is a 4-bit one, dequantized; --original DIR tells how far it is from the unquantized")
+        print("the base is a 4-bit one, dequantized; --original DIR shows how far it is from the unquantized")
         return
     weights, lost, size = load_model(original).state_dict(), 0.0, 0.0
     for name in names:
         before, after = weights.get(f"{name}.weight"), model.get_submodule(name).weight.detach()
         if before is None or before.shape != after.shape:
-            raise ModelError(f"--original {original}: not the base's original: {name} is not alike")
+            raise ModelError(f"--original {original}: not the base's original: {name} is missing or has "
+                             "another shape")
         lost += (after - before).square().sum().item()
         size += before.square().sum().item()
     print(f"the base is a 4-bit one, dequantized: its linear layers differ from {original}'s by "
@@ -118,8 +125,6 @@ def compare(model, names: list[str], original: Path | None) -> None:
 
 def check_out_dir(args):
     """Raises ModelError where writing would destroy something."""
-    from model.transformer import ModelError
-
     if args.out_dir.resolve() in [path.resolve() for path in (args.load_from, *args.lora)]:
         raise ModelError(f"--out_dir {args.out_dir} is the base or an adapter; name another folder")
     if args.out_dir.is_file():
@@ -129,16 +134,14 @@ def check_out_dir(args):
 
 
 def stored_dtype(folder: Path) -> str:
-    """The precision that a model directory is stored in, as its config.json says."""
-    from model.files import read_json
-
-    config = read_json(folder / "config.json") if folder.is_dir() else {}
+    """The precision that a model directory is stored in, according to its config.json."""
+    config = read_json_if_there(folder / "config.json")
     name = config.get("dtype") or config.get("torch_dtype")
     return name if name in ("bfloat16", "float16") else "float32"
 
 
 def logits(model):
-    """Of a few tokens that any model has: (B, T, V)."""
+    """The logits of a few tokens that every model has: (B, T, V)."""
     import torch
 
     ids = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -151,18 +154,15 @@ def farthest(model, expected) -> float:
 
 
 def describe(args) -> dict:
-    """training.json. The base's max_seq_len holds on: chat keeps within the length that was trained."""
+    """training.json. The max_seq_len of the base stays: a chat keeps within the length that was trained."""
     flags = {name: value for name, value in vars(args).items() if name != "overwrite"}
     trained = {name: value for name, value in arguments(args.load_from).items() if name == "max_seq_len"}
     return {"stage": "merge_lora", "parent": args.load_from, "arguments": flags | trained}
 
 
 def arguments(folder: Path) -> dict:
-    """What training.json says it was trained with; {} where there is none."""
-    from model.files import read_json
-
-    file = folder / "training.json"
-    found = read_json(file).get("arguments") if file.exists() else {}
+    """The flags that training.json says it was trained with; {} where there is none."""
+    found = read_json_if_there(folder / "training.json").get("arguments")
     return found if isinstance(found, dict) else {}
 
 
@@ -183,7 +183,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out_dir", type=Path, required=True, metavar="DIR", help="the merged model")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds something")
     args = parser.parse_args(argv)
-    args.weights = args.weights or [1.0] * (len(args.lora) == 1)
+    if args.weights is None:
+        args.weights = [1.0] if len(args.lora) == 1 else []
     if len(args.weights) != len(args.lora):
         parser.error(f"--weights: {len(args.lora)} adapters need as many weights, not {len(args.weights)}")
     return args

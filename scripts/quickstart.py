@@ -5,8 +5,8 @@
     python scripts/quickstart.py               # again: goes on where it was stopped, or shows the report
     python scripts/quickstart.py --fresh       # start over
 
-Every step is a command that is printed first, so you can run and change any of them yourself. All of it lands
-in out/quickstart: the world, the models, logs/, scores_*.json, loss.png, report.json and report.html.
+Every step is a command that is printed first, so you can run and change any of them yourself. All results go
+to out/quickstart: the world, the models, logs/, scores_*.json, loss.png, report.json and report.html.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import base64
 import html
 import importlib.util
 import json
+import math
 import os
 import shlex
 import shutil
@@ -28,9 +29,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.args import ROOT, Parser
+from common.cli import ROOT, Parser, run_script
+from common.errors import INTERRUPTED, ModelError, RunError
+from common.files import json_text, read_json, read_json_if_there, write_whole
 
-BUDGET = 6.0  # minutes; the steps and seconds below are for it, and --minutes scales the steps
+DEFAULT_MINUTES = 6.0  # the steps and seconds below are for so many; --minutes scales the steps
 
 # stage: its script, steps, seconds that they take on 2 CPU cores, and its flags
 ROWS = "--max_seq_len 128 --log_interval 20 --eval_interval 1000 --batch_size"
@@ -44,19 +47,25 @@ STAGES = {
 }
 ADAPTERS = ("lora_identity", "lora_clinic")
 PARENT = {"full_sft": "pretrain", "lora_identity": "full_sft", "lora_clinic": "full_sft"}
-DATA = {"full_sft": "sft"}  # the file of the world; the others are named as their stage
-SCORED_AFTER_PRETRAIN = 200  # questions of a test: a model that never saw a chat gets none right
-SCORED_PER_MINUTE = 600  # so that a trial of a few seconds doesn't spend minutes on scoring
-START, SCORE = 5, 8  # seconds: Python, torch and the tokenizer; scoring a stage
+DATA = {"full_sft": "sft"}  # the file of the world; the other stages have a file with their own name
+TESTS = {"pretrain": ["sft"], "full_sft": ["sft", *ADAPTERS],  # the test files that a stage answers
+         "lora_identity": ["sft", "lora_identity"], "lora_clinic": ["sft", "lora_clinic"]}
+SCORED_AFTER_PRETRAIN = 200  # questions of a test: a model that never saw a chat answers none of them
+SCORED_PER_MINUTE = 600  # questions of a test, so that a trial of a few seconds does not score for minutes
+SECONDS_TO_START = 5  # Python, torch and the tokenizer
+SECONDS_TO_SCORE = 8  # one stage
+SECONDS_TO_STOP = 60  # after Ctrl-C, for a stage to save its state
+SHOWN_CHARACTERS = 160  # of an answer in the terminal
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--minutes", type=float, metavar="N",
-                        help=f"time for everything on 2 CPU cores; scales the steps (default: {BUDGET:g})")
-    parser.add_argument("--fresh", action="store_true", help="delete what is there and start over")
+                        help=f"time for everything on 2 CPU cores; scales the steps "
+                             f"(default: {DEFAULT_MINUTES:g})")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier run and start over")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "quickstart", metavar="DIR",
-                        help="where everything goes (default: out/quickstart)")
+                        help="where everything goes")
     args = parser.parse_args()
     if args.minutes is not None and not 0 < args.minutes < 1e6:
         parser.error(f"--minutes must be above 0 and below a million, not {args.minutes:g}")
@@ -64,47 +73,57 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------- what there is to do
+# --- what there is to do ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Task:
-    """One command. It is finished when it exited well and `product` exists."""
+    """One command. It is finished when its exit code was 0 and `product` exists."""
 
     name: str
     stage: str  # what its time counts for
-    command: list[str]  # without the interpreter; paths absolute, so that it works from any folder
+    command: list[str]  # without the interpreter; paths are absolute, so that it works from any folder
     product: Path
     seconds: float  # expected
 
 
 def plan(out: Path, minutes: float) -> list[Task]:
     """All tasks in order, for a run of that many minutes."""
-    world, scale = out / "world", minutes / BUDGET
+    world, scale = out / "world", minutes / DEFAULT_MINUTES
     command = [f"{ROOT / 'dataset' / 'synthetic.py'}", "--out_dir", f"{world}"]
     tasks = [Task("world", "pretrain", command, world / "lora_clinic_test.jsonl", 4)]
-    for stage, (script, steps, seconds, flags) in STAGES.items():
-        data, base = DATA.get(stage, stage), out / PARENT.get(stage, "")
-        command = [f"{ROOT / 'trainer' / script}", "--data_path", f"{world / data}.jsonl"]
-        if stage not in ADAPTERS:
-            command += ["--eval_data_path", f"{world / data}_eval.jsonl"]
-        if stage in PARENT:
-            command += ["--load_from", f"{base}"]
-        command += ["--out_dir", f"{out}", "--name", stage, "--max_steps", f"{max(2, round(steps * scale))}"]
-        command += flags.split()
-        tasks.append(Task(stage, stage, command, out / stage / "training.json", START + seconds * scale))
-
-        tests = {"pretrain": ["sft"], "full_sft": ["sft", *ADAPTERS]}.get(stage, ["sft", stage])
-        model = [f"{base}", "--lora", f"{out / stage}"] if stage in ADAPTERS else [f"{out / stage}"]
-        files = [*(f"{world / test}_test.jsonl" for test in tests), f"{out / 'samples.jsonl'}"]
-        command = [f"{ROOT / 'eval_model.py'}", "--load_from", *model, "--data_path", *files]
-        limit = max(1, round(SCORED_PER_MINUTE * minutes))
-        limit = min(limit, SCORED_AFTER_PRETRAIN) if stage == "pretrain" else limit
-        command += ["--limit", f"{limit}"] if limit < SCORED_PER_MINUTE else []
-        scores = out / f"scores_{stage}.json"
-        command += ["--temperature", "0", "--json", f"{scores}"]
-        tasks.append(Task(f"scores_{stage}", stage, command, scores, SCORE))
+    for stage, (_, _, seconds, _) in STAGES.items():
+        tasks.append(Task(stage, stage, training_command(out, stage, scale), out / stage / "training.json",
+                          SECONDS_TO_START + seconds * scale))
+        tasks.append(Task(f"scores_{stage}", stage, scoring_command(out, stage, minutes),
+                          out / f"scores_{stage}.json", SECONDS_TO_SCORE))
     return tasks
+
+
+def training_command(out: Path, stage: str, scale: float) -> list[str]:
+    script, steps, _, flags = STAGES[stage]
+    data = out / "world" / DATA.get(stage, stage)
+    command = [f"{ROOT / 'trainer' / script}", "--data_path", f"{data}.jsonl"]
+    if stage not in ADAPTERS:
+        command += ["--eval_data_path", f"{data}_eval.jsonl"]
+    if stage in PARENT:
+        command += ["--load_from", f"{out / PARENT[stage]}"]
+    command += ["--out_dir", f"{out}", "--name", stage, "--max_steps", f"{max(2, round(steps * scale))}"]
+    return command + flags.split()
+
+
+def scoring_command(out: Path, stage: str, minutes: float) -> list[str]:
+    model = [f"{out / stage}"]
+    if stage in ADAPTERS:
+        model = [f"{out / PARENT[stage]}", "--lora", f"{out / stage}"]
+    files = [f"{out / 'world' / test}_test.jsonl" for test in TESTS[stage]] + [f"{out / 'samples.jsonl'}"]
+    command = [f"{ROOT / 'eval_model.py'}", "--load_from", *model, "--data_path", *files]
+    limit = max(1, round(SCORED_PER_MINUTE * minutes))
+    if stage == "pretrain":
+        limit = min(limit, SCORED_AFTER_PRETRAIN)
+    if limit < SCORED_PER_MINUTE:
+        command += ["--limit", f"{limit}"]
+    return [*command, "--temperature", "0", "--json", f"{out / f'scores_{stage}.json'}"]
 
 
 def shown(command: list[str], folder: Path | None = None) -> str:
@@ -124,25 +143,26 @@ def shown(command: list[str], folder: Path | None = None) -> str:
 
 
 def python() -> str:
-    """How the person would call this interpreter."""
+    """How the person would call this interpreter: by its name alone, where the PATH leads to it."""
     name = Path(sys.executable).name
-    found = shutil.which(name)  # on the PATH, as it is where an environment was activated
+    found = shutil.which(name)
     return name if found and Path(found).absolute() == Path(sys.executable).absolute() else sys.executable
 
 
 def write_samples(out: Path) -> None:
-    """Three prompts that every stage answers, out of the test files: a story, who are you, an ill plant."""
+    """Three prompts from the test files that every stage answers: a story, who are you, an ill plant."""
     prompts = []
     for file, word in (("sft", "story"), ("lora_identity", "name"), ("lora_clinic", "")):
         lines = (out / "world" / f"{file}_test.jsonl").read_text(encoding="utf-8").splitlines()
-        asked = [json.loads(line)["conversations"] for line in lines]
-        asked = [turns[0]["content"] for turns in asked if len(turns) == 2]
-        prompts.append(next((text for text in asked if word in text and text not in prompts), asked[0]))
-    text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
-    (out / "samples.jsonl").write_text(text, encoding="utf-8", newline="\n")
+        chats = [json.loads(line)["conversations"] for line in lines]
+        asked = [turns[0]["content"] for turns in chats if len(turns) == 2]
+        matching = [text for text in asked if word in text and text not in prompts]
+        prompts.append((matching or asked)[0])
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts]
+    write_whole(out / "samples.jsonl", "".join(lines))
 
 
-# ---------------------------------------------------------------- running it
+# --- running it ---------------------------------------------------------------------------------------------
 
 
 class State:
@@ -152,17 +172,14 @@ class State:
         self.path = out / "state.json"
         nothing = {"minutes": None, "started": {}, "finished": [], "seconds": {}}
         try:
-            self.data = json.loads(self.path.read_text(encoding="utf-8"))
-            if not isinstance(self.data, dict) or self.data.keys() != nothing.keys():
-                raise ValueError
-        except (OSError, ValueError):
+            self.data = read_json_if_there(self.path)
+        except (OSError, ModelError):  # a damaged file
+            self.data = {}
+        if self.data.keys() != nothing.keys():
             self.data = nothing
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".writing")
-        temporary.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8", newline="\n")
-        os.replace(temporary, self.path)
+        write_whole(self.path, json_text(self.data))
 
     def knows(self, task: Task) -> bool:
         return self.data["started"].get(task.name) == shown(task.command, ROOT)
@@ -187,27 +204,27 @@ class Progress:
 
     def __init__(self, tasks: list[Task], state: State):
         self.tasks, self.state, self.terminal = tasks, state, sys.stdout.isatty()
-        self.last = 0.0  # when something was shown
+        self.shown_at = 0.0
 
     def say(self, line: str) -> None:
         print(("\r\033[K" if self.terminal else "") + line, flush=True)
 
     def show(self, task: Task, spent: float, metrics: dict) -> None:
         """spent: seconds of the task so far; metrics: the last line of its metrics.jsonl, if it trains."""
-        if time.monotonic() - self.last < (0.5 if self.terminal else 10):
+        if time.monotonic() - self.shown_at < (0.5 if self.terminal else 10):
             return
-        self.last = time.monotonic()
+        self.shown_at = time.monotonic()
         now = self.tasks.index(task)
         before = sum(self.state.data["seconds"].get(t.name, 0) for t in self.tasks[:now])
         expected = sum(t.seconds for t in self.tasks[:now]) + task.seconds
         left, detail = max(task.seconds - spent, 1), "scoring" if "scores" in task.name else "starting"
-        if metrics.get("max_steps"):
+        if metrics:
             left = (metrics["max_steps"] - metrics["step"]) * metrics["seconds"] / metrics["step"] + 1
             detail = f"step {metrics['step']:,}/{metrics['max_steps']:,}"
             detail += f" | {metrics['tokens_per_second']:,.0f} tokens/s"
-        # A machine that took twice as long so far as ours will take twice as long for the rest.
-        speed = (before + spent + left) / expected
-        total_left = left + speed * sum(t.seconds for t in self.tasks[now + 1:])
+        # A machine that took twice as long as expected so far will take twice as long for the rest.
+        slowness = (before + spent + left) / expected
+        total_left = left + slowness * sum(t.seconds for t in self.tasks[now + 1:])
         share = (before + spent) / (before + spent + total_left)
         clock = f"{int(total_left) // 60}:{int(total_left) % 60:02} left"
         line = f"{share:4.0%} | {task.stage} {detail} | {clock}"
@@ -238,7 +255,7 @@ def last_metrics(path: Path) -> dict:
 
 
 def run(task: Task, state: State, progress: Progress, out: Path) -> None:
-    """Runs a task's command and waits. Raises SystemExit when it fails, KeyboardInterrupt when stopped."""
+    """Runs a task's command and waits. Raises RunError when it fails, KeyboardInterrupt when stopped."""
     resume = state.knows(task) and task.name in STAGES
     command = [*task.command, "--resume"] if resume else task.command
     progress.say(f"\n$ {shown([python(), *command])}")
@@ -246,20 +263,21 @@ def run(task: Task, state: State, progress: Progress, out: Path) -> None:
     state.save()
     began, before = time.monotonic(), state.data["seconds"].get(task.name, 0.0)
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    # The log goes through a pipe of ours: a child whose parent was killed ends when it prints its next line.
-    # A session of its own keeps Ctrl-C from reaching it twice (on Windows the console alone tells it).
+    # The output goes through a pipe to this process: a child whose parent was killed ends when it prints its
+    # next line. The child has a session of its own, so that Ctrl-C does not reach it twice. (On Windows the
+    # console sends Ctrl-C to the child, and we do not.)
     process = subprocess.Popen(
         [sys.executable, *command], env=environment, start_new_session=os.name == "posix",
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    tail: deque[str] = deque(maxlen=15)
+    last_lines: deque[str] = deque(maxlen=15)
     log = out / "logs" / f"{task.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
 
     def copy_log():
         with log.open("a" if resume else "w", encoding="utf-8", newline="\n") as file:
             for raw in process.stdout:
-                tail.append(raw.decode("utf-8", "replace").rstrip("\r\n"))
-                file.write(tail[-1] + "\n")
+                last_lines.append(raw.decode("utf-8", "replace").rstrip("\r\n"))
+                file.write(last_lines[-1] + "\n")
                 file.flush()
 
     copier = threading.Thread(target=copy_log, daemon=True)
@@ -279,8 +297,8 @@ def run(task: Task, state: State, progress: Progress, out: Path) -> None:
     copier.join()
     if process.returncode or not task.product.exists():
         progress.say("")
-        print("\n".join(tail), file=sys.stderr)
-        raise SystemExit(f"error: {task.name} failed (exit code {process.returncode}): {shown([str(log)])}")
+        print("\n".join(last_lines), file=sys.stderr)
+        raise RunError(f"{task.name} failed (exit code {process.returncode}): {shown([str(log)])}")
     state.data["finished"].append(task.name)
     state.save()
 
@@ -290,77 +308,59 @@ def stop(process: subprocess.Popen) -> None:
     try:
         if os.name == "posix":
             process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+        process.wait(timeout=SECONDS_TO_STOP)
     except (KeyboardInterrupt, subprocess.TimeoutExpired):
         process.kill()
         process.wait()
 
 
-# ---------------------------------------------------------------- what came of it
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+# --- the report ---------------------------------------------------------------------------------------------
 
 
 def count_parameters(model: Path) -> int:
     """From the header of model.safetensors: 8 bytes of length, then JSON with the shape of every tensor."""
     with (model / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    total = 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            size = 1
-            for length in tensor["shape"]:
-                size *= length
-            total += size
-    return total
-
-
-def shares(answers: list[dict]) -> dict[str, float]:
-    """Right answers per family, and over all."""
-    families: dict[str, list[bool]] = {}
-    for answer in answers:
-        families.setdefault(answer["family"], []).append(answer["ok"])
-    everything = sum(families.values(), [])
-    families["all"] = everything
-    return {name: sum(oks) / len(oks) for name, oks in families.items()}
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def collect(out: Path, state: State) -> tuple[dict, dict]:
-    """(report.json, the scores of the adapters' families before their adapters were trained)."""
+    """The content of report.json; and, for each family of questions that an adapter learns, the share of
+    right answers that full_sft had before."""
+    import pandas as pd  # here, because half a second is long for --help
+
     seconds, scores, samples, before = dict.fromkeys(STAGES, 0.0), {}, {}, {}
     for task in plan(out, state.data["minutes"]):
         seconds[task.stage] = round(seconds[task.stage] + state.data["seconds"].get(task.name, 0), 1)
     for stage in STAGES:
-        answers = read_json(out / f"scores_{stage}.json")["answers"]
-        scored = [answer for answer in answers if answer["ok"] is not None]
-        ours = [a for a in scored if Path(a["file"]).stem in ("sft_test", f"{stage}_test")]
-        before |= shares([a for a in scored if a not in ours]) if len(ours) < len(scored) else {}
-        scores[stage] = shares(ours)
-        for answer in answers:
-            if Path(answer["file"]).stem == "samples":
-                samples.setdefault(answer["prompt"], {})[stage] = answer["answer"]
-    before.pop("all", None)
+        answers = pd.DataFrame(read_json(out / f"scores_{stage}.json")["answers"])
+        answers["test"] = answers["file"].map(lambda file: Path(file).stem)
+        for prompt, answer in answers.loc[answers["test"] == "samples", ["prompt", "answer"]].values.tolist():
+            samples.setdefault(prompt, {})[stage] = answer
+        scored = answers.dropna(subset="ok").astype({"ok": float})
+        is_own = scored["test"].isin(["sft_test", f"{stage}_test"])
+        own, others = scored[is_own], scored[~is_own]
+        scores[stage] = own.groupby("family", sort=False)["ok"].mean().to_dict()
+        scores[stage]["all"] = float(own["ok"].mean())
+        before |= others.groupby("family", sort=False)["ok"].mean().to_dict()
     report = {"seconds": seconds, "parameters": count_parameters(out / "full_sft"), "scores": scores,
               "samples": [{"prompt": prompt, "answers": answers} for prompt, answers in samples.items()]}
     return report, before
 
 
-def table(report: dict, before: dict) -> list[list[str]]:
-    """Families down, stages across; what an adapter teaches is also shown before it was taught."""
-    families = dict.fromkeys(name for scores in report["scores"].values() for name in scores)
-    rows = []
-    for family in sorted(families, key=lambda name: name == "all"):  # all comes last
-        cells = {stage: scores.get(family) for stage, scores in report["scores"].items()}
-        cells["full_sft"] = before.get(family, cells["full_sft"])
-        rows.append([family, *("" if share is None else f"{share:.2f}" for share in cells.values())])
-    return rows
+def table(report: dict, before: dict):
+    """A DataFrame, families down and stages across. For what an adapter learns, full_sft has the share of
+    right answers before it."""
+    import pandas as pd
+
+    found = pd.DataFrame(report["scores"])
+    found["full_sft"] = found["full_sft"].fillna(pd.Series(before))
+    return found.loc[[*found.index.drop("all"), "all"]]
 
 
 def draw_losses(out: Path) -> None:
     """loss.png: the training and validation loss of all stages, side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: half a second that only the end needs
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, because it takes half a second
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 2.9), layout="constrained")
@@ -369,8 +369,9 @@ def draw_losses(out: Path) -> None:
         lines = (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
         for key, style, label in (("loss", "-", "training"), ("eval_loss", "o", "validation")):
-            axes.plot([m["step"] for m in metrics if key in m], [m[key] for m in metrics if key in m], style,
-                      label=label, linewidth=1.3, markersize=4)
+            points = [(m["step"], m[key]) for m in metrics if key in m]
+            axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=label,
+                      linewidth=1.3, markersize=4)
         axes.set(title=stage, xlabel="step", ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("loss (nats per token)")
@@ -400,14 +401,19 @@ img { width: 100%; border-radius: .5rem; background: #fff } .stage { color: var(
 def write_html(out: Path, report: dict, before: dict, tasks: list[Task]) -> None:
     """report.html: one file that needs nothing beside it."""
     e = html.escape
-    scores = "".join(
-        f"<tr{' class=all' if row[0] == 'all' else ''}><td>{e(row[0])}</td>"
-        + "".join(f'<td class="score" style="--share: {cell or 0}">{cell}</td>' for cell in row[1:]) + "</tr>"
-        for row in table(report, before))
-    samples = "".join(
-        f"<h3>{e(sample['prompt'])}</h3><table>"
-        + "".join(f'<tr><td class="stage">{stage}</td><td>{e(text) or "<i>nothing</i>"}</td></tr>'
-                  for stage, text in sample["answers"].items()) + "</table>" for sample in report["samples"])
+    scores = ""
+    for family, row in table(report, before).iterrows():
+        scores += f"<tr{' class=all' if family == 'all' else ''}><td>{e(family)}</td>"
+        for share in row:
+            cell = "" if math.isnan(share) else f"{share:.2f}"
+            scores += f'<td class="score" style="--share: {cell or 0}">{cell}</td>'
+        scores += "</tr>"
+    samples = ""
+    for sample in report["samples"]:
+        samples += f"<h3>{e(sample['prompt'])}</h3><table>"
+        for stage, text in sample["answers"].items():
+            samples += f'<tr><td class="stage">{stage}</td><td>{e(text) or "<i>nothing</i>"}</td></tr>'
+        samples += "</table>"
     times = "".join(f"<tr><td>{stage}</td><td>{s:.0f} s</td></tr>" for stage, s in report["seconds"].items())
     commands = e("\n".join(shown(["python", *task.command], ROOT) for task in tasks))
     picture = base64.b64encode((out / "loss.png").read_bytes()).decode()
@@ -419,13 +425,14 @@ def write_html(out: Path, report: dict, before: dict, tasks: list[Task]) -> None
 <h2>Talk to it</h2><pre>{e(chat_command(out, ROOT))}</pre>
 <h2>Held-out questions answered exactly right</h2>
 <table><tr><th>family</th>{''.join(f'<th>{stage}</th>' for stage in STAGES)}</tr>{scores}</table>
-<p class="lead">1 = all. What an adapter teaches is asked before it, too, under full_sft.</p>
+<p class="lead">1 means all of them. The questions that an adapter learns are also asked before it is trained:
+these shares stand under full_sft.</p>
 <h2>The same question after every stage</h2>{samples}
 <h2>Loss</h2><img alt="training and validation loss of each stage" src="data:image/png;base64,{picture}">
 <h2>Time, scoring included</h2><table>{times}</table>
 <h2>Every step, as commands</h2><pre>{commands}</pre></html>
 """
-    (out / "report.html").write_text(page, encoding="utf-8", newline="\n")
+    write_whole(out / "report.html", page)
 
 
 def chat_command(out: Path, folder: Path | None = None) -> str:
@@ -434,60 +441,69 @@ def chat_command(out: Path, folder: Path | None = None) -> str:
 
 
 def print_report(out: Path, report: dict, before: dict) -> None:
-    rows = [["right answers", *STAGES], *table(report, before)]
-    width = max(len(row[0]) for row in rows)
-    print()
-    for row in rows:
-        print(f"{row[0]:<{width}}" + "".join(f"{cell:>15}" for cell in row[1:]))
+    shares = table(report, before)
+    shares.columns.name = "right answers"
+    print("\n" + shares.to_string(float_format="{:.2f}".format, na_rep="", col_space=14))
     for sample in report["samples"]:
         print(f"\n> {sample['prompt']}")
         for stage, text in sample["answers"].items():
             text = " ".join(text.split())
-            print(f"  {stage:<14} {text[:160]}{' ...' if len(text) > 160 else ''}")
-    total = sum(report["seconds"].values())
-    print(f"\n{report['parameters']:,} parameters, {total / 60:.1f} minutes of training and scoring")
+            more = " ..." if len(text) > SHOWN_CHARACTERS else ""
+            print(f"  {stage:<14} {text[:SHOWN_CHARACTERS]}{more}")
+    minutes = sum(report["seconds"].values()) / 60
+    print(f"\n{report['parameters']:,} parameters, {minutes:.1f} minutes of training and scoring")
     print(f"loss curves   {shown([str(out / 'loss.png')])}")
     print(f"report        {shown([str(out / 'report.html')])}")
     print(f"\nTalk to it:\n\n    {chat_command(out)}\n")
 
 
-def main() -> None:
-    args = parse_args()
-    if importlib.util.find_spec("torch") is None:
-        raise SystemExit("error: this Python has no torch: bash scripts/quickstart.sh makes one that has, or "
-                         "pip install -r requirements.txt")
-    out = args.out_dir
+# --- the whole run ------------------------------------------------------------------------------------------
+
+
+def begin_or_go_on(args) -> tuple[list[Task], State]:
+    """The tasks, and how far an earlier run came. Raises RunError for a folder that we must not change."""
+    out, state = args.out_dir, State(args.out_dir)
+    folder, recorded = shown([str(out)]), state.data["minutes"]
     if out.exists() and not out.is_dir():
-        raise SystemExit(f"error: --out_dir {shown([str(out)])} is no folder")
-    state = State(out)
-    recorded = state.data["minutes"]
+        raise RunError(f"--out_dir {folder} is no folder")
     if recorded is None and out.exists() and any(out.iterdir()):
-        raise SystemExit(f"error: {shown([str(out)])} holds other things; name a new folder with --out_dir")
+        raise RunError(f"{folder} holds other things; name a new folder with --out_dir")
     if recorded is not None and args.minutes not in (None, recorded) and not args.fresh:
-        raise SystemExit(f"error: {shown([str(out)])} holds a run of --minutes {recorded:g}: leave --minutes "
-                         f"out to go on with it, or add --fresh to start over")
-    minutes = args.minutes or (None if args.fresh else recorded) or BUDGET
+        raise RunError(f"{folder} holds a run of --minutes {recorded:g}: leave --minutes out to go on with "
+                       "it, or add --fresh to start over")
     if args.fresh and recorded is not None:
-        print(f"Starting over: what was in {shown([str(out)])} is deleted.")
+        print(f"Starting over: the earlier run in {folder} is deleted.")
         state.forget(plan(out, recorded))
-    tasks, state.data["minutes"] = plan(out, minutes), minutes
+    minutes = args.minutes or DEFAULT_MINUTES
+    if args.minutes is None and recorded is not None and not args.fresh:
+        minutes = recorded
+    state.data["minutes"] = minutes
+    tasks = plan(out, minutes)
     if any(task.name in state.data["started"] and not state.knows(task) for task in tasks):
-        raise SystemExit(f"error: {shown([str(out)])} holds a run of other commands (of another version, or "
-                         f"of another folder): add --fresh to start over, or name a new one with --out_dir")
+        raise RunError(f"{folder} holds a run of other commands (of another version, or of another folder): "
+                       "add --fresh to start over, or name a new one with --out_dir")
+    return tasks, state
+
+
+def run_all(tasks: list[Task], state: State, out: Path) -> None:
+    """Runs the tasks that are not finished, and shows the report."""
     todo = [task for task in tasks if not state.finished(task)]
     if not todo:
         print("The quickstart is finished; --fresh starts over.")
     elif len(todo) < len(tasks):
         print(f"Going on with {todo[0].name}; {len(tasks) - len(todo)} of {len(tasks)} steps are done.")
     else:
-        print(f"Training a small language model from nothing: about {minutes:g} minutes on 2 CPU cores.")
+        print(f"Training a small language model from nothing: about {state.data['minutes']:g} minutes on 2 "
+              "CPU cores.")
     state.save()
     progress = Progress(tasks, state)
     for number, task in enumerate(tasks):
         if state.finished(task):
             continue
         if not task.name.startswith("scores"):
-            state.forget(tasks[number + state.knows(task):])  # all that was built on an older result
+            # Everything that was made from an older result of this task goes. A task that is resumed keeps
+            # its own.
+            state.forget(tasks[number + 1:] if state.knows(task) else tasks[number:])
         if task.name == "pretrain":
             write_samples(out)
         run(task, state, progress, out)
@@ -495,19 +511,25 @@ def main() -> None:
     report, before = collect(out, state)
     if todo or not (out / "report.html").exists():
         draw_losses(out)
-        text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
-        (out / "report.json").write_text(text, encoding="utf-8", newline="\n")
+        write_whole(out / "report.json", json_text(report))
         write_html(out, report, before, tasks)
     print_report(out, report, before)
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # Windows
+def main(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise RunError("this Python has no torch: bash scripts/quickstart.sh makes one that has, or "
+                       "pip install -r requirements.txt")
     try:
-        main()
-    except KeyboardInterrupt:
+        tasks, state = begin_or_go_on(args)
+        run_all(tasks, state, args.out_dir)
+    except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
         again = [word for word in sys.argv if word != "--fresh"]
         print(f"\nStopped. To go on: {shown([python(), *again])}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
+
+
+if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # Windows
+    run_script(main, parse_args())

@@ -10,7 +10,7 @@ cd "$root" || exit 1
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
-venv_ready() {  # an environment whose making was interrupted has no pip yet
+venv_ready() {  # if the making of .venv was interrupted, there is no pip yet
     for python in "$root/.venv/bin/python" "$root/.venv/Scripts/python.exe"; do  # the second is Windows
         new_enough "$python" && { [ -e .venv/requirements.txt ] || "$python" -m pip --version >/dev/null 2>&1; } && return
     done

@@ -1,4 +1,4 @@
-"""eval_model.py and scoring.py: what a person sees, with a tiny random model and the real tokenizer."""
+"""eval_model.py: what a person sees, with a tiny random model and the real tokenizer."""
 
 import io
 import json
@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent / "inference"))
+
+from small_chat_model import make_home, turns, write
+
 import eval_model
-import scoring
-from dataset.jsonl import DataError
-from model.lora import apply_lora, lora_parameters, save_lora
+from common.errors import ModelError
+from inference.chat_model import ChatModel, Sampling
+from model.lora import apply_lora, save_lora
 from model.quantize import quantize_model
-from model.transformer import CausalLM, ModelConfig, ModelError
 from model.weights import load_model, load_tokenizer, save_model
 
 ROOT = Path(eval_model.__file__).parent
@@ -24,35 +27,7 @@ ROOT = Path(eval_model.__file__).parent
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A chat model, the same weights as a base model, and two adapters that change every answer."""
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = load_tokenizer(ROOT / "model" / "tokenizer")
-    torch.manual_seed(0)
-    # Weights large enough that answers differ with what was asked
-    model = CausalLM(
-        ModelConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            intermediate_size=64,
-            max_position_embeddings=128,
-            initializer_range=0.3,
-            vocab_size=len(tokenizer),
-        )
-    )
-    save_model(
-        model, folder / "chat", tokenizer, training={"stage": "full_sft", "arguments": {"max_seq_len": 64}}
-    )
-    save_model(
-        model, folder / "base", tokenizer, training={"stage": "pretrain", "arguments": {"max_seq_len": 64}}
-    )
-    apply_lora(model, rank=4)
-    for name in ("lora_a", "lora_b"):
-        for parameter in lora_parameters(model):
-            torch.nn.init.normal_(parameter, std=0.5)
-        save_lora(model, folder / name)
-    return folder
+    return make_home(tmp_path_factory.mktemp("models"))
 
 
 def run(home, capsys, *flags, model="chat", stdin=None, monkeypatch=None):
@@ -61,16 +36,6 @@ def run(home, capsys, *flags, model="chat", stdin=None, monkeypatch=None):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
     eval_model.main(eval_model.parse_args(["--load_from", str(home / model), *map(str, flags)]))
     return capsys.readouterr()
-
-
-def write(path, *records):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    return path
-
-
-def turns(*texts, **more):
-    roles = ("user", "assistant")
-    return {"conversations": [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)], **more}
 
 
 def script(*flags, stdin="", env=None):
@@ -133,21 +98,6 @@ def test_builtin_prompts_are_all_answered(home, capsys):
     assert all(f"> {prompt}\n" in out for prompt in eval_model.PROMPTS)
 
 
-def test_streaming_shows_no_half_characters(home, capsys):
-    """The streamed text is the decoded text, and no piece of it ends in the mark of a broken character."""
-    speaker = eval_model.Speaker(eval_model.parse_args(["--load_from", str(home / "chat")]))
-    text = "你好，龘靐！ a 🦊 fox"
-    ids = speaker.tokenizer(text)["input_ids"]
-    assert any("\ufffd" in speaker.decode([i]) for i in ids)  # some characters are split over tokens
-    speaker.generate = lambda *_: iter(torch.tensor([[i] for i in [*ids, speaker.stop[0], 7]]))
-    pieces = [piece for piece, _ in speaker.stream([1])]
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces)
-    speaker.generate = lambda *_: iter(
-        torch.tensor([[i] for i in ids[:-6]])
-    )  # ends anywhere: nothing is lost
-    assert "".join(piece for piece, _ in speaker.stream([1])) == speaker.decode(ids[:-6])
-
 
 # ---------------------------------------------------------------- the conversation
 
@@ -200,19 +150,6 @@ def test_chat_obeys_every_command(home, capsys, monkeypatch):
     assert got.err.count("error: missing") == 1
 
 
-def test_a_switch_that_fails_leaves_the_adapter_on(home):
-    speaker = eval_model.Speaker(
-        eval_model.parse_args(["--load_from", str(home / "chat"), "--lora", str(home / "lora_a")])
-    )
-    ids = torch.tensor([[5, 6, 7]])
-    before = speaker.model(ids).logits
-    with pytest.raises(ModelError):
-        speaker.switch("missing")
-    assert speaker.adapter == home / "lora_a" and torch.equal(speaker.model(ids).logits, before)
-    speaker.switch(None)
-    assert not torch.equal(speaker.model(ids).logits, before)
-
-
 def answers(home, capsys, monkeypatch, lines, *adapters):
     """{line: what is printed for it} of a greedy conversation that forgets after each answer."""
     text = "\n".join(f"{line}\n/reset" for line in lines)
@@ -249,7 +186,7 @@ def test_adapters_switch_and_mix_in_a_conversation(home, capsys, monkeypatch):
     assert f"({b}: 14 layers adapted)" in said["1 /lora lora_b"]
     assert f"(0.5 {a} + 0.5 {b}: 14 layers adapted)" in said["8 /lora lora_a:0.5 lora_b:0.5"]
     assert err.count("error: missing: not found") == 1
-    for path in (a, b):  # loading tells what was found and what it does, once
+    for path in (a, b):  # loading says once what was found and what the adapter does
         assert err.count(f"{path}: 14/14 layers matched") == 1
     assert "KL" in err and "/lora A:0.7 B:0.3" in eval_model.COMMANDS
 
@@ -264,20 +201,28 @@ def test_an_adapter_that_changes_nothing_is_called_out(home, capsys, tmp_path):
 
 def test_chat_remembers_and_forgets(home, capsys, monkeypatch):
     """What was said is in the next prompt; beyond the trained length the oldest turns go."""
-    speaker = eval_model.Speaker(
-        eval_model.parse_args(["--load_from", str(home / "chat"), "--max_new_tokens", "4"])
-    )
-    seen = []
-    monkeypatch.setattr(
-        speaker, "say", lambda ids, seed: seen.append(speaker.tokenizer.decode(ids)) or "fine"
-    )
+    chat_model, seen = ChatModel(home / "chat"), []
+
+    def say(chat_model, ids, sampling, in_chat):
+        seen.append(chat_model.tokenizer.decode(ids))
+        return "fine"
+
+    monkeypatch.setattr(eval_model, "say", say)
     monkeypatch.setattr(
         sys, "stdin", io.StringIO("my name is Mia\nmy dog is Rex\n" + "and I have a cat too\n" * 4)
     )
-    eval_model.chat(speaker, [{"role": "system", "content": "Be kind."}])
+    eval_model.chat(chat_model, Sampling(max_new_tokens=4), [{"role": "system", "content": "Be kind."}])
     assert "Mia" in seen[1] and "fine" in seen[1] and "Mia" not in seen[-1]
     assert all("Be kind." in prompt and prompt.endswith("<|im_start|>assistant\n") for prompt in seen)
     assert "are forgotten" in capsys.readouterr().err
+
+
+def test_each_answer_has_a_seed_of_its_own(home, capsys, monkeypatch):
+    flags = ("--max_new_tokens", 8, "--temperature", 1, "--seed")
+    lines = "hi\n/reset\nhi\n/reset\n"
+    first, second, _ = run(home, capsys, *flags, 3, stdin=lines, monkeypatch=monkeypatch).out.split("(the c")
+    again, _, _ = run(home, capsys, *flags, 4, stdin=lines, monkeypatch=monkeypatch).out.split("(the c")
+    assert first != again and second.endswith(again)
 
 
 def test_base_model_continues_each_line(home, capsys, monkeypatch):
@@ -306,10 +251,11 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(home):
         1.1,
     ]
     code = (
-        "import sys, eval_model, time\nsay = eval_model.Speaker.stream\n"
-        "def slow(self, ids, seed=None):\n"
-        "    for x in say(self, ids, seed):\n        time.sleep(0.05); yield x\n"
-        "eval_model.Speaker.stream = slow\neval_model.main(eval_model.parse_args(sys.argv[1:]))"
+        "import sys, time, eval_model\nfrom inference.chat_model import ChatModel\n"
+        "stream = ChatModel.stream\n"
+        "def slow(self, ids, sampling):\n"
+        "    for x in stream(self, ids, sampling):\n        time.sleep(0.05); yield x\n"
+        "ChatModel.stream = slow\neval_model.main(eval_model.parse_args(sys.argv[1:]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, flags)],
@@ -376,105 +322,7 @@ def test_scoring_counts_what_the_model_answers(home, capsys, tmp_path):
     }
 
 
-def test_loss_and_bits_per_byte_are_those_of_the_words(home, capsys, tmp_path):
-    text = "A fox sleeps. 狐狸。"
-    data = write(tmp_path / "t.jsonl", {"text": text}, {"text": "And so on."})
-    run(home, capsys, "--data_path", data, "--json", tmp_path / "s.json", "--limit", 1)  # the first
-    result = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
-    speaker = eval_model.Speaker(eval_model.parse_args(["--load_from", str(home / "base")]))
-    ids = torch.tensor([speaker.tokenizer(text + "<|endoftext|>")["input_ids"]])
-    loss = speaker.model(ids, labels=ids)
-    first = len(speaker.decode(ids[0, :1].tolist()).encode())  # nothing predicts the first token
-    assert result["loss"] == pytest.approx(loss.loss.item(), rel=1e-4)
-    nats_per_byte = loss.loss_sum.item() / (len(text.encode()) - first)
-    assert result["bits_per_byte"] == pytest.approx(nats_per_byte / 0.6931472, rel=1e-4)
-
-
-def test_multiple_choice_by_likelihood(home, capsys, tmp_path):
-    """Against log-likelihoods summed by hand from the logits."""
-    choices = ["yes", "a much longer answer than the other", "不"]
-    data = write(
-        tmp_path / "mc.jsonl", *({"question": "Is it?", "choices": choices, "answer": i} for i in range(3))
-    )
-    out = run(home, capsys, "--data_path", data, "--json", tmp_path / "s.json").out
-    result = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
-    assert result["scores"]["mc"] == pytest.approx(1 / 3)  # the same choice wins three times, right once
-    assert "not told from chance (0.333)" in out
-    assert result["multiple_choice"]["mc"]["raw"] == pytest.approx(1 / 3)
-
-    speaker = eval_model.Speaker(eval_model.parse_args(["--load_from", str(home / "chat")]))
-    start, logs = speaker.encode([{"role": "user", "content": "Is it?"}]), []
-    for choice in choices:
-        ids = start + speaker.tokenizer(choice + "<|im_end|>")["input_ids"]
-        log = speaker.model(torch.tensor([ids])).logits.log_softmax(-1)[0]
-        logs.append(sum(log[i - 1, ids[i]].item() for i in range(len(start), len(ids))))
-    per_byte = [log / len(choice.encode()) for log, choice in zip(logs, choices, strict=True)]
-    assert {a["answer"] for a in result["answers"]} == {choices[per_byte.index(max(per_byte))]}
-
-
-def test_sums_compare_the_final_number():
-    question = scoring.parse_question(
-        {"question": "?", "answer": "so 2 + 1,232\n#### 1,234"}, Path("g.jsonl")
-    )
-    for answer, right in (
-        ("#### 1234", True),
-        ("it is 1,234.00 dollars", True),
-        ("1234 and 7", False),
-        ("", False),
-    ):
-        question.answer = answer
-        question.judge()
-        assert question.ok is right, answer
-
-
-def test_a_limit_spreads_over_the_file(tmp_path):
-    data = write(tmp_path / "t.jsonl", *(turns("q", str(i)) for i in range(10)))
-    assert [question.reference for question in scoring.read_questions(data, 4)] == ["0", "2", "5", "7"]
-    assert len(scoring.read_questions(data, 11)) == len(scoring.read_questions(data)) == 10
-
-
-def test_wilson_interval():
-    assert scoring.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-3)
-    assert scoring.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
-    assert scoring.wilson(0, 0) == (0.0, 1.0)
-
-
-def test_bad_records_are_shown_and_skipped(home, capsys, tmp_path):
-    data = tmp_path / "t.jsonl"
-    lines = [
-        "{broken",
-        json.dumps(turns("a", "b")),
-        '{"question": "q", "choices": ["x"], "answer": 1}',
-        '{"odd": 1}',
-        '{"question": "q", "answer": "nothing counted"}',
-    ]
-    data.write_text("\n".join(lines), encoding="utf-8")
-    got = run(home, capsys, "--data_path", data, "--max_new_tokens", 2)
-    for number in (1, 3, 4):
-        assert f"{data}:{number}: " in got.err
-    assert "all" in got.out
-
-
-@pytest.mark.parametrize("name", ["contains", "answers"])
-def test_what_an_answer_is_compared_with_must_be_texts(name):
-    with pytest.raises(DataError, match=f"'{name}' must be a list of texts"):
-        scoring.parse_question(turns("a", "b", **{name: [5]}), Path("x"))
-
-
-def test_questions_too_long_for_the_model_are_wrong_and_do_not_stop_the_rest(home, capsys, tmp_path):
-    data = write(tmp_path / "t.jsonl", turns("word " * 300, "b"), turns("a", "b"))
-    got = run(home, capsys, "--data_path", data, "--max_new_tokens", 2)
-    assert "1 questions are too long" in got.err and "0.000" in got.out
-
-
 # ---------------------------------------------------------------- mistakes, and speed
-
-
-def test_a_choice_too_long_for_the_model_is_wrong(home, capsys, tmp_path):
-    long = {"question": "word " * 200, "choices": ["a", "b"], "answer": 0}
-    short = {"question": "a?", "choices": ["a", "a"], "answer": 0}
-    shown = run(home, capsys, "--data_path", write(tmp_path / "q.jsonl", long, short))
-    assert "too long" in shown.err and "0.500" in shown.out
 
 
 def test_scores_have_a_place_before_they_are_counted(home, tmp_path):

@@ -27,8 +27,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from common.errors import DataError
 from dataset import chat
-from dataset.jsonl import DataError
 from dataset.lm_dataset import SFTDataset
 from model.lora import load_lora
 from model.weights import load_model, load_tokenizer
@@ -244,7 +244,7 @@ def test_bad_records_of_a_foreign_model_are_shown_with_their_line(folders, tmp_p
 @pytest.fixture(scope="module")
 def adapters(folders, tmp_path_factory):
     """Family -> the adapter that `train_lora.py --load_from DIR` wrote, and what it printed."""
-    import dataset.lm_dataset
+    import dataset.token_cache
 
     out, made = tmp_path_factory.mktemp("out"), {}
     data = out / "chats.jsonl"
@@ -259,7 +259,7 @@ def adapters(folders, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             patch.setattr(sys, "argv", [str(word) for word in words])
             patch.setattr(sys, "path", list(sys.path))
-            patch.setattr(dataset.lm_dataset, "CACHE_DIR", out / "cache")
+            patch.setattr(dataset.token_cache, "CACHE_DIR", out / "cache")
             runpy.run_path(str(ROOT / "trainer" / "train_lora.py"), run_name="__main__")
         made[family] = out / family, printed.getvalue()
     return made

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import RunError
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["pretrain", "full_sft", "lora_identity", "lora_clinic"]
 
@@ -166,22 +168,22 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
 def test_a_run_of_other_commands_is_left_alone(tmp_path, monkeypatch):
     """A finished model is not thrown away because the recipe has changed, or the folder has moved."""
     state = quickstart.State(tmp_path)
-    state.data |= {"minutes": quickstart.BUDGET, "started": {"world": "python another_recipe.py"}}
+    state.data |= {"minutes": quickstart.DEFAULT_MINUTES, "started": {"world": "python another_recipe.py"}}
     state.save()
     made = tmp_path / "world" / "lora_clinic_test.jsonl"
     made.parent.mkdir()
     made.write_text("mine", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--out_dir", str(tmp_path)])
-    with pytest.raises(SystemExit, match="holds a run of other commands.*--fresh"):
-        quickstart.main()
+    with pytest.raises(RunError, match="holds a run of other commands.*--fresh"):
+        quickstart.main(quickstart.parse_args())
     assert read(made) == "mine"
 
 
 def test_a_file_for_a_folder_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "mine").write_text("mine", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--out_dir", str(tmp_path / "mine")])
-    with pytest.raises(SystemExit, match="is no folder"):
-        quickstart.main()
+    with pytest.raises(RunError, match="is no folder"):
+        quickstart.main(quickstart.parse_args())
 
 
 def test_a_step_that_fails_shows_its_log(tmp_path, capfd):
@@ -189,7 +191,7 @@ def test_a_step_that_fails_shows_its_log(tmp_path, capfd):
     script = tmp_path / "bad.py"
     script.write_text("print('what went wrong')\nraise SystemExit(3)", encoding="utf-8")
     task = quickstart.Task("bad", "pretrain", [str(script)], tmp_path / "nothing", 1)
-    with pytest.raises(SystemExit, match="exit code 3"):
+    with pytest.raises(RunError, match="exit code 3"):
         quickstart.run(task, state, quickstart.Progress([task], state), tmp_path)
     assert "what went wrong" in capfd.readouterr().err
     assert not quickstart.State(tmp_path).finished(task)
@@ -202,8 +204,8 @@ def test_minutes_scale_the_steps_alone(tmp_path):
         ]
         return [int(command[command.index("--max_steps") + 1]) for command in commands]
 
-    assert steps(quickstart.BUDGET) == [steps for _, steps, _, _ in quickstart.STAGES.values()]
-    assert steps(2 * quickstart.BUDGET) == [2 * n for n in steps(quickstart.BUDGET)]
+    assert steps(quickstart.DEFAULT_MINUTES) == [steps for _, steps, _, _ in quickstart.STAGES.values()]
+    assert steps(2 * quickstart.DEFAULT_MINUTES) == [2 * n for n in steps(quickstart.DEFAULT_MINUTES)]
 
 
 def test_help_is_quick():

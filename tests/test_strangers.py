@@ -21,13 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eval_model
+from common.errors import DataError, ModelError, UsageError
 from dataset.chat import encode_chat
-from dataset.jsonl import DataError
+from inference.chat_model import ChatModel, end_tokens
 from model.adapters import Adapters
 from model.lora import apply_lora, load_lora, save_lora
-from model.transformer import CausalLM, ModelConfig, ModelError
+from model.transformer import CausalLM, ModelConfig
 from model.weights import load_model, load_tokenizer, save_model
-from trainer.args import UsageError
 from trainer.checkpoint import load_checkpoint
 
 ROOT = Path(eval_model.__file__).parent
@@ -123,9 +123,9 @@ def test_a_checkpoint_with_code_does_not_run(tmp_path, bare):
 
 
 def python_files():
-    folders = ("model", "dataset", "trainer", "scripts")
+    folders = ("common", "model", "dataset", "trainer", "inference", "scripts", "benchmarks")
     inside = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
-    return [*inside, ROOT / "eval_model.py", ROOT / "scoring.py"]
+    return [*inside, ROOT / "eval_model.py"]
 
 
 def test_no_call_in_the_code_could_run_what_a_file_says():
@@ -140,7 +140,7 @@ def test_no_call_in_the_code_could_run_what_a_file_says():
             if name == "torch.load":
                 loads += 1
                 assert flags["weights_only"] == "True", file
-            if name.endswith(".from_pretrained") and "bench" not in file.name:
+            if name.endswith(".from_pretrained") and file.parent.name != "benchmarks":
                 downloads += 1
                 assert flags["local_files_only"] == "True" and flags["trust_remote_code"] == "False", file
     assert loads and downloads
@@ -212,9 +212,9 @@ def test_a_mistyped_folder_is_no_name_of_a_hub(name, no_network, tmp_path, monke
 def test_an_adapter_named_with_a_path_is_not_looked_for_in_out(home, tmp_path):
     """`/lora ../x` means what it means in a shell, and nothing beside the model or in out/."""
     (home / "adapter").rename(tmp_path / "beside")
-    speaker = eval_model.Speaker(eval_model.parse_args(["--load_from", str(home / "model")]))
-    assert speaker.find("../beside") == Path("../beside")
-    assert "not found" in refused(speaker.switch, "../beside")
+    chat_model = ChatModel(home / "model")
+    assert chat_model.find("../beside") == Path("../beside")
+    assert "not found" in refused(chat_model.switch, "../beside")
 
 
 # ---------------------------------------------------------------- what a file claims
@@ -287,7 +287,7 @@ def test_weights_that_claim_nonsense(home, kind):
 
 
 def test_all_of_it_is_refused_in_little_memory_and_time(home, tmp_path):
-    """The same and more in a process of its own, which tells how much memory it needed."""
+    """The same and more in a process of its own, which prints how much memory it needed."""
     zip_bomb(home / "bomb.pth")
     torch.save({"model.embed_tokens.weight": torch.ones(1).expand(10**6, 10**6)}, home / "view.pth")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
@@ -319,7 +319,7 @@ for name in ("config.json", "model.safetensors"):
     refused(load_model, home / f"huge {{name}}")
 for name in ("tokenizer.json", "tokenizer_config.json"):
     refused(load_tokenizer, home / f"huge {{name}}")
-refused(eval_model.Speaker, eval_model.parse_args(["--load_from", str(home / "huge generation_config.json")]))
+refused(ChatModel, home / "huge generation_config.json")
 print("more", peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -389,18 +389,18 @@ def test_tokenizers_that_are_none(home, text):
 ])
 def test_notes_beside_the_weights_that_are_nonsense(home, file, content, words):
     (home / "model" / file).write_text(json.dumps(content), encoding="utf-8")
-    assert words in refused(eval_model.Speaker, eval_model.parse_args(["--load_from", str(home / "model")]))
+    assert words in refused(ChatModel, home / "model")
 
 
 @pytest.mark.parametrize("arguments", [None, 3, *({"max_seq_len": odd} for odd in ("x", -5, [1]))], ids=str)
 def test_odd_training_arguments_are_as_none(home, arguments):
     (home / "model" / "training.json").write_text(json.dumps({"arguments": arguments}), encoding="utf-8")
-    assert eval_model.Speaker(eval_model.parse_args(["--load_from", str(home / "model")])).context == 64
+    assert ChatModel(home / "model").context == 64
 
 
 def test_answers_end_where_generation_config_says(home):
     def stops():
-        return eval_model.Speaker(eval_model.parse_args(["--load_from", str(home / "model")])).stop
+        return ChatModel(home / "model").stop_ids
 
     known = stops()
     for listed in (77, [77, 99], None, []):
@@ -471,7 +471,7 @@ def test_damaged_files_load_rightly_or_say_so(home, name, times):
                 elif "token" in name:
                     assert len(load_tokenizer(home / "model")) > 0
                 elif "generation" in name:
-                    eval_model.Speaker.ends(Bare(home / "model", base), {"<|im_end|>": 2})
+                    end_tokens(home / "model", Tokenizer(), base.config.vocab_size)
                 else:
                     model = load_model(home / ("model" if "/" in name else name))
                     with torch.no_grad():
@@ -482,9 +482,10 @@ def test_damaged_files_load_rightly_or_say_so(home, name, times):
     assert loaded < times  # and mostly some: a flipped bit in a weight is another number, and no damage
 
 
-class Bare:
-    """As much of a Speaker as tells which tokens end an answer."""
+class Tokenizer:
+    """As much of a tokenizer as says which tokens end an answer."""
 
-    def __init__(self, folder, model):
-        self.args, self.model = eval_model.parse_args(["--load_from", str(folder)]), model
-        self.tokenizer = type("Tokenizer", (), {"eos_token_id": 2})
+    eos_token_id = 2
+
+    def get_vocab(self):
+        return {"<|im_end|>": 2}

@@ -1,9 +1,9 @@
-"""The rows of each batch of a run, cut into what this rank's forward passes read."""
+"""Which rows of the data each step reads, and how they are divided among processes and forward passes."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from dataset.lm_dataset import collate
@@ -12,59 +12,103 @@ from trainer.distributed import Ranks
 
 
 class Batches(Dataset):
-    """Batch number b of the run, as micro-batches of this rank: item b -> (micro-batches, targets, tokens).
+    """The batches of a run: batches[n] is what this process reads in step n, for every n from 0 on.
 
-    Every rank knows the rows of every batch, so it knows the number of supervised tokens (`targets`) on all
-    ranks without asking. The loss of a step is the sum over supervised tokens divided by that number, never a
-    mean of means: with 10 tokens of loss 1 here and 30 of loss 3 there it is (10 + 90) / 40 = 2.5, not 2.
+    It is (micro-batches, number of supervised tokens, number of tokens), both numbers over all processes.
+    Every process knows the rows of every batch, so none has to ask the others for these numbers. A batch
+    follows from its number and the seed alone, so a resumed run reads what the first run would have read.
 
-    `replayed` are the samples of old data of which --replay mixes rows into every epoch, in the part that the
-    flag names: 90 rows of new data and a replay of 0.1 make epochs of 100 rows, 10 of them old.
+        6 rows in a batch, 2 processes, micro_batch_size 2
+        process 0   rows 0 2 4   in two forward passes: [0 2] [4]
+        process 1   rows 1 3 5   in two forward passes: [1 3] [5]
+
+    replayed: sample numbers of old data, of which every epoch holds some rows too. They are the part `replay`
+    of all rows: 90 rows of new data and a replay of 0.1 make epochs of 100 rows, 10 of them old.
     """
 
-    def __init__(self, dataset, samples: np.ndarray, args, pad_token_id: int, ranks: Ranks,
-                 replayed: np.ndarray | None = None):
-        self.dataset, self.pad_token_id, self.seed = dataset, pad_token_id, args.seed
-        self.rank, self.world_size = ranks.rank, ranks.world_size  # not `ranks`, which no worker can be sent
-        self.batch_size, self.micro_batch_size = args.batch_size, args.micro_batch_size
-        self.samples, self.replayed = samples, replayed
+    def __init__(self, dataset, samples: np.ndarray, ranks: Ranks, *, batch_size: int, max_seq_len: int,
+                 seed: int, pad_token_id: int, micro_batch_size: int | None = None, packing: bool = True,
+                 replayed: np.ndarray | None = None, replay: float = 0.0):
+        self.dataset, self.samples, self.replayed = dataset, samples, replayed
+        self.rank, self.world_size = ranks.rank, ranks.world_size  # `ranks` itself cannot be sent to a worker
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.pad_token_id, self.seed = pad_token_id, seed
 
-        def fill(samples):
-            return (pack_rows(dataset.lengths, args.max_seq_len, args.seed, samples) if args.packing
-                    else single_rows(len(samples), args.seed))
+        def fill_rows(some):
+            if packing:
+                return pack_rows(dataset.lengths, max_seq_len, seed, some)
+            return single_rows(len(some), seed)
 
-        self.rows, self.num_old = fill(samples), 0  # num_old: rows of old data in an epoch
+        self.rows = fill_rows(samples)
+        self.num_old = 0  # rows of old data in each epoch
         if replayed is not None:
-            self.old_rows = fill(replayed)
-            self.num_old = max(1, round(len(self.rows) * args.replay / (1 - args.replay)))
-        self.epoch, self.order = -1, None
+            self.old_rows = fill_rows(replayed)
+            self.num_old = max(1, round(len(self.rows) * replay / (1 - replay)))
+        self.epoch = -1  # the epoch that `order` belongs to
 
     def __len__(self) -> int:
-        """Batches in one pass over the data; the last may be smaller, and counts by its tokens."""
+        """Batches in one epoch. The last one may have fewer rows, and then counts for less."""
         return math.ceil((len(self.rows) + self.num_old) / self.batch_size)
-
-    def rows_of(self, number: int) -> list[list[int]]:
-        """The sample numbers of each row of batch `number`."""
-        epoch, number = divmod(number, len(self))
-        if epoch != self.epoch:  # each pass has an order of its own, which the seed decides
-            self.epoch = epoch
-            self.order = Order(len(self.rows) + self.num_old, [self.seed, epoch])
-            if self.num_old:
-                self.old = shuffled_again(len(self.old_rows), epoch * self.num_old, self.num_old, self.seed)
-        chosen = self.order[number * self.batch_size:(number + 1) * self.batch_size]
-        new = len(self.rows)
-        return [self.samples[self.rows[i]] if i < new else self.replayed[self.old_rows[self.old[i - new]]]
-                for i in chosen]
 
     def __getitem__(self, number: int) -> tuple[list[dict], int, int]:
         rows = self.rows_of(number)
         samples = np.concatenate(rows)
         mine = rows[self.rank::self.world_size]
-        share = math.ceil(len(rows) / self.world_size)  # rows of the fullest rank
+        share = math.ceil(len(rows) / self.world_size)  # rows of the process that has most
         size = self.micro_batch_size or share
-        # All ranks make the same number of forward passes; one with no rows left gets a row without targets.
-        micro = [collate(self.dataset, mine[i:i + size], self.pad_token_id) for i in range(0, share, size)]
-        return micro, int(self.dataset.num_targets[samples].sum()), int(self.dataset.lengths[samples].sum())
+        # All processes make the same number of forward passes. With no row left, one gets an empty row.
+        micro_batches = [collate(self.dataset, mine[start:start + size], self.pad_token_id)
+                         for start in range(0, share, size)]
+        num_targets = int(self.dataset.num_targets[samples].sum())
+        num_tokens = int(self.dataset.lengths[samples].sum())
+        return micro_batches, num_targets, num_tokens
+
+    def rows_of(self, number: int) -> list[np.ndarray]:
+        """The sample numbers in each row of batch `number`."""
+        epoch, number = divmod(number, len(self))
+        if epoch != self.epoch:
+            self.begin_epoch(epoch)
+        chosen = self.order[number * self.batch_size:(number + 1) * self.batch_size]
+        return [self.row(index) for index in chosen]
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Each epoch has an order of its own, which the seed decides."""
+        self.epoch = epoch
+        self.order = Order(len(self.rows) + self.num_old, [self.seed, epoch])
+        if self.num_old:
+            first = epoch * self.num_old
+            self.old_in_epoch = shuffled_again(len(self.old_rows), first, self.num_old, self.seed)
+
+    def row(self, index: int) -> np.ndarray:
+        """The sample numbers in one row of the epoch. New rows have the first indices, old rows the last."""
+        if index < len(self.rows):
+            return self.samples[self.rows[index]]
+        old_row = self.old_in_epoch[index - len(self.rows)]
+        return self.replayed[self.old_rows[old_row]]
+
+    # What the loop may want to say of them
+
+    def one_epoch(self) -> Iterator[dict]:
+        """The micro-batches of this process in one pass over the data."""
+        for number in range(len(self)):
+            yield from self[number][0]
+
+    def description(self) -> str:
+        old = f" and {self.num_old:,} old" if self.num_old else ""
+        return f"{len(self.rows):,}{old} rows"
+
+    def identity(self) -> str:
+        """Distinguishes the data from other data, and from itself after a change."""
+        return self.dataset.identity
+
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the supervised text in one pass over the data."""
+        return int(self.dataset.num_bytes[self.samples].sum())
+
+    def singly(self, number: int) -> Iterator[tuple[str, dict]]:
+        """Each sample of batch `number`, of all processes: its record ("x.jsonl:17"), and a batch of it."""
+        for sample in np.concatenate(self.rows_of(number)).tolist():
+            yield self.dataset.where(sample), collate(self.dataset, [[sample]], self.pad_token_id)
 
 
 def shuffled_again(size: int, start: int, count: int, seed: int) -> np.ndarray:
@@ -75,11 +119,7 @@ def shuffled_again(size: int, start: int, count: int, seed: int) -> np.ndarray:
 
 
 def split(dataset, eval_fraction: float, seed: int) -> tuple[Order, Order]:
-    """Sample numbers for training and for validation, by a seeded shuffle; of n_train and of n_eval."""
+    """Sample numbers for training and for validation: a seeded shuffle, cut in two."""
     order = Order(len(dataset), seed)
     held_out = int(len(dataset) * eval_fraction)
     return order[held_out:], order[:held_out]
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    return {k: v if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}

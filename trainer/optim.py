@@ -1,31 +1,31 @@
-"""The optimizer and its learning rate over time.
+"""The optimizers, and the learning rate over time.
 
 AdamW: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101
 Muon:  Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; scaled as in Liu et al. 2025,
        https://arxiv.org/abs/2502.16982, so that one learning rate serves both optimizers.
 """
 
-import inspect
-import logging
 import math
 
 import torch
 from torch import nn
 
-from trainer.args import UsageError
+from common.fast_start import AdamW, Optimizer
+from trainer.adamw_8bit import adamw_8bit
 from trainer.distributed import full_tensor, shard_like, share_out, world_size
 
-AT_ONCE = 2**27  # numbers in the matrices that Muon takes as one batch: bounds the memory of their copies
+MAX_NUMBERS_AT_ONCE = 2**27  # in the matrices that Muon takes as one batch; bounds the memory of their copies
 
 
 def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, schedule: str = "cosine") -> float:
-    """What the peak learning rate is multiplied by at `step` (0, 1, ...): linear warm-up, then
+    """The factor of the peak learning rate at `step` (0, 1, ...). A linear warm-up comes first, and then
 
-    cosine  half a cosine: 100 steps, 2 of them warm-up: step 0 -> 0.5, 1 -> 1, 51 -> 0.5, 99 -> 0.0003
-    wsd     all of it until the middle, then straight down: step 0 -> 0.5, 1 -> 1, 50 -> 1, 75 -> 0.5, 99 ->
-            0.02 (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395)
+    cosine  half a cosine. 100 steps, 2 of them warm-up: step 0 -> 0.5, 1 -> 1, 51 -> 0.5, 99 -> 0.0003
+    wsd     1 until the middle, then a straight line down (warm-up, stable, decay: Hu et al. 2024,
+            arXiv:2404.06395). 100 steps, 2 of them warm-up: step 0 -> 0.5, 1 -> 1, 50 -> 1, 75 -> 0.5, 99
+            -> 0.02
 
-    The first step already learns something, and the last one still does.
+    It is above 0 at the first step and at the last, so both of them learn something.
     """
     warmup = round(max_steps * warmup_ratio)
     if step < warmup:
@@ -35,20 +35,21 @@ def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, schedul
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """W <- W - lr * (decay * W + 0.2 * sqrt(max(rows, columns)) * orthogonalise(momentum))
 
-    The momentum of a weight matrix is replaced by the nearest matrix whose singular values are all about one,
-    so that directions the gradient hardly shows are learned as fast as the loud ones. 0.2 * sqrt(max(...))
-    gives the update the size AdamW's would have, so both take the same learning rate (Liu et al. 2025).
+    The momentum of a weight matrix is replaced by the nearest matrix whose singular values are all about one.
+    So directions that the gradient hardly shows are learned as fast as those that dominate it. The factor
+    0.2 * sqrt(max(...)) gives the update the size of AdamW's, so both take the same learning rate (Liu et al.
+    2025).
 
-    The same updates as torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; but matrices of one shape go
-    through the iteration as one batch, which for small models is twice as fast on a CPU; and ranks, who have
-    the same gradients by now, share the batch out.
+    The updates are those of torch.optim.Muon with adjust_lr_fn="match_rms_adamw". But matrices of one shape
+    go through the iteration as one batch, which for small models is twice as fast on a CPU, and several
+    processes, which have the same gradients by now, divide the batch among them.
 
-    dtype: of that iteration. bfloat16 is fast and exact enough to learn by, but it makes a difference in the
-    last place of a gradient (another order of summing, on another number of processes) a thousand times
-    larger; a run in float32 iterates in float32.
+    dtype: of the iteration. bfloat16 is fast, and exact enough to learn by. But it makes a difference in the
+    last digit of a gradient (the sum was taken in another order, on another number of processes) a thousand
+    times larger. So a run in float32 iterates in float32.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95,
@@ -59,27 +60,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            shapes: dict[tuple, list[torch.Tensor]] = {}
+            same_shape: dict[tuple, list[torch.Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shapes.setdefault(parameter.shape, []).append(parameter)
-            for (rows, columns), same in shapes.items():
-                at_once = max(world_size(), AT_ONCE // (rows * columns))
-                for i in range(0, len(same), at_once):
-                    self._update(same[i:i + at_once], group)
+                    same_shape.setdefault(parameter.shape, []).append(parameter)
+            for (rows, columns), weights in same_shape.items():
+                at_once = max(world_size(), MAX_NUMBERS_AT_ONCE // (rows * columns))
+                for i in range(0, len(weights), at_once):
+                    self.update(weights[i:i + at_once], group)
 
-    def _update(self, weights: list[torch.Tensor], group: dict) -> None:
+    def update(self, weights: list[torch.Tensor], group: dict) -> None:
         """Takes a step with matrices of one shape."""
-        gradients = [w.grad for w in weights]
-        for w in weights:
-            if "momentum_buffer" not in self.state[w]:
-                self.state[w]["momentum_buffer"] = torch.zeros_like(w)
-        momenta = [self.state[w]["momentum_buffer"] for w in weights]
+        gradients = [weight.grad for weight in weights]
+        for weight in weights:
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step on
-        whole = [full_tensor(matrix) for matrix in ahead]  # where processes hold parts of them (FSDP)
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step further on
+        whole = [full_tensor(matrix) for matrix in ahead]  # with FSDP each process holds a part of a matrix
         updates = share_out(orthogonalise, torch.stack(whole).to(self.dtype)).to(weights[0].dtype)
-        updates = [shard_like(update, w) for update, w in zip(updates, weights, strict=True)]
+        updates = [shard_like(update, weight) for update, weight in zip(updates, weights, strict=True)]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         scale = 0.2 * math.sqrt(max(weights[0].shape))
         torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
@@ -89,11 +90,11 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Matrices (n, rows, columns) with their singular vectors kept, and all their singular values near one.
 
     Five steps of a Newton-Schulz iteration, in the matrices' own dtype. A step sends each singular value s to
-    3.4445 s - 4.775 s^3 + 2.0315 s^5: small ones more than triple, those between 0.7 and 1.2 stay there.
-    """
+    3.4445 s - 4.775 s^3 + 2.0315 s^5. That more than triples small ones, and keeps those from 0.7 to 1.2
+    there. """
     tall = matrices.size(1) > matrices.size(2)
-    x = matrices.mT if tall else matrices  # wide: the products below are rows x rows
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above one
+    x = matrices.mT if tall else matrices  # wide, so that the products below are (rows, rows)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no singular value is above one
     for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
@@ -101,86 +102,48 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-# PyTorch's optimizers import the compiler, more than a second of work, only to keep it out of their methods.
-# Nobody compiles ours: here the methods are marked as done, and AdamW's step below goes without.
-for method in vars(torch.optim.Optimizer).values():
-    if plain := getattr(method, "__wrapped__", None):
-        plain.__dynamo_disable = plain
-
-
-class AdamW(torch.optim.AdamW):
-    """PyTorch's (Loshchilov & Hutter 2017, arXiv:1711.05101), to the bit, without importing the compiler."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        return inspect.unwrap(torch.optim.Adam.step)(self, closure)
-
-
 def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_decay: float,
                      lora_plus_ratio: float = 1.0, dtype: torch.dtype = torch.bfloat16,
                      ) -> list[torch.optim.Optimizer]:
-    """Optimizers over the parameters that train (`requires_grad`), and over no other.
+    """Optimizers over the parameters that train (`requires_grad`), and over no others.
 
-    Decay pulls matrices towards zero. It leaves gains and biases alone, which are few and scale what follows,
-    and the embedding, which is a lookup table: the rows of words that a stage never meets would shrink to
-    nothing.
-    With "muon" the matrices inside the blocks go to Muon, the rest stays with AdamW.
+    With "muon" the matrices inside the blocks go to Muon, and the rest to AdamW.
 
-    Each group carries its `ratio` to the learning rate: 1, and lora_plus_ratio for LoRA's B (LoRA+: Hayou et
-    al. 2024, https://arxiv.org/abs/2402.12354). With A and B at one rate wide layers learn too little: B
-    starts at zero and has to grow, while A only turns.
+    Weight decay pulls matrices towards zero. It leaves out gains and biases, which are few and scale whatever
+    follows. It also leaves out the embedding, a table in which each word has a row: the rows of words that a
+    stage never meets would shrink to nothing.
 
-    `dtype` is that of the forward pass: where it is bfloat16 Muon iterates in it too. Raises UsageError where
-    "adamw8bit" can't run.
+    Each group carries its `ratio` to the learning rate: 1, or lora_plus_ratio for LoRA's B (LoRA+: Hayou et
+    al. 2024, https://arxiv.org/abs/2402.12354). With one rate for A and B wide layers learn too little: B
+    starts at zero and has to grow, while A only has to turn.
+
+    dtype: of the forward pass. Raises UsageError where "adamw8bit" cannot run.
     """
     groups: dict[tuple, list[nn.Parameter]] = {}
-    for key, p in model.named_parameters():
-        if p.requires_grad:
-            muon = name == "muon" and p.ndim == 2 and ".layers." in key
-            decay = weight_decay if p.ndim >= 2 and "embed" not in key else 0.0
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            to_muon = name == "muon" and parameter.ndim == 2 and ".layers." in key
+            decay = weight_decay if parameter.ndim >= 2 and "embed" not in key else 0.0
             ratio = lora_plus_ratio if key.endswith(".lora.B.weight") else 1.0
-            groups.setdefault((muon, decay, ratio), []).append(p)
-    hidden, rest = ([{"params": params, "weight_decay": decay, "ratio": ratio, "lr": learning_rate * ratio}
-                     for (muon, decay, ratio), params in groups.items() if muon == wanted]
-                    for wanted in (True, False))
+            groups.setdefault((to_muon, decay, ratio), []).append(parameter)
+    for_muon, for_adamw = [], []
+    for (to_muon, decay, ratio), parameters in groups.items():
+        group = {"params": parameters, "weight_decay": decay, "ratio": ratio, "lr": learning_rate * ratio}
+        (for_muon if to_muon else for_adamw).append(group)
+
     optimizers: list[torch.optim.Optimizer] = []
-    if rest:
-        device = rest[0]["params"][0].device.type
-        # beta2 of 0.99, not 0.95: the row of a rare word gets a gradient once in many steps, and its scale
-        # should still be known by then.
+    if for_adamw:
+        device = for_adamw[0]["params"][0].device.type
+        # A beta2 of 0.99 and not 0.95: the row of a rare word gets a gradient once in many steps, and AdamW
+        # should still remember its scale by then.
         settings = {"lr": learning_rate, "betas": (0.9, 0.99)}
         if "8bit" in name:
-            optimizers.append(_adamw_8bit(name, device)(rest, **settings))
+            optimizers.append(adamw_8bit(name, device)(for_adamw, **settings))
         else:
             fused = device in ("cpu", "cuda")  # one kernel for a whole group
-            optimizers.append(AdamW(rest, **settings, fused=fused))
-    if hidden:
-        # GPUs that train in float16 have no fast bfloat16, and in float16 small gradients would vanish.
-        iteration = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        optimizers.append(Muon(hidden, learning_rate, weight_decay, dtype=iteration))
+            optimizers.append(AdamW(for_adamw, **settings, fused=fused))
+    if for_muon:
+        # GPUs that train in float16 have no fast bfloat16, and float16 would lose small gradients.
+        iteration_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        optimizers.append(Muon(for_muon, learning_rate, weight_decay, dtype=iteration_dtype))
     return optimizers
-
-
-def _adamw_8bit(name: str, device: str) -> type[torch.optim.Optimizer]:
-    """AdamW with both moments in 8 bits, blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861).
-
-    Moments of fewer than 4,096 values stay float32. Paged: in memory that CPU and GPU share, so that a GPU
-    which is full for a moment slows down and does not fail (Dettmers et al. 2023, arXiv:2305.14314).
-    """
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"--optimizer {name} runs on CUDA GPUs and CPUs, not on {device}; use adamw")
-    if name == "paged_adamw8bit" and device != "cuda":
-        raise UsageError(f"--optimizer {name} needs a CUDA GPU, whose memory it extends; use adamw8bit")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that we don't use
-    try:  # it may be installed and yet have no kernels for this machine: one step tells
-        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # here: optional, and slow to import
-
-        optimizer = PagedAdamW8bit if name == "paged_adamw8bit" else AdamW8bit
-        weight = nn.Parameter(torch.zeros(4096, device=device))
-        weight.grad = torch.zeros_like(weight)
-        optimizer([weight]).step()
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--optimizer {name}: bitsandbytes does not run here ({reason}); use adamw") \
-            from None
-    return optimizer

@@ -1,7 +1,8 @@
 """Does fine-tuning forget? Old data is measured before and after it, and may be replayed during it.
 
-A part of the old data is held out to be measured and never replayed, so that "after" shows what is still
-known and not what was rehearsed. Without --replay it is the same part: two runs can be compared.
+A part of the old data is held out: it is measured and never replayed. So "after" shows what the model still
+knows, and not what it has just rehearsed. Without --replay the same part is held out, so that two runs can be
+compared. A reader of the stages may skip this file.
 """
 
 import hashlib
@@ -11,21 +12,25 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset
 
-from trainer.args import UsageError
-from trainer.batches import Batches, split, to_device
-from trainer.distributed import Ranks, autocast, choose_dtype
+from common.device import choose_dtype
+from common.errors import UsageError
+from model.held_out import mean_loss
+from trainer.batches import Batches, split
+from trainer.distributed import Ranks
 
-HELD_OUT, MEASURED = 0.2, 1000  # part of the old data that is held out, and samples of it that are measured
-SHORT = 64  # tokens of an answer that can be expected word for word; longer ones count in the loss alone
+HELD_OUT_FRACTION = 0.2  # of the different samples of the old data
+MAX_MEASURED_SAMPLES = 1000
+MAX_TOKENS_OF_EXACT_ANSWER = 64  # nobody expects a longer answer word for word; it counts in the loss alone
 
 
-class Both(ConcatDataset):
-    """New and old data as one dataset: sample i of the old has the number len(new) + i."""
+class TwoDatasets(ConcatDataset):
+    """New and old data as one dataset: sample i of the old data has the number len(new) + i."""
 
     def __init__(self, new, old):
         super().__init__([new, old])
         for name in ("lengths", "num_targets", "num_bytes"):
             setattr(self, name, np.concatenate([getattr(new, name), getattr(old, name)]))
+        self.identity = f"{new.identity}, and old data of {old.identity}"
 
     def where(self, sample: int) -> str:
         new, old = self.datasets
@@ -37,74 +42,73 @@ def hold_out(dataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UsageError where there are too few different samples to hold one out.
     """
-    numbers: dict[bytes, int] = {}  # 16 bytes for each different sample
-    digests = (hashlib.blake2b(ids.numpy().tobytes(), digest_size=16).digest() for ids, _ in dataset)
-    kinds = np.array([numbers.setdefault(digest, len(numbers)) for digest in digests])
-    replayed, held_out = split(numbers, HELD_OUT, seed)
+    number_of: dict[bytes, int] = {}  # 16 bytes for each different sample -> its number
+    content = np.empty(len(dataset), dtype=np.int64)  # for each sample, that number: equal for copies
+    for sample, (ids, _) in enumerate(dataset):
+        digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=16).digest()
+        content[sample] = number_of.setdefault(digest, len(number_of))
+    replayed, held_out = split(number_of, HELD_OUT_FRACTION, seed)
     if not len(held_out):
-        raise UsageError(f"--retain_data_path: {len(numbers)} different records are too few to hold some "
-                         f"out; give at least {math.ceil(1 / HELD_OUT)}")
-    measured = np.flatnonzero(np.isin(kinds, held_out))
-    measured = np.random.default_rng(seed).permutation(measured)[:MEASURED]
-    return np.flatnonzero(np.isin(kinds, replayed)), np.sort(measured)
+        raise UsageError(f"--retain_data_path: {len(number_of)} different records are too few to hold some "
+                         f"out; give at least {math.ceil(1 / HELD_OUT_FRACTION)}")
+    measured = np.flatnonzero(np.isin(content, held_out))
+    measured = np.random.default_rng(seed).permutation(measured)[:MAX_MEASURED_SAMPLES]
+    return np.flatnonzero(np.isin(content, replayed)), np.sort(measured)
 
 
-@torch.no_grad()
-def measure(model, eval_batches: Batches | None, retained: Batches | None, args, ranks: Ranks) -> dict:
+def measure(model, eval_batches: Batches | None, retained: Batches | None, dtype: str, ranks: Ranks) -> dict:
     """{"new": ..., "old": ...}, each {"loss", "exact", "answers", "samples"}; {} without old data.
 
     exact: the part of the short answers that greedy decoding would give word for word, end of turn included.
-    No decoding is needed to know: it follows the true words exactly as long as each of them is the likeliest
-    after the true ones before it, which one forward pass tells for all at once.
+    No decoding is needed to know this. Greedy decoding follows the true words for as long as each of them is
+    the likeliest one after the true words before it, and one forward pass shows that for all words at once.
     """
     if retained is None:
         return {}
-    device, dtype, was_training = ranks.device, choose_dtype(args.dtype, ranks.device), model.training
-    model.to(device).eval()
-    result = {}
-    for name, batches in (("new", eval_batches), ("old", retained)):
-        if batches is None:
-            continue
-        sums = torch.zeros(4, dtype=torch.float64)  # loss, supervised tokens, short answers, exact ones
-        for number in range(len(batches)):
-            for batch in batches[number][0]:
-                with autocast(device, dtype):
-                    output = model(**to_device(batch, device))
-                    sums[0] += output.loss_sum.cpu()
-                    for hidden, labels in zip(output.hidden, batch["labels"], strict=True):
-                        answers = exact_answers(output.head, hidden, labels)
-                        sums[1:] += torch.tensor(answers, dtype=torch.float64)
-        loss, tokens, short, exact = ranks.sum(*sums)
-        result[name] = {"loss": loss / max(1, tokens), "exact": exact / short if short else None,
-                        "answers": int(short), "samples": len(batches.samples)}
-    model.train(was_training)
-    return result
+    model.to(ranks.device)
+    result = {"new": measure_one(model, eval_batches, dtype, ranks)} if eval_batches else {}
+    return result | {"old": measure_one(model, retained, dtype, ranks)}
 
 
-def exact_answers(head, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[int, int, int]:
-    """One row, hidden (T, C) and labels (T,) -> supervised tokens, short answers, exact ones among them.
+def measure_one(model, batches: Batches, dtype: str, ranks: Ranks) -> dict:
+    counts = torch.zeros(2, dtype=torch.int64)  # short answers, and exact ones
+
+    def count(output, batch):
+        for hidden, labels in zip(output.hidden, batch["labels"], strict=True):
+            counts.add_(torch.tensor(exact_answers(output.head, hidden, labels)))
+
+    loss, _ = mean_loss(model, batches.one_epoch(), choose_dtype(dtype, ranks.device), ranks.sum, count)
+    short, exact = ranks.sum(*counts)
+    return {"loss": loss, "exact": exact / short if short else None, "answers": int(short),
+            "samples": len(batches.samples)}
+
+
+def exact_answers(head, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[int, int]:
+    """One row, hidden (T, C) and labels (T,) -> the number of short answers, and of exact ones among them.
 
         labels     -100  -100   7   8  -100  -100   5      two answers: [7, 8] and [5]
         likeliest          7    8   3    1     4    9      at the position before each label: [7, 8] is exact
     """
-    on = labels[1:] != -100
-    likeliest = head(hidden[:-1][on.to(hidden.device)]).argmax(dim=-1).cpu()
-    right = likeliest == labels[1:][on]
-    answer = (on & ~torch.cat((on.new_zeros(1), on[:-1]))).cumsum(0)[on]  # its number, from 1, of each token
-    lengths, hits = torch.bincount(answer), torch.bincount(answer, weights=right.double())
-    short = (lengths > 0) & (lengths <= SHORT)
-    return int(on.sum()), int(short.sum()), int((short & (hits == lengths)).sum())
+    supervised = labels[1:] != -100
+    likeliest = head(hidden[:-1][supervised.to(hidden.device)]).argmax(dim=-1).cpu()
+    is_right = likeliest == labels[1:][supervised]
+    begins = supervised & ~torch.cat((supervised.new_zeros(1), supervised[:-1]))
+    answer = begins.cumsum(0)[supervised]  # for each supervised token, the number of its answer, from 1 on
+    lengths, hits = torch.bincount(answer), torch.bincount(answer, weights=is_right.double())
+    short = (lengths > 0) & (lengths <= MAX_TOKENS_OF_EXACT_ANSWER)
+    return int(short.sum()), int((short & (hits == lengths)).sum())
 
 
 def compare(before: dict, after: dict, ranks: Ranks) -> dict:
-    """Prints what was learned and what forgotten; returns it for training.json. Nothing without old data."""
+    """Prints what the model learned and forgot; returns that for training.json, {} without old data."""
     if not before:
         return {}
     if ranks.is_main:
         print(f"{'':9}samples  loss before    after  answers  exact before   after")
         for name in before:
             a, b = before[name], after[name]
-            exact = "" if a["exact"] is None else f"{a['exact']:14.3f}{b['exact']:8.3f}"
-            print(f"{name} data {a['samples']:>7,}{a['loss']:>13.4f}{b['loss']:>9.4f}{a['answers']:>9,}"
-                  + exact)
+            line = f"{name} data {a['samples']:>7,}{a['loss']:>13.4f}{b['loss']:>9.4f}{a['answers']:>9,}"
+            if a["exact"] is not None:
+                line += f"{a['exact']:14.3f}{b['exact']:8.3f}"
+            print(line)
     return {"retention": {"before": before, "after": after}}

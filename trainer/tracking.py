@@ -1,42 +1,105 @@
-"""What a run tells: a line on the terminal, metrics.jsonl, loss.png and, if asked, Weights & Biases."""
+"""What a run reports: a line on the terminal, metrics.jsonl, loss.png and, if asked, Weights & Biases.
+
+A reader of the loop may skip this file.
+"""
 
 import json
 import os
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.args import UsageError
+import torch
+
+from common.errors import UsageError
+from common.files import write_whole
 
 
 class Tracker:
-    """Writes the log of one run. `metrics.jsonl` is the whole story; the rest is drawn from it.
+    """Writes the log of one run. `metrics.jsonl` holds all of it, and the rest is drawn from that file.
 
-    Only the main rank logs; on the others every method returns at once. What a full disk has no room for is
-    kept and written with the next line: no log is worth a run.
+    The main process alone logs; in the others every method returns at once. A line for which a full disk has
+    no room is kept, and written with the next line: no log is worth a run.
     """
 
-    def __init__(self, run_dir: Path, active: bool, start_step: int = 0, wandb_project: str | None = None,
-                 config: dict | None = None):
-        self.active, self.path, self.wandb = active, run_dir / "metrics.jsonl", None
-        if not active:
+    def __init__(self, run_dir: Path, ranks, run, max_steps: int, use_wandb: bool = False,
+                 wandb_project: str | None = None, config: dict | None = None):
+        """ranks: trainer.distributed.Ranks. run: trainer.checkpoint.Progress, to which log lines write."""
+        self.active, self.path, self.wandb = ranks.is_main, run_dir / "metrics.jsonl", None
+        self.ranks, self.max_steps = ranks, max_steps
+        # In float64 float32 losses add up to the same in any order; MPS has no float64. The sums of a resumed
+        # run are those of all processes already, so the main process alone carries them on.
+        self.sum_dtype = torch.float32 if ranks.device.type == "mps" else torch.float64
+        self.sums = {name: value if ranks.is_main else 0.0 for name, value in run.sums.items()}
+        if not self.active:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        # A resumed run forgets what was logged after its checkpoint: those steps are about to happen again.
-        kept = [m for m in read_metrics(self.path) if m["step"] <= start_step] if start_step else []
-        new = self.path.with_name(".metrics.jsonl.writing")
-        new.write_text("".join(json.dumps(m) + "\n" for m in kept), encoding="utf-8", newline="\n")
-        os.replace(new, self.path)  # a run that is killed right here has its log, too
+        # A resumed run forgets the lines after its checkpoint, since those steps are about to happen again.
+        kept = [line for line in read_metrics(self.path) if line["step"] <= run.step] if run.step else []
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.unwritten = ""
-        if wandb_project:
+        if use_wandb:
             import wandb  # here, because it is slow to import and few need it
 
             try:
-                self.wandb = wandb.init(project=wandb_project, name=run_dir.name, dir=run_dir, config=config)
+                self.wandb = wandb.init(project=wandb_project or "seedling", name=run_dir.name, dir=run_dir,
+                                        config=config)
             except wandb.Error as error:  # no account, no network
-                raise UsageError(f"--use_wandb: {str(error).strip()}; with WANDB_MODE=offline in the "
-                                 f"environment neither account nor network is needed") from None
+                hint = "with WANDB_MODE=offline in the environment neither account nor network is needed"
+                raise UsageError(f"--use_wandb: {str(error).strip()}; {hint}") from None
+
+    def log_start(self, run, data: str, dtype: str, parallel: str, resume: bool) -> None:
+        """Says what is about to be done."""
+        line = f"{data}, {dtype} on {self.ranks.device} x {self.ranks.world_size}"
+        line += " (fsdp)" if parallel == "fsdp" else ""
+        if run.step:
+            line += f", resumed at step {run.step:,}"
+        elif resume:
+            line += ", from the start: no checkpoint to resume from"
+        self.say(line)
+
+    # The steps since the last log line
+
+    def add(self, means: dict[str, torch.Tensor]) -> None:
+        """Takes the loss of one step, this process's part, and whatever else the loss function named.
+
+        Nothing is read from the GPU here, so the CPU does not wait for it.
+        """
+        for name, value in means.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.to(self.sum_dtype)
+
+    def sums_of_all(self) -> dict[str, float]:
+        """What `add` was given since the last log line, added up over steps and processes."""
+        totals = self.ranks.sum(*self.sums.values()) if self.sums else []
+        return dict(zip(self.sums, totals, strict=True))
+
+    def log_step(self, run, learning_rate: float, grad_norm: float) -> None:
+        """Reports the means of all steps since the last log line."""
+        steps, seconds = run.step - run.logged_step, run.seconds - run.logged_seconds
+        means = {name: total / steps for name, total in self.sums_of_all().items()}
+        self.sums = {}
+        speed = (run.tokens - run.logged_tokens) / max(1e-9, seconds)
+        found = {"step": run.step, "max_steps": self.max_steps, **means, "learning_rate": learning_rate,
+                 "grad_norm": grad_norm, "skipped": run.batch - run.step, "tokens": run.tokens,
+                 "tokens_per_second": speed, "seconds": run.seconds}
+        run.metrics |= found
+        self.log(found)
+        named = " | ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        left = clock(seconds / steps * (self.max_steps - run.step))
+        self.say(f"{self.place(run)} | {named} | lr {learning_rate:.2e} | grad {grad_norm:.2f} | "
+                 f"{speed:,.0f} tokens/s | {left} left")
+        run.logged_step, run.logged_tokens, run.logged_seconds = run.step, run.tokens, run.seconds
+
+    def log_evaluation(self, run, found: dict[str, float]) -> None:
+        run.metrics |= found
+        self.log({"step": run.step} | found)
+        self.say(f"{self.place(run)} | validation loss {found['eval_loss']:.4f} | "
+                 f"{found['bits_per_byte']:.4f} bits per byte")
+
+    def place(self, run) -> str:
+        return f"step {run.step:>{len(str(self.max_steps))}}/{self.max_steps}"
+
+    # The files
 
     def log(self, metrics: dict) -> None:
         """Appends one object to metrics.jsonl, so that a killed run keeps it and others can watch it grow."""
@@ -51,23 +114,23 @@ class Tracker:
             self.unwritten = ""
         except OSError as error:
             if size is not None:
-                os.truncate(self.path, size)  # a part of a line may be there
+                os.truncate(self.path, size)  # the disk may have had room for a part of the line
             self.say(f"warning: {self.path} can't be written ({error.strerror})", sys.stderr)
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
     def sync(self) -> None:
-        """Puts on the disk what is logged: a power cut leaves no checkpoint that is ahead of its log."""
-        if self.active:  # a log that is gone, or that can't be written, is no reason to save nothing
+        """Waits until the log is on the disk, so that a power cut leaves no checkpoint newer than its log."""
+        if self.active:  # a log that is missing, or cannot be written, is no reason to save nothing
             with suppress(OSError), self.path.open("rb+") as file:
                 os.fsync(file.fileno())
 
     def say(self, line: str, file=None) -> None:
-        """Prints; where nobody reads it any more (`| head`), or its file is on a full disk, nothing."""
+        """Prints a line; nothing where nobody reads it any more (`| head`), or where its disk is full."""
         if self.active:
             try:
                 print(line, file=file, flush=True)
-            except BrokenPipeError:  # from here on everything that is printed there goes nowhere
+            except BrokenPipeError:  # everything printed there from now on is thrown away
                 os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
             except OSError:
                 pass
@@ -85,7 +148,7 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The objects of a metrics.jsonl; a line that a kill cut off, or that no run wrote, is left out."""
+    """The objects of a metrics.jsonl, without lines that a kill cut off or that no run wrote."""
     if not path.exists():
         return []
     metrics = []
@@ -99,8 +162,9 @@ def read_metrics(path: Path) -> list[dict]:
 
 def plot_loss(metrics: list[dict], path: Path) -> None:
     """Draws training and validation loss against the step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: half a second that only the end needs
-    from matplotlib.figure import Figure  # not pyplot, which takes another second
+    # Imported here, because that takes half a second, and pyplot more; only the end of a run needs it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -119,13 +183,3 @@ def clock(seconds: float) -> str:
     """75 -> '1:15', 4000 -> '1:06:40'."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
-class Stopwatch:
-    """Seconds of training, carried over from before a resume."""
-
-    def __init__(self, before: float = 0.0):
-        self.start = time.perf_counter() - before
-
-    def __call__(self) -> float:
-        return time.perf_counter() - self.start

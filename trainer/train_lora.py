@@ -19,32 +19,28 @@ def main(args):
     # Imported here and not above, so that --help and a mistyped flag answer at once.
     from dataset.lm_dataset import SFTDataset
     from model.lora import save_lora
-    from model.weights import load_model, load_tokenizer
     from trainer import stage
     from trainer.distributed import gather_weights, join_ranks, leave_ranks
     from trainer.loop import train
+    from trainer.losses import cross_entropy
     from trainer.retention import compare, measure
 
     ranks = join_ranks(args.device)
-    if stage.is_finished(args, ranks):
+    if stage.is_finished(args.run_dir, args.resume, args.overwrite, ranks):
         return
     # The model that another stage left, and its tokenizer
-    stage.require(args.load_from)
-    tokenizer = load_tokenizer(args.load_from)
-    model = load_model(args.load_from)
-    stage.check_vocabulary(tokenizer, model, args.load_from)
-    stage.note_weights(model, args)
-    stage.add_lora(model, args, ranks)  # from here on nothing but the adapters trains
+    model, tokenizer = stage.load_weights(args.load_from)
+    stage.add_lora(model, ranks, **vars(args))  # from here on nothing but the adapters trains
     # The data: conversations, of which only the assistant's words are predicted
-    batches, eval_batches, retained = stage.load_data(SFTDataset, tokenizer, args, ranks)
+    batches, eval_batches, retained = stage.load_data(SFTDataset, tokenizer, ranks, **vars(args))
     if ranks.is_main:
         print(stage.what_trains(model))
-    before = measure(model, eval_batches, retained, args, ranks)
-    result = train(model, batches, eval_batches, args, ranks)
-    result |= compare(before, measure(model, eval_batches, retained, args, ranks), ranks)
+    before = measure(model, eval_batches, retained, args.dtype, ranks)
+    result = train(model, batches, cross_entropy, eval_batches, args, ranks)
+    result |= compare(before, measure(model, eval_batches, retained, args.dtype, ranks), ranks)
     gather_weights(model, ranks)
     if ranks.is_main:
-        with stage.last_save(args):
+        with stage.last_save(args.run_dir):
             save_lora(model, args.run_dir, base=args.load_from, training=stage.describe(args, result))
     leave_ranks(ranks)
 

@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer import args as flags
 
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "intermediate_size")
+
 
 def main(args):
     # Imported here and not above, so that --help and a mistyped flag answer at once.
@@ -24,38 +27,34 @@ def main(args):
 
     from dataset.lm_dataset import PretrainDataset
     from model.transformer import CausalLM, preset
-    from model.weights import load_model, load_tokenizer, save_model
+    from model.weights import load_tokenizer, save_model
     from trainer import stage
     from trainer.distributed import gather_weights, join_ranks, leave_ranks
     from trainer.loop import train
+    from trainer.losses import cross_entropy
 
     ranks = join_ranks(args.device)
-    if stage.is_finished(args, ranks):
+    if stage.is_finished(args.run_dir, args.resume, args.overwrite, ranks):
         return
     # The model: random weights in the shape of a preset, or weights to go on from
-    tokenizer = load_tokenizer(args.load_from or args.tokenizer)
-    torch.manual_seed(args.seed)
     if args.load_from:
-        model = load_model(args.load_from)
-        stage.check_vocabulary(tokenizer, model, args.load_from)
-        stage.note_weights(model, args)
+        model, tokenizer = stage.load_weights(args.load_from)
     else:
-        shape = {k: v for k in SHAPE if (v := getattr(args, k)) is not None}
+        tokenizer = load_tokenizer(args.tokenizer)
+        shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+        torch.manual_seed(args.seed)
         model = CausalLM(replace(preset(args.preset), vocab_size=len(tokenizer), **shape))
     # The data: plain text, every token of which is predicted
-    batches, eval_batches, _ = stage.load_data(PretrainDataset, tokenizer, args, ranks)
+    batches, eval_batches, _ = stage.load_data(PretrainDataset, tokenizer, ranks, **vars(args))
     if ranks.is_main:
         print(stage.what_trains(model))
-    result = train(model, batches, eval_batches, args, ranks)
+    result = train(model, batches, cross_entropy, eval_batches, args, ranks)
     gather_weights(model, ranks)
     if ranks.is_main:
-        with stage.last_save(args):
+        with stage.last_save(args.run_dir):
             save_model(model, args.run_dir, tokenizer, training=stage.describe(args, result))
     leave_ranks(ranks)
 
-
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "intermediate_size")
 
 if __name__ == "__main__":
     parser = flags.training_parser(__doc__)

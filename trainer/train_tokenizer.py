@@ -4,7 +4,7 @@ r"""Train the tokenizer: byte-level BPE over 256 bytes, a few control tokens and
     python trainer/train_tokenizer.py --data_path my_en.jsonl my_zh.jsonl --weights 1 2 --vocab_size 12000
     python trainer/train_tokenizer.py --help
 
-The tokenizer in model/tokenizer, which every stage uses unless told otherwise, came of these:
+The tokenizer in model/tokenizer, which every stage uses unless another is named, was made by these commands:
 
     python dataset/synthetic.py --out_dir out/world
     python trainer/train_tokenizer.py --out_dir model/tokenizer --data_path \
@@ -12,26 +12,27 @@ The tokenizer in model/tokenizer, which every stage uses unless told otherwise, 
         ../shared/data/sft_en.jsonl ../shared/data/sft_zh.jsonl \
         out/world/pretrain.jsonl out/world/sft.jsonl --weights 0.65 1 3.2 1.35 1 0.15
 
-The weights say how often each file is read: chats more often than books, because there are fewer of them and
-they are what a model will read and write. The texts are held in memory, and a few hundred MB teach all there
-is to learn. A model is tied to its tokenizer: after training another one, pretrain again.
+The weights say how often each file is read. Chats are read more often than books, because there are fewer of
+them, and because chats are what the model will read and write. The texts are held in memory; a few hundred MB
+are enough. A model is tied to its tokenizer: after training another tokenizer, pretrain again.
 
 Byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) starts from single characters and
-makes the most frequent pair of neighbours a new entry, again and again. Starting from bytes, as GPT-2 does,
-leaves no text unknown:
+makes the most frequent pair of neighbours a new entry, again and again. It starts from bytes, as GPT-2 does,
+so that no text is unknown:
 
     "the cat"  ->  t h e _ c a t  ->  th e _ c a t  ->  the _ c a t  ->  the _c a t  ->  the _cat
 """
 
 import json
-import math
 import sys
 import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.args import ROOT, Parser, UsageError, run_script
+from common.cli import ROOT, Parser, fraction, not_negative, number, run_script
+from common.errors import UsageError
+from common.files import write_whole
 
 END_OF_TEXT, TURN_START, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 # Their ids are 0, 1, 2, ... in this order. PAD is not TURN_END: a model padded with its end never stops.
@@ -49,46 +50,8 @@ SPLIT_PATTERN = (
 )
 
 # The prompt format for other people's tools (transformers, vLLM, ...); dataset/chat.py builds the same ids.
-# What stands between generation and endgeneration is what the assistant says, so what training supervises.
-CHAT_TEMPLATE = r"""{%- set first = 0 %}
-{%- if tools %}
-{%- if messages and messages[0].role == 'system' %}{% set first = 1 %}{% endif %}
-{{- '<|im_start|>system\n' }}
-{%- if first and messages[0].content %}{{ messages[0].content + '\n\n' }}{% endif %}
-{{- 'You may call these tools by name, with JSON arguments:\n<tools>\n' }}
-{%- for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}
-{{- '</tools><|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages[first:] %}
-{%- set content = message.content or '' %}
-{%- if message.role == 'assistant' %}
-{{- '<|im_start|>assistant\n' }}
-{%- generation %}
-{%- if message.reasoning_content %}
-{{- '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}
-{%- endif %}
-{{- content }}
-{%- for tool_call in message.tool_calls or [] %}
-{%- set call = tool_call.function or tool_call %}
-{%- if content or not loop.first %}{{ '\n' }}{% endif %}
-{{- '<tool_call>\n{"name": ' + call.name | tojson + ', "arguments": ' }}
-{{- call.arguments if call.arguments is string else call.arguments | tojson }}
-{{- '}\n</tool_call>' }}
-{%- endfor %}
-{{- '<|im_end|>' }}
-{%- endgeneration %}
-{{- '\n' }}
-{%- elif message.role == 'tool' %}
-{{- '<|im_start|>user\n<tool_response>\n' + content + '\n</tool_response><|im_end|>\n' }}
-{%- else %}
-{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\n' }}
-{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
-{%- endif %}
-"""
+# Between generation and endgeneration stands what the assistant says, and so what training supervises.
+CHAT_TEMPLATE = (ROOT / "dataset" / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def record_texts(record):
@@ -136,7 +99,6 @@ def build_tokenizer(texts, vocab_size, max_token_length=16):
 
 def save_tokenizer(tokenizer, out_dir):
     """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer.from_pretrained(out_dir) reads."""
-    out_dir.mkdir(parents=True, exist_ok=True)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,  # nothing is put before a text; documents are divided by <|endoftext|>
@@ -147,15 +109,8 @@ def save_tokenizer(tokenizer, out_dir):
         "model_max_length": 32768,
         "chat_template": CHAT_TEMPLATE,
     }
-    files = {
-        "tokenizer.json": tokenizer.to_str(pretty=True),
-        "tokenizer_config.json": json.dumps(config, indent=2),
-    }
-    for name, text in files.items():
-        partial = out_dir / f"{name}.partial"  # renamed when whole: a reader never meets half a file
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text + "\n")
-        partial.replace(out_dir / name)
+    write_whole(out_dir / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    write_whole(out_dir / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def bytes_per_token(tokenizer, texts):
@@ -166,7 +121,7 @@ def bytes_per_token(tokenizer, texts):
 
 def main(args):
     # Imported here, so that --help does not wait for it.
-    from dataset.jsonl import read_records
+    from dataset.records import read_records
 
     if args.data_path:
         paths = args.data_path
@@ -199,37 +154,29 @@ def main(args):
 
 def parse_args():
     parser = Parser(description=__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_path", nargs="+", type=Path, metavar="FILE",
-                      help="texts or chats, every format that training reads (default: the embedded world)")
-    # One number a file, set by hand: what the figures show to be served badly is read more often.
-    data.add_argument("--weights", nargs="+", type=float, metavar="W",
-                      help="how often each file of --data_path is read, such as 1 2.5 (default: once each)")
-    data.add_argument("--eval_fraction", type=float, default=0.05, metavar="F",
-                      help="part of the records, chosen by hash, that is measured and never trained on")
-    result = parser.add_argument_group("the tokenizer")
-    result.add_argument("--vocab_size", type=int, default=6400, metavar="N",  # small, like the models
-                        help="entries in all: control tokens, bytes and merges")
-    result.add_argument("--out_dir", type=Path, default=ROOT / "out" / "tokenizer", metavar="DIR",
-                        help="the folder it is written to")
-    args = parser.parse_args()
-
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", nargs="+", type=Path, metavar="FILE",
+        help="texts or chats, every format that training reads (default: the embedded world)")
+    # One number for each file, set by hand: more for a file that the figures show to be served badly.
+    add("--weights", nargs="+", type=not_negative, metavar="W",
+        help="how often each file of --data_path is read, such as 1 2.5 (default: once each)")
+    add("--eval_fraction", type=fraction, default=0.05, metavar="F",
+        help="part of the records, chosen by hash, that is measured and never trained on")
+    add = parser.add_argument_group("the tokenizer").add_argument
     smallest = len(CONTROL_TOKENS) + 256
+    size = number(int, lambda n: n >= smallest, f"at least {smallest} (bytes, control tokens)")
+    add("--vocab_size", type=size, default=6400, metavar="N",  # small, like the models
+        help="entries in all: control tokens, bytes and merges")
+    add("--out_dir", type=Path, default=ROOT / "out" / "tokenizer", metavar="DIR", help="its folder")
+    args = parser.parse_args()
     if args.weights and not args.data_path:
         parser.error("--weights needs --data_path: one number for each of its files")
     if args.weights and len(args.weights) != len(args.data_path):
         parser.error(f"--weights has {len(args.weights)} numbers for {len(args.data_path)} files")
-    if args.weights and not all(0 <= weight < math.inf for weight in args.weights):
-        parser.error("--weights must be finite, and must not be negative")
-    if not 0 <= args.eval_fraction < 1:
-        parser.error(f"--eval_fraction is a part of the whole, from 0 to below 1, not {args.eval_fraction}")
-    if args.vocab_size < smallest:
-        parser.error(f"--vocab_size must be at least {smallest} (bytes, control tokens): {args.vocab_size}")
     if args.out_dir.exists() and not args.out_dir.is_dir():
         parser.error(f"--out_dir {args.out_dir} is no folder")
     if (args.out_dir / "config.json").exists():
-        parser.error(f"--out_dir {args.out_dir} holds a model, whose weights know its own tokenizer: name "
-                     "another folder")
+        parser.error(f"--out_dir {args.out_dir} holds a model, which needs its own tokenizer: choose another")
     return args
 
 

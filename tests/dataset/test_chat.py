@@ -1,15 +1,14 @@
 """The prompt format: its text and mask, its equality with the jinja template, no text turned control."""
 
 import copy
-import json
 import pickle
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from common.errors import DataError
 from dataset import chat
-from dataset.jsonl import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 CONTROL = [
@@ -122,7 +121,7 @@ def test_equals_the_template_of_transformers(tokenizer, messages, tools, prompt)
 
 def test_what_the_assistant_writes_is_supervised(tokenizer):
     for messages, tools in CONVERSATIONS:
-        said = "".join(chat._assistant_text(m) + "<|im_end|>" for m in messages if m["role"] == "assistant")
+        said = "".join(chat.assistant_text(m) + "<|im_end|>" for m in messages if m["role"] == "assistant")
         assert supervised(tokenizer, messages, tools) == said
     thinking = [USER, {"role": "assistant", "content": "4.", "reasoning_content": "2 + 2"}]
     assert supervised(tokenizer, thinking) == "<think>\n2 + 2\n</think>\n\n4.<|im_end|>"
@@ -184,121 +183,6 @@ def test_supervised_is_exactly_what_the_assistant_said(tokenizer, turns, system)
     assert all(on for index, on in control if index in allowed)
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"conversations": [USER, ASSISTANT]},
-        {"messages": [USER, ASSISTANT]},
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]},
-        {"instruction": "Hi", "input": "", "output": "Hello!"},
-        {"instruction": "Hi", "output": "Hello!", "input": None},
-        {"conversations": json.dumps([USER, ASSISTANT]), "tools": ""},
-        {"conversations": None, "messages": [USER, ASSISTANT], "tools": None},
-        {
-            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ASSISTANT],
-            "tools": "[]",
-        },
-    ],
-)
-def test_formats_give_the_same_messages(record):
-    assert chat.to_messages(record) == ([USER, ASSISTANT], None)
-
-
-def test_more_formats():
-    system = {"role": "system", "content": "S"}
-    assert chat.to_messages({"system": "S", "messages": [USER, ASSISTANT]})[0] == [system, USER, ASSISTANT]
-    assert chat.to_messages({"instruction": "a", "input": "b", "output": "c"})[0][0]["content"] == "a\nb"
-    record = {
-        "tools": json.dumps(TOOLS),
-        "conversations": [
-            USER,
-            {"role": "function_call", "content": '{"name": "add", "arguments": {"a": 1}}'},
-            {"role": "observation", "content": "3"},
-            ASSISTANT,
-        ],
-    }
-    messages, tools = chat.to_messages(record)
-    assert tools == TOOLS
-    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
-    assert messages[1] == {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"name": "add", "arguments": {"a": 1}}],
-    }
-
-
-@pytest.mark.parametrize(
-    "record, reason",
-    [
-        ({"question": "a", "x\n" * 40: 1}, "no conversations, messages or instruction and output"),
-        ({}, "but nothing"),
-        ({"messages": []}, "not a list of messages"),
-        ({"messages": 5}, "not a list of messages"),
-        ({"messages": "hello"}, "not valid JSON"),
-        ({"messages": ["hello"]}, "message 1 is not an object"),
-        ({"messages": [USER, {"role": "robot", "content": "x"}]}, "message 2 has the role 'robot'"),
-        ({"messages": [{"content": "x"}]}, "message 1 has the role 'None'"),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, "has the role"),
-        ({"messages": [USER]}, "no assistant"),
-        ({"messages": [USER, {"role": "system", "content": "x"}, ASSISTANT]}, "not the first message"),
-        ({"messages": [{"role": "user", "content": 5}, ASSISTANT]}, "content of message 1 is not text"),
-        ({"messages": [{"role": "user"}, ASSISTANT]}, "content of message 1 is not text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]}, "not text"),
-        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "says nothing"),
-        ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, "without a name"),
-        ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": 3}]}, "without a name"),
-        ({"messages": [USER, {"role": "function_call", "content": "add(1)"}]}, "not valid JSON"),
-        ({"messages": [USER, {"role": "function_call", "content": 5}]}, "without a name"),
-        (
-            {
-                "messages": [
-                    USER,
-                    {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "{"}]},
-                ]
-            },
-            "JSON",
-        ),
-        (
-            {"messages": [USER, {"role": "assistant", "content": "x", "reasoning_content": 5}]},
-            "reasoning_content",
-        ),
-        ({"messages": [USER, ASSISTANT], "tools": "["}, "tools is not valid JSON"),
-        ({"messages": [USER, ASSISTANT], "tools": '["\\ud800"]'}, "half of a surrogate pair"),
-        ({"messages": [USER, ASSISTANT], "tools": "[" * 100_000}, "tools is JSON that cannot be used"),
-        ({"messages": [USER, ASSISTANT], "tools": '[{"a": 1, "a": 2}]'}, "the key 'a' twice"),
-        ({"messages": [USER, ASSISTANT], "tools": {"a": 1}}, "tools is not a list"),
-        ({"instruction": 5, "output": "x"}, "must be text"),
-        ({"instruction": "x", "output": None}, "content of message 2"),
-    ],
-)
-def test_wrong_records(record, reason):
-    with pytest.raises(DataError) as error:
-        chat.to_messages(record)
-    assert reason in str(error.value) and "\n" not in str(error.value)
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=5,
-)
-keys = st.sampled_from(
-    ["role", "from", "content", "value", "tool_calls", "reasoning_content", "name", "arguments"]
-)
-turns = st.dictionaries(keys, st.sampled_from(sorted(chat.ROLES)) | json_values, max_size=4)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(["messages", "conversations"]), st.lists(turns, max_size=3) | json_values, json_values)
-def test_no_record_gives_a_traceback(tokenizer, key, conversation, tools):
-    try:
-        messages, tools = chat.to_messages({key: conversation, "tools": tools, "system": tools})
-    except DataError as error:
-        assert "\n" not in str(error)
-    else:
-        chat.encode_chat(tokenizer, messages, tools)
-
-
 def test_half_a_surrogate_pair_from_a_terminal(tokenizer):
     assert tokenizer.decode(chat.encode_text(tokenizer, "a\udce4b")) == "a?b"
 
@@ -322,7 +206,8 @@ def test_tokenizer_without_the_tokens_of_chat_or_without_a_backend():
         == len("<think>") + 1
     )
     with pytest.raises(DataError, match="fast"):
-        chat.encode_text(object.__new__(type("Slow", (), {"__len__": lambda self: 1})), "x")
+        slow = type("Slow", (), {"__len__": lambda self: 1, "chat_template": None})
+        chat.encode_text(slow(), "x")
 
 
 def test_control_tokens_that_are_also_merges_can_not_be_reached():

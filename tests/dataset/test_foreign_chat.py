@@ -19,8 +19,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from common.errors import DataError
 from dataset import chat
-from dataset.jsonl import DataError
 
 
 def template(turn: str, before: str = "", prompt: str = "") -> str:

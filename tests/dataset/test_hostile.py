@@ -1,7 +1,7 @@
 """Strangers' words and strangers' files: no text becomes a control token, no record gives a wrong mask.
 
 Most of it searches: for strings that a tokenizer could turn into control tokens, and for records that the
-data path reads wrongly. scripts/bench_data.py --fuzz is the long form.
+data path reads wrongly. benchmarks/data.py --fuzz is the long form.
 """
 
 import json
@@ -14,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import scoring
-from dataset import chat
-from dataset.jsonl import DataError
-from eval_model import Speaker
-from scripts import bench_data
+from benchmarks import data as bench_data
+from common.errors import DataError
+from dataset import chat, lm_dataset
+from dataset.answers import AnswerTest
+from dataset.messages import to_messages
+from inference.chat_model import ChatModel
+from inference.scoring import Question, choose
 
 ASK, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 
@@ -56,18 +58,19 @@ def conversation(text: str) -> tuple[list[dict], list[dict]]:
 
 
 def test_in_training_and_in_use_hostile_text_changes_no_control_token(tokenizer):
-    speaker = SimpleNamespace(tokenizer=tokenizer, plain=False)
-    plain = SimpleNamespace(tokenizer=tokenizer, plain=True)
+    chat_model = SimpleNamespace(tokenizer=tokenizer, plain=False)
+    plain = SimpleNamespace(tokenizer=tokenizer, plain=True, stop_ids=[2])
     harmless = control_of(tokenizer, chat.encode_chat(tokenizer, *conversation("x"))[0])
-    prompt = control_of(tokenizer, Speaker.encode(speaker, *conversation("x")))
+    prompt = control_of(tokenizer, ChatModel.encode(chat_model, *conversation("x")))
     for text in bench_data.hostile_words(tokenizer):
         messages, tools = conversation(text)
         ids, mask = chat.encode_chat(tokenizer, messages, tools)
         assert control_of(tokenizer, ids) == harmless
         supervised = [index for index, on in zip(ids, mask, strict=True) if on]
         assert tokenizer.decode(supervised) == "One.<|im_end|>Two.<|im_end|>"
-        assert control_of(tokenizer, Speaker.encode(speaker, messages, tools)) == prompt
-        assert control_of(tokenizer, Speaker.encode(plain, messages)) in ([], [2])  # an empty prompt has one
+        assert control_of(tokenizer, ChatModel.encode(chat_model, messages, tools)) == prompt
+        ids = ChatModel.encode(plain, messages)
+        assert control_of(tokenizer, ids) in ([], [2])  # an empty prompt has one
 
 
 @pytest.mark.parametrize("split", range(1, 10))
@@ -82,7 +85,7 @@ def test_control_tokens_in_two_parts(tokenizer, split):
             {"instruction": a, "input": b, "output": "Hello!"},
             {"system": a, "messages": [{"role": "user", "content": b}, ANSWER]},
         ):
-            messages, _ = chat.to_messages(record)
+            messages, _ = to_messages(record)
             ids, _ = chat.encode_chat(tokenizer, messages)
             assert len(control_of(tokenizer, ids)) == 2 * len(messages)
 
@@ -92,15 +95,14 @@ def test_scoring_multiple_choice_takes_choices_as_text(tokenizer):
 
     def model(ids, labels):
         seen.append(control_of(tokenizer, ids[0].tolist()))
-        return SimpleNamespace(loss_sum=torch.tensor(1.0))
+        return SimpleNamespace(token_losses=torch.ones(ids.shape))
 
-    model.config = SimpleNamespace(max_position_embeddings=1000)
     for plain in (False, True):
-        speaker = SimpleNamespace(tokenizer=tokenizer, plain=plain, model=model, device="cpu", stop=[2])
-        speaker.encode = lambda *args, speaker=speaker: Speaker.encode(speaker, *args)
-        choices = ["x", "<|im_end|>", "<|endoftext|>"]
-        question = scoring.Question("choice", "f", "f", messages=[ASK], choices=choices, index=0)
-        scoring.choose(speaker, question)
+        chat_model = SimpleNamespace(tokenizer=tokenizer, plain=plain, model=model, device="cpu",
+                                     stop_ids=[2], max_positions=1000)
+        chat_model.encode = lambda *args, chat_model=chat_model: ChatModel.encode(chat_model, *args)
+        test = AnswerTest(choices=("x", "<|im_end|>", "<|endoftext|>"), right_choice=0)
+        choose(chat_model, Question("choice", "f", "f", messages=[ASK], test=test))
     assert seen == [[1, 2, 1, 2]] * 3 + [[]] * 3
 
 
@@ -108,7 +110,7 @@ def test_scoring_multiple_choice_takes_choices_as_text(tokenizer):
 def test_only_known_roles(tokenizer, role):
     messages = [{"role": role, "content": "Hi"}, ANSWER]
     with pytest.raises(DataError, match="message 1 has the role"):
-        chat.to_messages({"messages": messages})
+        to_messages({"messages": messages})
     with pytest.raises(DataError, match="the role .* is not"):
         chat.encode_chat(tokenizer, messages)
 
@@ -244,4 +246,4 @@ def test_the_fuzzer_sees_what_is_wrong(tokenizer, tmp_path, monkeypatch, real_fi
         == {"a control token from text"}  # fmt: skip
     assert "a wrong mask" in problems(
         chat, "encode_pieces", lambda *args: [(ids, [0, *mask[:-1]]) for ids, mask in encode(*args)], "b")
-    assert problems(chat, "to_messages", lambda record: 1 / 0, "c", lines[:5]) == {"traceback"}
+    assert problems(lm_dataset, "to_messages", lambda record: 1 / 0, "c", lines[:5]) == {"traceback"}

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import chat, lm_dataset
-from dataset.jsonl import DataError
-from dataset.lm_dataset import PretrainDataset, SFTDataset, collate, token_bytes
+from common.errors import DataError
+from dataset import chat, token_cache
+from dataset.lm_dataset import PretrainDataset, SFTDataset, collate
+from dataset.messages import to_messages
 from dataset.packing import pack_rows
 
 CHAT = {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
@@ -179,7 +180,7 @@ def test_second_start_reads_and_tokenises_nothing(make, tmp_path, monkeypatch):
         raise AssertionError("the cache was not used")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lm_dataset, "read_records", never)
+        patch.setattr(token_cache, "read_records", never)
         patch.setattr(chat.PlainEncoder, "encode_batch", never)
         second = make(SFTDataset)
         assert all(
@@ -202,7 +203,7 @@ def test_a_sample_that_just_fits_is_not_reported(make, tokenizer):
 
 @pytest.mark.parametrize("size, dtype", [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
 def test_ids_of_a_large_vocabulary_fit(make, monkeypatch, size, dtype):
-    monkeypatch.setattr(lm_dataset, "token_bytes", lambda tokenizer: np.ones(size, dtype=np.int64))
+    monkeypatch.setattr(token_cache, "token_bytes", lambda tokenizer: np.ones(size, dtype=np.int64))
     dataset = make(PretrainDataset, {"text": "a b c"})
     assert dataset.cache.tokens.dtype == dtype
     reads = dataset.cache.reads
@@ -234,7 +235,7 @@ def test_file_changed_while_it_is_read(make, tmp_path, monkeypatch):
 
 
 def test_many_batches_and_files_keep_their_order(make, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(lm_dataset, "BATCH_RECORDS", 3)
+    monkeypatch.setattr(token_cache, "MAX_RECORDS_OF_BATCH", 3)
     a = write(tmp_path / "a.jsonl", *({"text": f"number {i}"} for i in range(10)))
     b = tmp_path / "b.jsonl.gz"
     b.write_bytes(
@@ -256,26 +257,6 @@ def test_pickles_small_for_worker_processes(make):
         dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn"
     )
     assert sum(len(ids) for ids, _ in loader) == dataset.lengths.sum()
-
-
-def test_token_bytes(tokenizer):
-    sizes = token_bytes(tokenizer)
-    text = "Hello, 世界! \U0001f431\n\x00 <|im_end|>"
-    assert sizes[chat.encode_text(tokenizer, text)].sum() == len(text.encode())
-    assert sizes[list(tokenizer.backend_tokenizer.get_added_tokens_decoder())].sum() == 0
-
-
-def test_token_bytes_of_a_sentencepiece_vocabulary():
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE(vocab={"<s>": 0, "<0x0A>": 1, "\u2581cat": 2, "猫": 3}, merges=[]))
-    assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")).tolist() == [
-        0,
-        1,
-        4,
-        3,
-    ]
 
 
 def test_collate_packed_and_padded(make):
@@ -308,7 +289,7 @@ def test_real_conversations(tmp_path, tokenizer, name):
     assert len(records) == len(dataset)
     words_bytes = 0
     for record, sample in zip(records, dataset, strict=True):
-        said = [chat._assistant_text(m) for m in chat.to_messages(record)[0] if m["role"] == "assistant"]
+        said = [chat.assistant_text(m) for m in to_messages(record)[0] if m["role"] == "assistant"]
         assert trained(tokenizer, sample) == "".join(words + "<|im_end|>" for words in said)
         words_bytes += sum(len(words.encode()) for words in said)
     if name != "toolcall_zh":  # there <tool_call> is a control token, which counts no byte

@@ -1,30 +1,15 @@
-"""Rows: every document once, whole, in a row that fits. The cache: complete or absent."""
+"""Rows: every document once, whole, in a row that fits."""
 
-import json
-import os
 import pickle
-import re
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import DataError
 from dataset import packing
-from dataset.jsonl import DataError
-from dataset.packing import (
-    CacheWriter,
-    Order,
-    TokenCache,
-    fingerprint,
-    open_cache,
-    pack_rows,
-    single_rows,
-    stamps,
-)
+from dataset.packing import Order, pack_rows, single_rows
 
 
 @settings(max_examples=200, deadline=None)
@@ -67,7 +52,7 @@ def test_utilisation():
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 17, 256, 257])
 def test_an_order_has_every_number_once(monkeypatch, size, table):
     """With and without a table: a long order, which is computed, is a permutation as well."""
-    monkeypatch.setattr(packing, "TABLE", table)
+    monkeypatch.setattr(packing, "MAX_NUMBERS_IN_TABLE", table)
     order = Order(size, [3, 1])
     assert len(order) == size and sorted(order) == list(range(size)) == sorted(np.asarray(order).tolist())
     assert list(order) == list(Order(size, [3, 1])) == np.asarray(order).tolist()
@@ -83,7 +68,7 @@ def test_an_order_has_every_number_once(monkeypatch, size, table):
 
 def test_a_computed_order_is_as_random_as_a_table(monkeypatch):
     """Neighbours end up far apart, and every tenth of the places holds every tenth of the numbers alike."""
-    monkeypatch.setattr(packing, "TABLE", 0)
+    monkeypatch.setattr(packing, "MAX_NUMBERS_IN_TABLE", 0)
     numbers = np.asarray(Order(100_000, 7))
     counts, _, _ = np.histogram2d(np.arange(100_000), numbers, bins=10)
     assert abs(counts - 1000).max() < 150  # five standard deviations of about 30
@@ -95,7 +80,7 @@ def test_a_computed_order_is_as_random_as_a_table(monkeypatch):
 
 @pytest.mark.parametrize("samples", [None, Order(5000, 3)[1000:], np.arange(0, 5000, 2)])
 def test_long_packings_are_kept_on_disk(tmp_path, monkeypatch, samples):
-    monkeypatch.setattr(packing, "CHUNK", 700)
+    monkeypatch.setattr(packing, "SAMPLES_PACKED_TOGETHER", 700)
     lengths = np.random.default_rng(0).integers(1, 60, 5000).astype(np.int32)
     count = 5000 if samples is None else len(samples)
     chosen = lengths if samples is None else lengths[np.asarray(samples)]
@@ -104,7 +89,7 @@ def test_long_packings_are_kept_on_disk(tmp_path, monkeypatch, samples):
     assert all(0 < chosen[row].sum() <= 64 for row in rows) and chosen.sum() / (64 * len(rows)) > 0.9
     (folder,) = tmp_path.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "_pack", None)  # the second start packs nothing
+        patch.setattr(packing, "best_fit", None)  # the second start packs nothing
         again = pack_rows(lengths, 64, 7, samples, cache_dir=tmp_path)
         assert list(again) == list(rows) == list(pickle.loads(pickle.dumps(rows)))
         assert len(pickle.dumps(rows)) < 500
@@ -118,119 +103,6 @@ def test_long_packings_are_kept_on_disk(tmp_path, monkeypatch, samples):
     assert len(list(tmp_path.iterdir())) == number
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what is resident is read from /proc")
-def test_pages_that_were_read_are_given_back(tmp_path):
-    """Else reading 100 MB of tokens in random order would count as 100 MB of this process's memory."""
-    def resident():  # MB of mapped files
-        return int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
-
-    with CacheWriter(tmp_path / "c", {"tokens": "uint16", "offsets": "int64"}) as writer:
-        writer.write("tokens", np.zeros(50 << 20))
-        writer.write("offsets", [0])
-    cache = TokenCache(tmp_path / "c")
-    before, most = resident(), 0.0
-    for start in np.random.default_rng(0).integers(0, 50 << 20, 5000):
-        assert cache.tokens[start : start + 100].sum() == 0
-        cache.was_read()
-        most = max(most, resident() - before)
-    assert most < 40
-
-
 def test_a_document_longer_than_the_row():
     with pytest.raises(DataError, match="9 tokens does not fit a row of 8"):
         pack_rows([1, 9], 8, seed=0)
-
-
-PLAIN = {name: dtype for name, dtype in TokenCache.ARRAYS.items() if name != "mask"}
-
-
-def write_cache(folder, samples=((1, 2, 3), (70_000, 5)), masked=True):
-    with CacheWriter(folder, {n: t for n, t in TokenCache.ARRAYS.items() if masked or n != "mask"}) as writer:
-        for ids in samples:
-            writer.add(np.array(ids), np.ones(len(ids)) if masked else None, len(ids), 10 * len(ids), 7)
-        writer.meta = {"note": "小"}
-    return TokenCache(folder)
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_cache_round_trip_and_pickle(tmp_path, masked):
-    written = write_cache(tmp_path / "c", masked=masked)
-    for cache in (written, pickle.loads(pickle.dumps(written))):
-        assert len(cache) == 2 and cache.meta["note"] == "小"
-        assert cache.tokens.tolist() == [1, 2, 3, 70_000, 5] and cache.offsets.tolist() == [0, 3, 5]
-        assert cache.lengths.tolist() == [3, 2] and cache.lengths.dtype == np.int32
-        assert cache.num_targets.dtype == np.int32 and cache.num_bytes.dtype == np.int64
-        assert (cache.mask is not None) == masked
-    assert len(pickle.dumps(cache)) < 500
-    assert [path.name for path in tmp_path.iterdir()] == ["c"]
-
-
-def test_cache_is_complete_or_absent(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        with CacheWriter(tmp_path / "c", PLAIN) as writer:
-            writer.add(np.array([1]), None, 0, 0, 1)
-            raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == [] and open_cache(tmp_path / "c") is None
-
-
-@pytest.mark.parametrize("damage", ["short", "missing", "meta", "foreign"])
-def test_damaged_cache_is_written_again(tmp_path, damage):
-    folder = tmp_path / "c"
-    write_cache(folder)
-    if damage == "short":
-        (folder / "tokens.bin").write_bytes(b"12")
-    elif damage == "missing":
-        (folder / "mask.bin").unlink()
-    else:
-        (folder / "meta.json").write_text("{" if damage == "meta" else json.dumps({"arrays": {"tokens": 5}}))
-    assert open_cache(folder) is None
-    assert len(write_cache(folder)) == 2
-
-
-def test_two_writers_of_the_same_cache(tmp_path):
-    with CacheWriter(tmp_path / "c", PLAIN) as writer:
-        writer.add(np.array([1]), None, 0, 0, 1)
-        write_cache(tmp_path / "c")  # the other one is done first
-    assert len(TokenCache(tmp_path / "c")) == 2  # its result stays
-    assert [path.name for path in tmp_path.iterdir()] == ["c"]
-
-
-def test_what_killed_runs_left_is_removed_after_a_day(tmp_path):
-    for name, age in [("tmp-old", 2 * 86400), ("tmp-young", 60)]:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "offsets.bin").write_bytes(b"")
-        os.utime(tmp_path / name / "offsets.bin", (time.time() - age,) * 2)
-    write_cache(tmp_path / "c")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "tmp-young"]
-
-
-def test_a_cache_folder_that_can_not_be_written(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="cannot write the token cache"):
-        write_cache(tmp_path / "file" / "c")
-
-
-def test_fingerprint_follows_path_size_time_and_settings(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text("a")
-    os.utime(path, ns=(10, 10))
-    seen = {fingerprint([str(path)], max_length=8), fingerprint([str(path)], max_length=9)}
-    os.utime(path, ns=(10, 11))
-    seen.add(fingerprint([str(path)], max_length=8))
-    path.write_text("ab")
-    os.utime(path, ns=(10, 11))
-    seen.add(fingerprint([str(path)], max_length=8))
-    seen.add(fingerprint([str(path.rename(tmp_path / "b.jsonl"))], max_length=8))
-    assert len(seen) == 5
-
-
-def test_a_change_with_the_old_date_put_back_is_noticed(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text("old")
-    os.utime(path, ns=(10, 10))
-    before = stamps([path])
-    time.sleep(0.02)  # the system's clock for files has ticks
-    path.write_text("new")
-    os.utime(path, ns=(10, 10))
-    after = stamps([path])
-    assert after[0][:3] == before[0][:3] and after != before

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import dataset.world
+from common.errors import DataError
 from dataset import synthetic
-from dataset.synthetic import CLINIC, FACTS, FAMILIES, HEROES, NOUNS, PEOPLE, PLACES, World
+from dataset.synthetic import FAMILIES, World
+from dataset.world import CLINIC, FACTS, HEROES, LANGUAGES, NOUNS, OPPOSITES, PEOPLE, PLACES, in_words, say
 
 SCRIPT = Path(synthetic.__file__)
 TRAINING = ["pretrain", "sft", "lora_identity", "lora_clinic"]
@@ -101,6 +105,83 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
     assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
 
 
+# ----------------------------------------------------------------------------------------- the world's files
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """edited(file, old, new) changes a text in a copy of dataset/world/, and the copy is read."""
+    folder = tmp_path / "world"
+    shutil.copytree(dataset.world.WORLD_FOLDER, folder)
+    monkeypatch.setattr(dataset.world, "WORLD_FOLDER", folder)
+    monkeypatch.setattr(synthetic, "WORLD_FOLDER", folder)
+
+    def edit(file, old, new):
+        text = (folder / file).read_text(encoding="utf-8")
+        assert old in text
+        (folder / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    return edit
+
+
+def test_another_table_is_another_version(edited):
+    assert synthetic.version() == synthetic.VERSION
+    edited("README.md", "The world", "My world")
+    assert synthetic.version() == synthetic.VERSION
+    edited("animals.csv", "moo", "mooh")
+    assert synthetic.version() != synthetic.VERSION
+
+
+def test_a_mistake_in_a_file_is_named(edited):
+    edited("foods.csv", "3 coins", "3, no, 4 coins")
+    with pytest.raises(DataError, match="foods.csv, line 2 has 11 cells, but the table 9 columns"):
+        dataset.world.read_table("foods")
+    edited("plants.csv", "garden", "gardn")
+    with pytest.raises(DataError, match="places.csv has no row whose name_en is 'gardn'"):
+        dataset.world.read_table("plants", home=PLACES)
+    edited("wordings.txt", "\n[animals.sound]",
+           "\n[animals.size]\nhow (big|small|tall|long) is {x}?\n[animals.sound]")
+    with pytest.raises(DataError, match=r"\[animals.size\] .* language 'zh'"):
+        dataset.world.read_wordings(dataset.world.read_sections("wordings"))
+    with pytest.raises(DataError, match="uses the slot {hat}; it may use hero, friend"):
+        dataset.world.fill("{Hero} has a {hat}.", hero="the fox", friend="Mia")
+    edited("stories.txt", "# The parts", "The parts")
+    with pytest.raises(DataError, match="stories.txt: 'The parts .*' stands above the first \\[section\\]"):
+        dataset.world.read_sections("stories")
+
+
+def test_a_kind_of_fact_needs_no_code(edited, tmp_path):
+    """A new column, template and section, saved as spreadsheets do: with a byte order mark and \\r\\n."""
+    root = SCRIPT.parents[1]
+    shutil.copytree(root / "common", tmp_path / "common")
+    (tmp_path / "dataset").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "dataset")
+    edited("wordings.txt", "\n[animals.sound]", "\n[animals.size]\nhow (big|small|tall|long) is {x}?\n"
+           "{x}(多大|有多大|多高|有多高)？\n[animals.sound]")
+    edited("facts.csv", "\n", "\nanimals,animals,size,{name_en},{phrase_en},{name_zh},"
+           "{Phrase_en} is {size_en}.,{name_zh}很{size_zh}。\n")
+    lines = (tmp_path / "world" / "animals.csv").read_text(encoding="utf-8").splitlines()
+    lines = [lines[0] + ",size_en,size_zh"] + [line + ",tiny,小" for line in lines[1:]]
+    lines = "\r\n".join([*lines, "", ""])
+    (tmp_path / "world" / "animals.csv").write_text(lines, encoding="utf-8-sig", newline="")
+    shutil.move(tmp_path / "world", tmp_path / "dataset" / "world")
+    command = [sys.executable, tmp_path / "dataset" / "synthetic.py", "--out_dir", tmp_path / "out"]
+    subprocess.run(command, check=True, capture_output=True)
+    for name in ("pretrain", "sft"):
+        text = (tmp_path / "out" / f"{name}.jsonl").read_text(encoding="utf-8")
+        assert "A cow is tiny." in text and "牛很小。" in text
+
+
+def test_every_file_is_explained():
+    folder = dataset.world.WORLD_FOLDER
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    for path in folder.iterdir():
+        assert path.suffix not in (".csv", ".txt") or f"| `{path.name}` |" in readme, path
+
+
+# ----------------------------------------------------------------------------------------------- the records
+
+
 def test_records_are_well_formed(files):
     for name, records in files.items():
         assert len({json.dumps(record) for record in records}) == len(records), f"{name} repeats a record"
@@ -133,8 +214,8 @@ def test_every_fact_is_told_and_asked(files):
     told = "\n".join(record["text"] for record in files["pretrain"])
     answers = {answer(record) for record in files["sft"]}
     for fact in FACTS:
-        assert fact[5] in told, fact
-        assert fact[5] in answers, fact
+        assert fact.statement in told, fact
+        assert fact.statement in answers, fact
 
 
 # ----------------------------------------------------------------------------------- held out by construction
@@ -150,15 +231,17 @@ def test_bodies_of_the_test_are_in_no_training_file(built):
 def test_normalised_wordings_of_the_test_are_new(files):
     """The same from the text alone: what is named becomes @, numbers #, and marks, spaces and case go."""
     world = World(0)
-    named = {x for row in NOUNS for x in (row[0], row[1], row[3])} | {x for row in PLACES for x in row[:4]}
-    named |= {row[i] for row in PEOPLE for i in (0, 1, 4, 5)}
-    named |= {x for row in CLINIC for x in (row[0], row[2])}
+    named = {x for row in NOUNS for x in (row.name_en, row.name_zh, row.phrase_en)}
+    named |= {x for row in PLACES for x in (row.name_en, row.name_zh, row.where_en, row.where_zh)}
+    named |= {x for row in PEOPLE for x in (row.name_en, row.name_zh, row.job_en, row.job_zh)}
+    named |= {x for row in CLINIC for x in (row.symptom_en, row.symptom_zh)}
     ordinary = {"first", "last", "small", "left", "day", "night"}  # these words are in other questions too
-    named |= {x for pair in synthetic.OPPOSITES for x in pair} - ordinary
-    for lang in ("en", "zh"):
+    named |= {x for pair in OPPOSITES["en"] for x in pair} - ordinary
+    for lang in LANGUAGES:
         named |= {x for some in world.names[lang] for x in some}
-        named |= {synthetic.in_words(n, lang) for n in range(100)} - {"one"}
-        named |= {x for source in world.unknown[lang] for both in source.values() for x in both[0] + both[1]}
+        named |= {in_words(n, lang) for n in range(100)} - {"one"}
+        for groups in world.unknown[lang]:
+            named |= {x for split in groups.values() for x in split.training + split.test}
     longest_first = sorted(named, key=lambda x: (-len(x), x))
     named_en = re.compile(r"\b(" + "|".join(x.lower() for x in longest_first if x.isascii()) + r")\b")
     named_zh = re.compile("|".join(x for x in longest_first if chinese(x) and len(x) > 1))
@@ -200,15 +283,16 @@ def test_operand_pairs_of_the_test_are_in_no_training_text(files):
 
 
 def test_hero_and_place_of_the_test_meet_in_no_training_text(files):
-    heroes = {name: hero for hero in HEROES for name in hero[:2]}
-    places = {name: place for place in PLACES for name in place[:2]}
+    heroes = {name: hero for hero in HEROES for name in (hero.name_en, hero.name_zh)}
+    places = {name: place for place in PLACES for name in (place.name_en, place.name_zh)}
     held = {(heroes[h], places[p]) for h, p in (r["contains"] for r in by_family(files["sft_test"])["story"])}
     assert len(held) >= 12
     for text in training_texts(files):
         words = set(re.findall("[a-z]+", text.lower()))
         for hero, place in held:
-            met = hero[0].lower() in words or hero[1] in text, place[0] in words or place[1] in text
-            assert met != (True, True), text
+            has_hero = hero.name_en.lower() in words or hero.name_zh in text
+            has_place = place.name_en in words or place.name_zh in text
+            assert not (has_hero and has_place), text
 
 
 def test_a_test_story_tells_of_its_hero_and_place(files):
@@ -223,23 +307,24 @@ def test_names_of_the_test_are_in_no_training_text(files):
     recalled = re.compile(r"^(?:Your name is|Your \w+ is called) (\w+)\.$|^(?:你叫|你的.{1,2}叫)(.+)。$")
     names = {name for r in tests["memory"] if (m := recalled.match(answer(r))) for name in m.groups() if name}
     assert len(names) >= 10
-    for lang in ("en", "zh"):
-        for source in world.unknown[lang]:
-            for _, held in source.values():
-                names |= {x for x in held if any(x.lower() in question(r).lower() for r in tests["unknown"])}
+    asked = [question(record).lower() for record in tests["unknown"]]
+    for lang in LANGUAGES:
+        for groups in world.unknown[lang]:
+            for split in groups.values():
+                names |= {x for x in split.test if any(x.lower() in text for text in asked)}
     assert len(names) >= 30
     for name in names:
         assert name not in everything if chinese(name) else name.lower() not in words, name
 
 
 def test_unknown_things_are_not_of_the_world(files):
-    known = {word for row in NOUNS for word in row[:2]} | {name for row in PEOPLE for name in row[:2]}
+    known = {name for row in NOUNS + PEOPLE for name in (row.name_en, row.name_zh)}
     world = World(0)
-    for lang in ("en", "zh"):
-        for source in world.unknown[lang]:
-            for split in source.values():
+    for lang in LANGUAGES:
+        for groups in world.unknown[lang]:
+            for split in groups.values():
                 assert not known & {name for some in split for name in some}
-    refusals = set(synthetic.DONT_KNOW.values())
+    refusals = {say("unknown", "word", lang) for lang in LANGUAGES}
     for name in ("sft", "sft_test"):
         for family, records in by_family(files[name]).items():
             assert all((answer(record) in refusals) == (family == "unknown") for record in records), family
@@ -332,10 +417,10 @@ def test_pretraining_sums_are_true(files):
 def test_the_clinics_knowledge_occurs_nowhere_in_the_base_data(files):
     base = training_texts(files, ["pretrain", "pretrain_eval", "sft", "sft_eval", "sft_test"])
     base = "\n".join(base).lower()
-    for symptom, answer_en, symptom_zh, answer_zh in CLINIC:
-        cause, cure = re.fullmatch("It comes from (.+): (.+)[.]", answer_en).groups()
-        cause_zh, cure_zh = re.fullmatch("那是(.+)，(.+)。", answer_zh).groups()
-        for words in (symptom, cause, cure, symptom_zh, cause_zh, cure_zh):
+    for row in CLINIC:
+        cause, cure = re.fullmatch("It comes from (.+): (.+)[.]", row.answer_en).groups()
+        cause_zh, cure_zh = re.fullmatch("那是(.+)，(.+)。", row.answer_zh).groups()
+        for words in (row.symptom_en, cause, cure, row.symptom_zh, cause_zh, cure_zh):
             assert words not in base, words
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from common.errors import ModelError
 from model.generate import filter_logits, generate, penalize
 from model.one_token import prepare_to_decode
-from model.transformer import CausalLM, ModelConfig, ModelError
+from model.transformer import CausalLM, ModelConfig
 
 
 @pytest.fixture(scope="module", params=[lambda model: model, prepare_to_decode], ids=["plain", "one token"])

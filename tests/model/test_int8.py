@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.lora import apply_lora, load_lora, lora_parameters, merge_lora, remove_lora, save_lora
-from model.quantize import Int8Linear, quantize_int8, quantize_model
-from model.transformer import CausalLM, KVCache, ModelConfig, ModelError
+from common.errors import ModelError
+from model.adapters import remove_lora
+from model.generate import KVCache
+from model.int8 import Int8Linear, quantize_int8
+from model.lora import apply_lora, load_lora, lora_parameters, merge_lora, save_lora
+from model.quantize import count_parameters, quantize_model
+from model.transformer import CausalLM, ModelConfig
 from model.weights import save_model
 
 
@@ -52,7 +56,7 @@ def test_int8_products_are_those_of_the_dequantized_weight(out, width, bias, row
 
 def test_int8_takes_every_linear_layer_and_leaves_the_embedding():
     model = small()
-    parameters, embedding = model.num_parameters(), model.model.embed_tokens.weight.clone()
+    parameters, embedding = count_parameters(model), model.model.embed_tokens.weight.clone()
     ids = torch.randint(model.config.vocab_size, (2, 12))
     exact = model(ids).logits
     assert quantize_int8(model) is model
@@ -60,7 +64,7 @@ def test_int8_takes_every_linear_layer_and_leaves_the_embedding():
     assert isinstance(model.lm_head, Int8Linear)
     assert torch.equal(model.model.embed_tokens.weight, embedding)
     head = 0 if not model.config.tie_word_embeddings else model.lm_head.codes.numel()  # no longer shared
-    assert model.num_parameters() == parameters + head
+    assert count_parameters(model) == parameters + head
     assert F.cosine_similarity(model(ids).logits.flatten(), exact.flatten(), dim=0) > 0.999
     scale = model.lm_head.scale.clone()
     ids = ids[:, :1]
@@ -98,7 +102,7 @@ def test_adapters_over_int8_give_what_they_give_over_its_weights(tmp_path):
     for parameter in lora_parameters(model):
         nn.init.normal_(parameter, std=0.1)
     save_lora(model, tmp_path / "a")
-    save_lora(model, tmp_path / "a.pth")  # says nothing of its base, which the dense twin is not
+    save_lora(model, tmp_path / "a.pth")  # has no marks of its base: the dense twin is another
     remove_lora(model)
     base = quantize_int8(model)
     dense = deepcopy(base)

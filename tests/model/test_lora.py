@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from small_models import IDS, close, logits, ours, twins
 from torch import nn
 
+from common.errors import ModelError
 from model import lora as L
-from model.adapters import logit_shift, report_line
+from model.adapters import logit_shift, remove_lora, report_line, report_lora, set_lora
+from model.fused import lora_linear
+from model.low_rank import low_rank
 from model.quantize import NF4Linear, quantize_model
-from model.transformer import CausalLM, ModelError, preset
+from model.transformer import CausalLM, preset
 
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
@@ -224,7 +227,7 @@ def test_one_compiled_graph():
     L.merge_lora(model)  # a switch recompiles and is not ignored
     with torch.no_grad():
         assert close(compiled(IDS), expected)
-    L.set_lora(model, False)
+    set_lora(model, False)
     with torch.no_grad():
         assert close(compiled(IDS), ours(num_hidden_layers=1)(IDS, labels=IDS).loss)
     torch.compiler.reset()
@@ -239,7 +242,7 @@ def test_deepcopy_and_pickle():
             assert torch.equal(logits(clone), logits(model))
             wake(clone, seed=9)
             assert not merged or torch.equal(logits(clone), logits(model))
-            L.set_lora(clone, False)
+            set_lora(clone, False)
             assert torch.equal(logits(clone), logits(ours()))
 
 
@@ -294,9 +297,9 @@ def test_off_and_on():
     for merge in (False, True):
         if merge:
             L.merge_lora(model)
-        L.set_lora(model, False)
+        set_lora(model, False)
         assert torch.equal(logits(model), logits(ours()))
-        L.set_lora(model, True)
+        set_lora(model, True)
         assert torch.equal(logits(model), on)
 
 
@@ -304,15 +307,15 @@ def test_remove():
     model = wake_and(ours())
     on = logits(model)
     L.merge_lora(model)
-    L.remove_lora(model)
+    remove_lora(model)
     assert (
         torch.equal(logits(model), logits(ours())) and model.state_dict().keys() == ours().state_dict().keys()
     )
     assert not any(isinstance(m, L.LoRALinear) for m in model.modules())
-    L.remove_lora(model)  # nothing to do
+    remove_lora(model)  # nothing to do
     wake_and(model)  # and the model takes another
     L.merge_lora(model)
-    L.remove_lora(model, keep_merged=True)
+    remove_lora(model, keep_merged=True)
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     assert not torch.equal(logits(model), logits(ours())) and logits(model).shape == on.shape
 
@@ -503,14 +506,30 @@ def test_a_kill_while_an_adapter_is_replaced_never_pairs_old_with_new(tmp_path, 
             raise KeyboardInterrupt
         replace(a, b)
 
-    monkeypatch.setattr("model.adapter_files.os.replace", die)
+    monkeypatch.setattr("common.files.os.replace", die)
     with pytest.raises(KeyboardInterrupt):
         L.save_lora(new, tmp_path)
     monkeypatch.undo()
-    with pytest.raises(ModelError, match="no adapter here"):
+    with pytest.raises(ModelError, match="no adapter_config.json in"):
         read()
     L.save_lora(new, tmp_path)
     assert close(read(), logits(new))
+
+
+def test_a_kill_while_a_plain_file_is_replaced_leaves_the_old_one(tmp_path, monkeypatch):
+    def die(a, b):
+        raise KeyboardInterrupt
+
+    old = wake_and(ours())
+    L.save_lora(old, tmp_path / "a.pth")
+    monkeypatch.setattr("common.files.os.replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        L.save_lora(wake_and(ours(), rank=2), tmp_path / "a.pth")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+    fresh = ours()
+    L.load_lora(fresh, tmp_path / "a.pth")
+    assert close(logits(fresh), logits(old))
 
 
 def test_folder_keeps_what_else_is_in_it(tmp_path):
@@ -546,7 +565,7 @@ def test_a_failed_save_leaves_the_old_adapter(tmp_path):
     model = wake_and(ours())
     L.save_lora(model, tmp_path)
     with pytest.raises(TypeError):
-        L.save_lora(wake(model, seed=5), tmp_path, training={"no": object()})
+        L.save_lora(wake(model, seed=5), tmp_path, training={("no", "text"): 1})
     fresh = ours()
     L.load_lora(fresh, tmp_path)
     assert close(logits(fresh), logits(wake(model))) and len(list(tmp_path.iterdir())) == 2
@@ -588,7 +607,7 @@ def test_saving_while_merged_is_saving_the_same(tmp_path):
     L.merge_lora(model)
     L.save_lora(model, tmp_path)
     fresh = ours()
-    L.load_lora(fresh, tmp_path)  # the fingerprint is that of the base
+    L.load_lora(fresh, tmp_path)  # the marks are those of the base
     assert close(logits(fresh), logits(model))
     L.load_lora(model, tmp_path)
     assert torch.equal(logits(fresh), logits(model))
@@ -662,7 +681,7 @@ def test_bad_adapters_change_nothing(tmp_path, adapted, change, message):
 def test_strict_where_there_is_lora(tmp_path):
     L.save_lora(wake_and(ours(), target_modules=["q_proj"]), tmp_path / "q")
     for options, message in (
-        (dict(rank=2, target_modules=["q_proj"]), r"q_proj lora A is \(4, 32\), not \(2, 32\)"),
+        (dict(rank=2, target_modules=["q_proj"]), "q_proj has LoRA rank 4, not 2"),
         (dict(target_modules=["q_proj", "o_proj"]), "lacks 2 of the model's LoRA layers"),
         (dict(target_modules=["layers.0.self_attn.q_proj"]), "layers.1.self_attn.q_proj"),
     ):
@@ -712,7 +731,7 @@ def test_bad_files(tmp_path, monkeypatch):
     assert not (tmp_path / "bomb_was_run").exists()
 
 
-def test_fingerprint_is_in_the_weights_file(tmp_path):
+def test_marks_of_the_base_are_in_the_weights_file(tmp_path):
     L.save_lora(wake_and(ours()), tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         marks = json.loads(file.metadata()["base_fingerprint"])
@@ -743,9 +762,9 @@ def test_fast_and_plain_agree(options):
     model = wake_and(ours(attention_bias=True), **options)
     for bias in (m.bias for m in model.modules() if isinstance(m, nn.Linear) and m.bias is not None):
         nn.init.normal_(bias)
-    calls, apply = [], L._LoRAMatMul.apply
+    calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(L._LoRAMatMul, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
+        patch.setattr(L, "lora_linear", lambda *inputs: calls.append(1) or lora_linear(*inputs))
         fast, plain = gradients(copy.deepcopy(model)), gradients(copy.deepcopy(model), reference=True)
     assert len(calls) == 14  # the first took the fast way in every layer, the second in none
     assert all(close(a, b) for a, b in zip(fast, plain, strict=True))
@@ -756,8 +775,8 @@ def test_the_fast_way_is_taken_unless_it_drops_out(training, dropout, fast, monk
     layer = nn.Sequential(nn.Linear(6, 10))
     L.apply_lora(layer, rank=3, dropout=dropout)
     L.freeze_all_but_lora(layer)
-    calls, apply = [], L._LoRAMatMul.apply
-    monkeypatch.setattr(L._LoRAMatMul, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
+    calls = []
+    monkeypatch.setattr(L, "lora_linear", lambda *inputs: calls.append(1) or lora_linear(*inputs))
     layer.train(training)(torch.randn(2, 6))
     assert len(calls) == fast
 
@@ -777,20 +796,30 @@ def test_what_a_lora_is_by_default_and_where_it_lies():
     assert {t.device.type for t in (moved.A.weight, moved.B.weight, moved.A0, moved.B0)} == {"meta"}
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fast_way_computes_the_plain_formula(bias, dtype):
+    linear, a, b = nn.Linear(6, 10, bias=bias), torch.randn(3, 6).to(dtype), torch.randn(10, 3).to(dtype)
+    x = torch.randn(2, 5, 6)
+    y = lora_linear(x, linear.weight, linear.bias, a, b, 0.7)
+    expected = linear(x) + 0.7 * x @ (b.float() @ a.float()).T
+    assert y.dtype == dtype and close(y, expected, 1e-5 if dtype == torch.float32 else 0.2)
+
+
 def test_fast_gradients_are_right():
     layer = nn.Sequential(nn.Linear(5, 7)).double()
     L.apply_lora(layer, rank=3, alpha=5)
     L.freeze_all_but_lora(layer)
     m = layer[0]
     x, a, b = (torch.randn(size).double().requires_grad_() for size in ((2, 4, 5), (3, 5), (7, 3)))
-    assert torch.autograd.gradcheck(L._LoRAMatMul.apply, (x, m.weight, m.bias, a, b, 0.7))
+    assert torch.autograd.gradcheck(lora_linear, (x, m.weight, m.bias, a, b, 0.7))
     for shape in ((5,), (0, 5), (2, 3, 5)):
         y = m(torch.zeros(shape, dtype=torch.float64))
         assert y.shape == (*shape[:-1], 7)
 
 
 def test_only_what_is_needed_is_kept():
-    """Of x, of A x and of the parameters alone, a step keeps memory; and W is never asked for a gradient."""
+    """Of x, of A x and of the parameters alone a step keeps memory, and W gets no gradient."""
     layer = nn.Sequential(nn.Linear(64, 48, bias=False))
     L.apply_lora(layer, rank=2)
     L.freeze_all_but_lora(layer)
@@ -924,7 +953,7 @@ def test_pissa_starts_and_trains_as_in_peft(tmp_path, rslora):
     adapted = logits(model)
     L.merge_lora(model)
     assert close(logits(model), adapted)
-    L.set_lora(model, False)
+    set_lora(model, False)
     assert torch.equal(logits(model), before)
     peft.save_pretrained(tmp_path / "theirs")  # as PEFT leaves it, it goes with PEFT's changed base alone
     with pytest.raises(ModelError, match="path_initial_model_for_weight_conversion"):
@@ -967,17 +996,17 @@ def test_pissa_survives_copies_and_refuses_what_it_cannot():
 
 def test_low_rank_is_the_nearest():
     matrix = torch.randn(20, 3) @ torch.randn(3, 12)
-    b, a, kept = L.low_rank(matrix, 3)
+    b, a, kept = low_rank(matrix, 3)
     assert close(b @ a, matrix) and abs(kept - 1) < 1e-6
     sigma = torch.linalg.svdvals(matrix)
-    b, a, kept = L.low_rank(matrix, 2)
+    b, a, kept = low_rank(matrix, 2)
     assert b.shape == (20, 2) and a.shape == (2, 12)
     assert abs((matrix - b @ a).norm() - sigma[2]) < 1e-4  # Eckart & Young
     assert abs(kept - (sigma[:2].square().sum() / sigma.square().sum())) < 1e-5
-    assert L.low_rank(torch.zeros(4, 4), 1)[2] == 1
+    assert low_rank(torch.zeros(4, 4), 1)[2] == 1
     for rank in (0, 13):
         with pytest.raises(ModelError, match="rank must be from 1 to 12"):
-            L.low_rank(matrix, rank)
+            low_rank(matrix, rank)
 
 
 # ---- a 4-bit base
@@ -1016,7 +1045,7 @@ def test_over_a_4_bit_base(tmp_path, options):
     fresh = quantize_model(ours())
     report = L.load_lora(fresh, tmp_path / "a")
     assert report.matched == 14 and close(logits(fresh), logits(model))
-    assert abs(report.relative_norm - L.report_lora(twin).relative_norm) < 1e-4
+    assert abs(report.relative_norm - report_lora(twin).relative_norm) < 1e-4
     assert L.load_lora(ours(), tmp_path / "a").matched == 14  # what both have in common is equal
     with pytest.raises(ModelError, match="another base model"):
         L.load_lora(quantize_model(ours(seed=1)), tmp_path / "a")
@@ -1027,13 +1056,13 @@ def test_over_a_4_bit_base(tmp_path, options):
     assert "\n" not in str(error.value) and torch.equal(logits(model), adapted)
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(clone), adapted)
-    L.set_lora(model, False)
+    set_lora(model, False)
     assert torch.equal(logits(model), before)
-    L.remove_lora(model)
+    remove_lora(model)
     assert torch.equal(logits(model), before) and type(model.model.layers[0].mlp.up_proj) is NF4Linear
 
 
-# ---- what loading tells
+# ---- what loading reports
 
 
 def test_report_line(tmp_path):
@@ -1047,7 +1076,7 @@ def test_report_line(tmp_path):
     assert "14/14 layers" in line and f"{change:.3g}" in line and "\n" not in line
     assert shift / 5 < change < shift * 5 and 0 < kl < change
     L.load_lora(fresh, tmp_path / "a")
-    L.set_lora(model, False)
+    set_lora(model, False)
     assert logit_shift(model) == (change, kl)
     assert not model.model.layers[0].mlp.up_proj.lora.enabled
 

@@ -1,4 +1,4 @@
-"""The short way of one new token against the long one, CausalLM.forward without a cache."""
+"""OneToken against CausalLM.forward without a cache: both give the same logits."""
 
 from copy import deepcopy
 
@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from model.adapters import Adapters
-from model.generate import generate
-from model.lora import apply_lora, lora_parameters, merge_lora, remove_lora, save_lora, set_lora, unmerge_lora
-from model.one_token import MANY, OneToken, prepare_to_decode
-from model.quantize import FEW, quantize_int8, quantize_model
-from model.transformer import CausalLM, KVCache, ModelConfig
+from model.adapters import Adapters, remove_lora, set_lora
+from model.generate import KVCache, generate
+from model.int8 import MAX_KERNEL_ROWS, quantize_int8
+from model.lora import apply_lora, lora_parameters, merge_lora, save_lora, unmerge_lora
+from model.one_token import MAX_FLOAT32_ROWS, OneToken, prepare_to_decode
+from model.quantize import quantize_model
+from model.transformer import CausalLM, ModelConfig
 from model.weights import load_model, save_model
 
 SHAPES = {
@@ -33,7 +34,7 @@ def small(**changes):
              "intermediate_size": 96, "initializer_range": 0.2}
     model = CausalLM(ModelConfig(**shape | changes)).eval()
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:  # norms and biases start where they do nothing
+        if parameter.ndim == 1:  # norms start at 1 and biases at 0, and would change nothing
             nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
 
@@ -45,7 +46,7 @@ def ids(rows=2, length=14):
 @torch.no_grad()
 def step_by_step(model, tokens, begin=6, start=None):
     """Logits (B, T - begin, V) after each token from `begin` on, by model.one_token."""
-    assert model.one_token.fits(len(tokens))
+    assert model.one_token.get_ready(len(tokens))
     cache = KVCache(model.config, *tokens.shape, dtype=torch.float32, start=start)
     model(tokens[:, :begin], cache=cache)
     steps = [model.one_token(tokens[:, t], cache) for t in range(begin, tokens.size(1))]
@@ -64,7 +65,7 @@ def adapted(model, folder, seed):
     return folder
 
 
-@pytest.mark.parametrize("rows", [1, 3, FEW, MANY])
+@pytest.mark.parametrize("rows", [1, 3, MAX_KERNEL_ROWS, MAX_FLOAT32_ROWS])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_the_forward_pass(shape, rows):
     model = small(**SHAPES[shape])
@@ -145,21 +146,22 @@ def test_adapters_on_off_mixed_merged_and_for_each_row(quantize, tolerance, tmp_
 
 def test_it_steps_aside_where_it_does_not_fit():
     model = prepare_to_decode(small())
-    assert model.one_token.fits(MANY) and not model.one_token.fits(MANY + 1)
-    tokens = torch.stack(list(generate(model, ids(MANY + 1), 4, temperature=0)))  # by the forward pass
-    assert torch.equal(tokens, torch.stack(list(generate(small(), ids(MANY + 1), 4, temperature=0))))
+    too_many = MAX_FLOAT32_ROWS + 1
+    assert model.one_token.get_ready(too_many - 1) and not model.one_token.get_ready(too_many)
+    tokens = torch.stack(list(generate(model, ids(too_many), 4, temperature=0)))  # by the forward pass
+    assert torch.equal(tokens, torch.stack(list(generate(small(), ids(too_many), 4, temperature=0))))
     in_8_bits = prepare_to_decode(quantize_int8(small())).one_token
-    assert in_8_bits.fits(FEW) and not in_8_bits.fits(FEW + 1)
+    assert in_8_bits.get_ready(MAX_KERNEL_ROWS) and not in_8_bits.get_ready(MAX_KERNEL_ROWS + 1)
     copied = deepcopy(model)
-    assert not copied.one_token.fits(1)  # its layers have memory of their own now
+    assert not copied.one_token.get_ready(1)  # its layers have memory of their own now
     list(generate(copied.bfloat16(), ids(1), 3))
-    assert model.one_token.fits(1)
+    assert model.one_token.get_ready(1)
     last = model.model.layers[1].mlp.up_proj  # the second of the two that lie together
     last.weight.data = last.weight.data.clone()
-    assert not model.one_token.fits(1)
+    assert not model.one_token.get_ready(1)
     model = prepare_to_decode(small())
     model.double()
-    assert not model.one_token.fits(1)
+    assert not model.one_token.get_ready(1)
 
 
 @pytest.mark.parametrize("make", [
@@ -174,7 +176,7 @@ def test_other_weights_stay_as_they_are(make):
 
 
 def test_tokens_can_be_used_where_gradients_are():
-    """It computes in inference mode, whose tensors autograd refuses; none of them may come out."""
+    """OneToken computes in inference mode. Autograd refuses tensors of that mode, so none may come out."""
     model = prepare_to_decode(small())
     tokens = torch.stack(list(generate(model, ids(1), 5)), dim=1)
     model(tokens, labels=tokens).loss.backward()

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from bitsandbytes.functional import create_dynamic_map, dequantize_4bit, get_4bit_type, quantize_4bit
 from torch import nn
 
+from common.errors import ModelError
 from model import quantize as Q
-from model.transformer import CausalLM, ModelConfig, ModelError
+from model.transformer import CausalLM, ModelConfig
 
-SHAPES = [(512, 128), (100, 64), (30, 50), (7, 13), (64, 1), (1, 3)]  # also blocks that are not full
+SHAPES = [(512, 128), (100, 64), (30, 50), (7, 13), (64, 1), (1, 3)]  # the last scale may have fewer weights
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -42,8 +43,8 @@ def tiny(**changes):
 
 
 def test_the_tables_are_those_of_bitsandbytes():
-    assert torch.equal(Q.NF4, get_4bit_type("nf4", device="cpu"))
-    assert torch.equal(Q.DYNAMIC, create_dynamic_map())
+    assert torch.equal(Q.NF4_VALUES, get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(Q.DYNAMIC_VALUES, create_dynamic_map())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,12 +57,12 @@ def test_codes_and_scales_equal_bitsandbytes(shape, dtype):
         assert torch.equal(codes, theirs.flatten())
         assert torch.equal(absmax, state.absmax)
         for state.dtype in DTYPES:
-            ours = Q.dequantize_nf4(codes, absmax, shape, state.dtype)
+            ours = Q.dequantize_nf4([codes, absmax], shape, state.dtype)
             assert torch.equal(ours, dequantize_4bit(theirs, state))
 
 
 def reference_quantize_blockwise(x, block):
-    """bitsandbytes' own in PyTorch, which its GPU kernels agree with."""
+    """bitsandbytes' own function in plain PyTorch. Its GPU kernels give the same."""
     key = torch._C.DispatchKey.CompositeExplicitAutograd
     return torch.ops.bitsandbytes.quantize_blockwise.default._op_dk(key, x, create_dynamic_map(), block)
 
@@ -71,7 +72,7 @@ def test_double_quantization_equals_bitsandbytes(shape):
     weight = weights(shape, torch.float32)
     theirs, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     layer = Q.NF4Linear.from_linear(linear(*shape))
-    layer.weight = None  # what follows uses the stored constants only
+    layer.weight = None  # all that follows uses the stored constants alone
     assert torch.equal(layer.codes, theirs.flatten())
     assert torch.equal(layer.nested_offset, state.offset)
     assert torch.equal(layer.nested_absmax, state.state2.absmax)
@@ -80,11 +81,11 @@ def test_double_quantization_equals_bitsandbytes(shape):
     # bitsandbytes' CPU kernel looks the nearest value up on a grid of 2^16: near a midpoint it errs by one.
     differ = layer.absmax != state.absmax
     nested = state.state2.absmax.repeat_interleave(256)[:differ.numel()]
-    ours, others = (Q.DYNAMIC[codes.int()] * nested for codes in (layer.absmax, state.absmax))
+    ours, others = (Q.DYNAMIC_VALUES[codes.int()] * nested for codes in (layer.absmax, state.absmax))
     assert ((scales - ours).abs() <= (scales - others).abs()).all()
     assert ((scales - others).abs() - (scales - ours).abs() <= 2**-14 * nested).all()
     assert differ.float().mean() < 0.02 or scales.abs().max() == 0
-    # Their constants in our layer: their weights, bit for bit.
+    # With their constants, our layer gives their weights, bit for bit.
     layer.absmax.copy_(state.absmax)
     for state.dtype in DTYPES:
         assert torch.equal(layer.dequantize(state.dtype), dequantize_4bit(theirs, state))
@@ -119,7 +120,7 @@ def test_gradient_flows_through_and_no_dense_weight_is_kept(autocast):
         dtype = y.dtype
         expected = F.linear(other, layer.dequantize(dtype), layer.bias)
     assert dtype == (torch.bfloat16 if autocast else torch.float32)
-    assert kept and sum(t.nbytes for t in kept) < 48 * 40  # a dense one would take twice or 4 times that
+    assert kept and sum(t.nbytes for t in kept) < 48 * 40  # a dense weight would take 2 or 4 bytes for each
     grad = torch.randn_like(y)
     y.backward(grad)
     expected.backward(grad)
@@ -149,7 +150,7 @@ def test_a_model_is_quantized_but_for_embedding_norms_and_head(double_quant):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     ids = torch.arange(20).view(2, 10)
     assert 0 < (model(ids).logits - plain(ids).logits).abs().max() < 0.5
-    # copies: the same bits
+    # Copies have the same bits.
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(ids).logits, model(ids).logits)
     blank = Q.quantize_model(tiny(attention_bias=True, initializer_range=1.0), double_quant)
@@ -160,16 +161,20 @@ def test_a_model_is_quantized_but_for_embedding_norms_and_head(double_quant):
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_parameters_are_counted_as_if_they_were_not_packed(double_quant):
     model = tiny()
-    before = model.num_parameters()
+    before = Q.count_parameters(model)
     assert before == sum(p.numel() for p in model.parameters())
-    assert Q.quantize_model(model, double_quant).num_parameters() == before
+    assert Q.count_parameters(Q.quantize_model(model, double_quant)) == before
 
 
 def test_bits_per_parameter():
+    def bits(model):
+        return 8 * sum(part.nbytes for part in model[0].stored()) / 512**2
+
     plain = nn.Sequential(nn.Linear(512, 512))
-    assert Q.bits_per_parameter(Q.quantize_model(copy.deepcopy(plain), double_quant=False)) == 4.5
+    single = Q.quantize_model(copy.deepcopy(plain), double_quant=False)
+    assert bits(single) == 4.5 and "4.500 bits" in Q.memory_line(single)
     quantized = Q.quantize_model(plain)
-    assert Q.bits_per_parameter(quantized) == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=2e-4)
+    assert bits(quantized) == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=2e-4)
     assert "262,144 weights in NF4" in Q.memory_line(quantized) and "4.127 bits" in Q.memory_line(quantized)
 
 
@@ -224,16 +229,16 @@ def test_compiled_code_keeps_no_dense_weight_either():
 def test_the_operator_keeps_the_rules_of_pytorch(double_quant):
     layer = Q.NF4Linear.from_linear(linear(bias=True), double_quant)
     x = torch.randn(2, 3, 40, requires_grad=True)
-    torch.library.opcheck(Q.nf4_linear, (x, layer._stored(), layer.bias, 48))
+    torch.library.opcheck(Q.nf4_linear, (x, layer.stored(), layer.bias, 48))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_kernels_of_bitsandbytes_give_the_same_bits(monkeypatch, double_quant):
-    """Its CPU kernel through the very call that a GPU takes."""
+    """This calls the CPU kernel in the way that a GPU kernel is called."""
     layer = Q.NF4Linear.from_linear(linear(64, 128), double_quant)
     ours = [layer.dequantize(dtype) for dtype in DTYPES]
-    assert Q._kernels(torch.device("cpu")) is None
-    monkeypatch.setattr(Q, "_kernels", lambda device: torch.ops.bitsandbytes)
+    assert Q.bitsandbytes_operators(torch.device("cpu")) is None
+    monkeypatch.setattr(Q, "bitsandbytes_operators", lambda device: torch.ops.bitsandbytes)
     for dtype, expected in zip(DTYPES, ours, strict=True):
         assert torch.equal(layer.dequantize(dtype), expected)
 
@@ -248,10 +253,10 @@ def test_bad_input_is_one_line():
     fails("already", Q.quantize_model(nn.Sequential(nn.Linear(4, 4))))
     broken = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     broken[1].weight.data[0, 0] = float("nan")
-    fails("can't quantize 1: .* NaN", broken)
+    fails("can't quantize: 1.weight .* NaN", broken)
     assert type(broken[0]) is nn.Linear
     adapted = nn.Sequential(nn.Linear(4, 4))
     adapted[0].lora = nn.Sequential(nn.Linear(4, 2))
     fails("before apply_lora", adapted)
     with pytest.raises(ModelError, match="quantize_model first"):
-        Q.bits_per_parameter(nn.Linear(4, 4))
+        Q.memory_line(nn.Linear(4, 4))

@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model.transformer as transformer
-from model.transformer import PRESETS, CausalLM, KVCache, ModelConfig, ModelError, preset
+from common.errors import ModelError
+from model import attention, transformer
+from model.generate import KVCache
+from model.quantize import count_parameters
+from model.transformer import PRESETS, CausalLM, ModelConfig, preset
 
 
 def small(seed=0, **changes) -> CausalLM:
@@ -58,7 +61,7 @@ def qwen3_twin(model):
 @pytest.mark.parametrize(("name", "count"), [("26m", 25_829_888), ("64m", 63_912_192), ("104m", 104_030_976)])
 def test_presets_have_the_published_sizes(name, count):
     with torch.device("meta"):
-        assert CausalLM(preset(name)).num_parameters() == count
+        assert count_parameters(CausalLM(preset(name))) == count
 
 
 def test_unknown_preset_names_those_there_are():
@@ -112,7 +115,7 @@ def test_loss_and_gradients_equal_transformers(tied):
     torch.testing.assert_close(ours.loss, theirs.loss)
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
     assert ours.num_targets == 7 + 7  # row 1 starts supervised, but nothing predicts its first token
-    torch.testing.assert_close(ours.loss_sum / ours.num_targets, ours.loss)
+    torch.testing.assert_close(ours.token_losses.sum() / ours.num_targets, ours.loss)
     ours.loss.backward()
     theirs.loss.backward()
     assert_same(gradients(model), gradients(twin))
@@ -123,7 +126,7 @@ def test_loss_is_the_same_in_chunks(monkeypatch):
     whole = model(ids, ids)
     whole.loss.backward()
     expected = gradients(model)
-    monkeypatch.setattr(transformer, "LOSS_CHUNK", 5)
+    monkeypatch.setattr(transformer, "LOSS_ROWS", 5)
     chunked = model(ids, ids)
     chunked.loss.backward()
     torch.testing.assert_close(chunked.loss, whole.loss)
@@ -135,7 +138,7 @@ def test_loss_is_the_same_in_chunks(monkeypatch):
 def test_no_target_is_loss_zero_and_zero_gradients(tied, length):
     model, ids = small(tie_word_embeddings=tied), tokens(length=length)
     output = model(ids, torch.full_like(ids, -100))
-    assert output.loss.item() == 0 and output.loss_sum.item() == 0 and output.num_targets.item() == 0
+    assert output.loss.item() == 0 and output.token_losses.eq(0).all() and output.num_targets.item() == 0
     output.loss.backward()
     found = gradients(model)
     assert found.keys() == dict(model.named_parameters()).keys()  # DDP waits for every one of them
@@ -157,7 +160,7 @@ def test_loss_by_hand(everywhere, targets, monkeypatch):
     output = model(ids, labels)
     logs = output.logits[0].log_softmax(-1)
     by_hand = -sum(logs[t - 1, ids[0, t]] for t in range(1, 1 + targets))
-    torch.testing.assert_close(output.loss_sum, by_hand)
+    torch.testing.assert_close(output.token_losses.sum(), by_hand)
     torch.testing.assert_close(output.loss, by_hand / targets)
     assert output.num_targets == targets
 
@@ -176,9 +179,14 @@ def seen(mask):
     return mask.squeeze(1).int().tolist()
 
 
+def positions_and_visible(config, ids, document_ids=None, cache=None):
+    positions = transformer.token_positions(ids, document_ids, cache)
+    return positions, attention.visible_keys(config, ids, document_ids, cache)
+
+
 def test_positions_and_masks_of_packed_documents():
     ids = torch.zeros(1, 5, dtype=torch.long)
-    positions, mask = transformer.positions_and_mask(small().config, ids, torch.tensor([[7, 7, 7, 9, 9]]))
+    positions, mask = positions_and_visible(small().config, ids, torch.tensor([[7, 7, 7, 9, 9]]))
     assert positions.tolist() == [[0, 1, 2, 0, 1]]
     sevens = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
     assert seen(mask) == [[*sevens, [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]]
@@ -186,7 +194,7 @@ def test_positions_and_masks_of_packed_documents():
 
 def test_positions_and_masks_with_a_window():
     ids = torch.zeros(1, 4, dtype=torch.long)
-    positions, mask = transformer.positions_and_mask(small(sliding_window=2).config, ids)
+    positions, mask = positions_and_visible(small(sliding_window=2).config, ids)
     assert positions.tolist() == [[0, 1, 2, 3]]
     assert seen(mask) == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]]
 
@@ -194,7 +202,7 @@ def test_positions_and_masks_with_a_window():
 def test_positions_and_masks_over_a_cache():
     config, ids = small().config, torch.zeros(2, 4, dtype=torch.long)
     padded = KVCache(config, 2, 9, start=torch.tensor([0, 2]))
-    positions, mask = transformer.positions_and_mask(config, ids, cache=padded)
+    positions, mask = positions_and_visible(config, ids, cache=padded)
     assert positions.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
     whole = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     pads = [[1, 0, 0, 0], [0, 1, 0, 0]]  # each sees itself
@@ -204,7 +212,7 @@ def test_positions_and_masks_over_a_cache():
     assert {cache.k.dtype, cache.v.dtype} == {torch.bfloat16}
     for past, new, expected in ((0, 4, None), (3, 1, None), (3, 2, [[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]])):
         cache.length = past
-        positions, mask = transformer.positions_and_mask(config, ids[:, :new], cache=cache)
+        positions, mask = positions_and_visible(config, ids[:, :new], cache=cache)
         assert positions.tolist() == [list(range(past, past + new))]
         assert mask is None if expected is None else seen(mask) == expected
 
@@ -227,10 +235,10 @@ def test_packed_gradients_equal_the_sum_of_documents_alone():
     labels = ids.clone()
     labels[0, 7] = -100  # the first token of the second document: its neighbour must not predict it
     output = model(ids, labels, document_ids=torch.tensor([[0] * 7 + [1] * 5]))
-    output.loss_sum.backward()
+    output.token_losses.sum().backward()
     packed = gradients(model)
     for piece in (ids[:, :7], ids[:, 7:]):
-        model(piece, piece).loss_sum.backward()
+        model(piece, piece).token_losses.sum().backward()
     assert_same(packed, gradients(model))
 
 
@@ -240,11 +248,11 @@ def test_cuda_is_not_asked_for_groups_that_its_kernels_lack(packed, monkeypatch)
     model, ids = small(), tokens(3, 20)
     document_ids = torch.tensor([0] * 13 + [1] * 7).expand(3, 20) if packed else None
     expected = model(ids, document_ids=document_ids).logits
-    attention, heads = F.scaled_dot_product_attention, []
+    pytorchs, heads = F.scaled_dot_product_attention, []
 
     def look(q, k, v, *rest, enable_gqa, **named):
         heads.append((q.size(1), k.size(1), v.size(1), enable_gqa))
-        return attention(q, k, v, *rest, enable_gqa=enable_gqa, **named)
+        return pytorchs(q, k, v, *rest, enable_gqa=enable_gqa, **named)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", look)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -269,29 +277,6 @@ def test_half_precision_on_a_cpu_gives_the_same_training(packed):
     loss.backward()
     for name, rough in gradients(model).items():
         assert F.cosine_similarity(rough.flatten(), exact[name].flatten(), dim=0) > 0.99, name
-
-
-@pytest.mark.parametrize("document_ids, window, first", [
-    (None, None, [0, 0, 0]),
-    ([[0, 0, 0, 0, 0, 1, 1, 1, 1], [3, 3, 3, 3, 3, 3, 3, 5, 5]], None, [0, 0, 5]),
-    ([[0, 0, 0, 0, 0, 1, 1, 1, 1], [3, 3, 3, 5, 5, 5, 5, 5, 5]], None, [0, 0, 3]),
-    (None, 3, [0, 2, 6]),
-])
-def test_block_attention_equals_pytorchs(monkeypatch, document_ids, window, first):
-    monkeypatch.setattr(transformer, "BLOCK", 4)
-    config = ModelConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, sliding_window=window)
-    q, k, v = (torch.randn(2, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2))
-    document_ids = document_ids and torch.tensor(document_ids)
-    _, mask = transformer.positions_and_mask(config, torch.zeros(2, 9, dtype=torch.long), document_ids)
-    expected = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-    blocks = transformer.visible_blocks(config, mask, 2, 9, torch.float32, "cpu")
-    result = transformer.block_attention(q, k, v, blocks)
-    torch.testing.assert_close(result, expected)
-    weight = torch.randn_like(result)
-    for ours, theirs in zip(torch.autograd.grad((result * weight).sum(), (q, k, v)),
-                            torch.autograd.grad((expected * weight).sum(), (q, k, v)), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert [keys.start for keys, _ in blocks] == first  # what no query of a block sees is left out
 
 
 def test_norms_are_exact_under_autocast():

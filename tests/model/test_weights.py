@@ -7,9 +7,11 @@ import pickle
 import pytest
 import torch
 
+import common.files
+from common.errors import ModelError
 from model import weights
 from model.quantize import NF4Linear, quantize_model
-from model.transformer import CausalLM, ModelConfig, ModelError
+from model.transformer import CausalLM, ModelConfig
 from model.weights import load_model, load_tokenizer, save_model
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -35,7 +37,7 @@ ROPES = {
 
 
 def shake(model):
-    """Random norms and biases too: none of them can be forgotten unseen."""
+    """Makes norms and biases random, too, so that a test notices if one of them is not read."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -118,7 +120,7 @@ def test_shards(tied, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     model = load_model(tmp_path)
     assert_equal_logits(model, twin)
-    save_model(model, tmp_path)  # over the shards, which must not stay beside the new file
+    save_model(model, tmp_path)  # the shards must not stay beside the new file
     assert [file.name for file in tmp_path.glob("*safetensors*")] == ["model.safetensors"]
     assert_equal_logits(open_with_transformers(tmp_path), twin)
 
@@ -131,7 +133,7 @@ def test_rotary_settings_in_both_spellings(rope, tmp_path):
     model = load_model(tmp_path / "new")
     assert_equal_logits(model, twin)
 
-    save_model(model, tmp_path / "ours")  # carries both spellings: each alone must do
+    save_model(model, tmp_path / "ours")  # writes both spellings; each of them alone must be enough
     config = json.loads((tmp_path / "ours" / "config.json").read_text(encoding="utf-8"))
     for spelling in (("rope_parameters",), ("rope_theta", "rope_scaling")):
         left = {key: value for key, value in config.items() if not key.startswith("rope_") or key in spelling}
@@ -147,7 +149,7 @@ def test_the_old_key_type_for_rotary_settings(tmp_path):
 
 
 def test_old_files_with_extras(tmp_path):
-    """Rotary tables, and the tied head beside the embedding, were once saved too."""
+    """Old files also hold rotary tables, and the tied head beside the embedding."""
     from safetensors.torch import load_file, save_file
 
     model = ours()
@@ -366,17 +368,17 @@ def test_a_quantized_model_goes_both_ways(family, double_quant, dtype, tmp_path)
     assert sum(isinstance(module, NF4Linear) for module in read.modules()) == 7
     if dtype == torch.float32:
         assert_equal_logits(read, twin)
-    # What we write is what they wrote, name for name and bit for bit,
+    # What we write equals what they wrote, name for name and bit for bit.
     save_model(read, tmp_path / "again")
     before, after = read_tensors(tmp_path / "theirs"), read_tensors(tmp_path / "again")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
-        if ".quant_state." in name:  # whose "dtype" is that which the weights had before
+        if ".quant_state." in name:  # its "dtype" is the type of the weights before
             before_state, after_state = (json.loads(bytes(t.tolist())) for t in (tensor, after[name]))
             assert before_state | {"dtype": 0} == after_state | {"dtype": 0}
         elif tensor.dtype == torch.uint8 or ".weight." in name:
             assert torch.equal(tensor, after[name]), name
-    # and what we quantized opens there.
+    # What we quantized opens there.
     if dtype == torch.float32:
         quantize_model(plain, double_quant)
         save_model(plain, tmp_path / "ours")
@@ -442,7 +444,7 @@ def test_other_files_of_a_run_survive(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["m"]  # no temporary folder is left
 
 
-@pytest.mark.parametrize("fails", ["save_file", "_write_json"])
+@pytest.mark.parametrize("fails", ["save_file", "json_text"])
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch, fails, exists):
     old = ours()
@@ -452,7 +454,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch, fails, exist
     def fail(*arguments, **settings):
         raise OSError("disk full")
 
-    where = weights.safetensors.torch if fails == "save_file" else weights
+    where = weights.safetensors.torch if fails == "save_file" else common.files
     monkeypatch.setattr(where, fails, fail)
     with pytest.raises(OSError, match="disk full"):
         save_model(ours(num_hidden_layers=1), tmp_path / "m")
@@ -464,7 +466,13 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch, fails, exist
 
 def test_training_json_comes_last(folder, monkeypatch):
     order, replace = [], os.replace
-    monkeypatch.setattr(weights.os, "replace", lambda a, b: (order.append(b.name), replace(a, b)))
+
+    def record(source, target):
+        if target.parent == folder:  # the temporary folder is removed by a rename, too
+            order.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(common.files.os, "replace", record)
     save_model(ours(), folder, training={})
     assert order == ["generation_config.json", "model.safetensors", "config.json", "training.json"]
 
@@ -478,8 +486,8 @@ def test_a_kill_while_files_are_replaced_never_pairs_old_with_new(folder, monkey
             raise KeyboardInterrupt
         replace(a, b)
 
-    new = ours(rope_theta=123.0)  # shapes alike: only the config tells them apart
-    monkeypatch.setattr(weights.os, "replace", die)
+    new = ours(rope_theta=123.0)  # the shapes are the same, and only the config differs
+    monkeypatch.setattr(common.files.os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
         save_model(new, folder, training={})
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""check_data.py tells of a file what training on it would find: its rows are the datasets' own."""
+"""check_data.py shows what training would find in a file: its rows are those of the datasets."""
 
 import json
 import re

@@ -137,7 +137,7 @@ def test_a_quantized_base_is_dequantized_and_what_it_lost_is_told(home, over_4_b
     assert 0.05 < lost < 0.15
     expected = logits(over_4_bits)
     told = f"by {lost:.2%} of"
-    for base, flags, words in (("quantized", [], "--original DIR tells"),
+    for base, flags, words in (("quantized", [], "--original DIR shows"),
                                ("quantized", ["--original", home / "base"], told),
                                ("base", [], told)):  # quantized here, as qlora/training.json says
         merged = merge(home, "--load_from", home / base, *flags, "--overwrite", lora="qlora")

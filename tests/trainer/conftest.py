@@ -53,7 +53,7 @@ class Workshop:
         self.launcher = folder / "launch.py"  # runs the script named first, its token caches in our folder
         self.launcher.write_text(
             f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-            f"import dataset.lm_dataset\ndataset.lm_dataset.CACHE_DIR = {str(folder / 'cache')!r}\n"
+            f"import dataset.token_cache\ndataset.token_cache.CACHE_DIR = {str(folder / 'cache')!r}\n"
             f"if __name__ == '__main__':\n    del sys.argv[0]\n"
             f"    runpy.run_path(sys.argv[0], run_name='__main__')\n", encoding="utf-8")
 
@@ -90,7 +90,7 @@ class Workshop:
 
     def run(self, stage: str, *flags) -> Ended:
         """`python trainer/train_STAGE.py FLAGS` in this process, where torch is loaded already."""
-        import dataset.lm_dataset
+        import dataset.token_cache
 
         script = ROOT / "trainer" / f"train_{stage}.py"
         out, err, code = io.StringIO(), io.StringIO(), 0
@@ -98,7 +98,7 @@ class Workshop:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [str(script), *(str(flag) for flag in flags)])
             patch.setattr(sys, "path", list(sys.path))
-            patch.setattr(dataset.lm_dataset, "CACHE_DIR", self.folder / "cache")
+            patch.setattr(dataset.token_cache, "CACHE_DIR", self.folder / "cache")
             torch.set_num_threads(1)  # as the runs in processes of their own, for results equal to the bit
             try:
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

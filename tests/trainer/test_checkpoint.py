@@ -14,14 +14,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import trainer.args
+import common.files
 import trainer.checkpoint
 import trainer.loop
 import trainer.stage
-from trainer.args import UsageError
-from trainer.checkpoint import begin_anew, checkpoints, hold, load_checkpoint, restore, save_checkpoint
+from common.cli import ROOT
+from common.errors import UsageError
+from trainer.checkpoint import (
+    VERSION,
+    Progress,
+    begin_anew,
+    checkpoints,
+    hold,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+)
+from trainer.distributed import Ranks
 from trainer.optim import learning_rate_factor
 from trainer.tracking import Tracker, read_metrics
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 STAGES = ("pretrain", "full_sft", "lora")
 
@@ -156,12 +169,13 @@ def die_on(monkeypatch, owner, name, number=1, after=False, when=lambda *args: T
 
 
 MOMENTS = {
-    "before its first byte is safe": lambda m: die_on(m, os, "fsync", 5),
-    "between a checkpoint and its checksum": lambda m: die_on(m, os, "fsync", 6),
-    "before the rename": lambda m: die_on(m, os, "replace", 2, when=named("step_*", 1)),
-    "after the rename": lambda m: die_on(m, os, "replace", 3, after=True, when=named("step_*", 1)),
+    "before its first byte is safe": lambda m: die_on(m, common.files, "sync", 2, when=named("state.pt", 0)),
+    "between a checkpoint and its checksum":
+        lambda m: die_on(m, common.files, "sync", 2, when=named("*.sha256", 0)),
+    "before the rename": lambda m: die_on(m, os, "rename", 2, when=named("step_*", 1)),
+    "after the rename": lambda m: die_on(m, os, "rename", 3, after=True, when=named("step_*", 1)),
     "while an old one is dropped": lambda m: die_on(m, shutil, "rmtree", 2, when=named(".step_*.dropped", 0)),
-    "before the first checkpoint": lambda m: die_on(m, trainer.loop, "save_checkpoint"),
+    "before the first checkpoint": lambda m: die_on(m, trainer.checkpoint, "save_checkpoint"),
     "after the last checkpoint": lambda m: die_on(m, trainer.loop.Tracker, "finish"),
     "before the weights are saved": lambda m: die_on(m, __import__("model.weights").weights, "save_model"),
     "before the checkpoints are dropped": lambda m: die_on(m, trainer.stage, "drop_checkpoints"),
@@ -187,7 +201,7 @@ def test_training_anew_forgets_the_run_before(workshop, finished, read_log, tmp_
     """Another seed, killed late; then anew with ours, killed early: nothing of the first may come back."""
     for changes, number in (({"seed": 7}, 4), ({"overwrite": True}, 1)):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            die_on(patch, trainer.loop, "save_checkpoint", number)
+            die_on(patch, trainer.checkpoint, "save_checkpoint", number)
             workshop.run("pretrain", *workshop.flags("pretrain", tmp_path, **changes))
     ended = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path), "--resume")
     assert ended.code == 0 and "resumed" not in ended.out
@@ -198,7 +212,7 @@ def test_a_finished_run_stays_until_the_new_one_is_done(workshop, finished, tmp_
     shutil.copytree(finished["pretrain"][0], tmp_path / "pretrain")
     before = (tmp_path / "pretrain" / "model.safetensors").read_bytes()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_on(patch, trainer.loop, "save_checkpoint", 1)
+        die_on(patch, trainer.checkpoint, "save_checkpoint", 1)
         workshop.run("pretrain", *workshop.flags("pretrain", tmp_path, seed=7))
     assert (tmp_path / "pretrain" / "model.safetensors").read_bytes() == before
     ended = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path, seed=7), "--resume")
@@ -222,7 +236,7 @@ def test_float16_run_resumes_with_its_scaler(workshop, read_log, tmp_path):
         patch.setattr(torch.amp, "GradScaler", lambda *a, **k: real(*a, **k, init_scale=2.0**27))
         whole = workshop.run("pretrain", *workshop.flags("pretrain", tmp_path / "whole", **flags))
         assert whole.code == 0
-        die_on(patch, trainer.loop, "save_checkpoint", 2)
+        die_on(patch, trainer.checkpoint, "save_checkpoint", 2)
         with pytest.raises(Killed):
             workshop.run("pretrain", *workshop.flags("pretrain", tmp_path / "cut", **flags))
     state = torch.load(checkpoints(tmp_path / "cut" / "pretrain")[-1] / "state.pt", weights_only=True)
@@ -259,7 +273,7 @@ def interrupted(workshop):
     """A pretraining run cut off when it was to write its third checkpoint."""
     out_dir = workshop.folder / "interrupted"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_on(patch, trainer.loop, "save_checkpoint", 3)
+        die_on(patch, trainer.checkpoint, "save_checkpoint", 3)
         workshop.run("pretrain", *workshop.flags("pretrain", out_dir))
     return out_dir / "pretrain"
 
@@ -271,7 +285,7 @@ def test_resume_on_other_data_or_weights_is_refused_and_names_them(workshop, tmp
     changes = {"data_path": data, "load_from": base, "max_steps": 4, "save_interval": 2}
     flags = workshop.flags("lora", tmp_path / "out", **changes)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_on(patch, trainer.loop, "save_checkpoint", 2)
+        die_on(patch, trainer.checkpoint, "save_checkpoint", 2)
         workshop.run("lora", *flags)
     text = data.read_text(encoding="utf-8")
     data.write_text(text.replace("owl", "cat", 1), encoding="utf-8")  # as many samples and tokens as before
@@ -296,7 +310,7 @@ def test_resume_on_two_processes_goes_on_with_the_same_batches(workshop, read_lo
     assert workshop.run("full_sft", *workshop.flags("full_sft", tmp_path / "one", **flags)).code == 0
     words = workshop.flags("full_sft", tmp_path / "two", **flags)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_on(patch, trainer.loop, "save_checkpoint", 2)
+        die_on(patch, trainer.checkpoint, "save_checkpoint", 2)
         workshop.run("full_sft", *words)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                *workshop.command("full_sft", *words, "--resume")]
@@ -322,7 +336,7 @@ def test_a_run_that_was_moved_goes_on(workshop, finished, interrupted, tmp_path)
 
 def test_places_may_change_but_not_whether_there_are_any(tmp_path):
     now = {"--data_path": "['a']", "--eval_data_path": "None"}
-    save_checkpoint(tmp_path, 1, {"settings": now}, keep_last=1)
+    save_checkpoint(tmp_path, 1, {"version": VERSION, "settings": now}, keep_last=1)
     assert load_checkpoint(tmp_path, now | {"--data_path": "['b']"})
     with pytest.raises(UsageError, match="began with --eval_data_path None, not"):
         load_checkpoint(tmp_path, now | {"--eval_data_path": "['a']"})
@@ -331,7 +345,7 @@ def test_places_may_change_but_not_whether_there_are_any(tmp_path):
 @pytest.mark.parametrize("state", [{"step": 1, "settings": {}}, {"step": 1}, [1, 2]])
 def test_a_checkpoint_of_another_version_is_refused(state, tmp_path):
     save_checkpoint(tmp_path, 1, state, keep_last=1)
-    with pytest.raises(UsageError, match="was written by another version of this code"):
+    with pytest.raises(UsageError, match="another version of this code wrote the checkpoint"):
         restore(load_checkpoint(tmp_path, {}), torch.nn.Linear(1, 1), [], None, tmp_path, None)
 
 
@@ -364,7 +378,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(workshop, finished, inter
 
 def test_any_damage_is_noticed(tmp_path, capsys):
     def state(step):
-        return {"step": step, "settings": {}, "parameters": {"w": torch.arange(64.0)}}
+        return {"step": step, "version": VERSION, "settings": {}, "parameters": {"w": torch.arange(64.0)}}
 
     def cut(path):
         path.write_bytes(path.read_bytes()[:-1])
@@ -395,9 +409,9 @@ def test_sha256sum_reads_the_checksum(tmp_path):
 
 
 def test_a_whole_checkpoint_is_never_taken_away_for_its_like(tmp_path):
-    save_checkpoint(tmp_path, 1, {"step": 1, "settings": {}}, keep_last=1)
+    save_checkpoint(tmp_path, 1, {"version": VERSION, "step": 1, "settings": {}}, keep_last=1)
     inode = (tmp_path / "checkpoints" / "step_00000001" / "state.pt").stat().st_ino
-    save_checkpoint(tmp_path, 1, {"step": 1, "settings": {}}, keep_last=1)
+    save_checkpoint(tmp_path, 1, {"version": VERSION, "step": 1, "settings": {}}, keep_last=1)
     assert (tmp_path / "checkpoints" / "step_00000001" / "state.pt").stat().st_ino == inode
     assert os.listdir(tmp_path / "checkpoints") == ["step_00000001"]
 
@@ -432,7 +446,7 @@ def limited(monkeypatch, owner, name, file_limit, size, number=1):
 def test_a_full_disk(policy, workshop, finished, read_log, tmp_path, file_limit):
     flags = workshop.flags("pretrain", tmp_path, on_full_disk=policy)
     with pytest.MonkeyPatch.context() as patch:
-        limited(patch, trainer.loop, "save_checkpoint", file_limit, 1_200_000, number=3)
+        limited(patch, trainer.checkpoint, "save_checkpoint", file_limit, 1_200_000, number=3)
         ended = workshop.run("pretrain", *flags)
         file_limit(None)
     last = tmp_path / "pretrain" / "checkpoints" / "step_00000010"
@@ -471,7 +485,7 @@ def test_a_disk_too_full_for_the_token_cache(workshop, tmp_path, file_limit):
 
 
 def test_a_disk_too_full_for_the_log(tmp_path, file_limit, capsys):
-    tracker = Tracker(tmp_path, active=True)
+    tracker = Tracker(tmp_path, ALONE, Progress(), 8)
     tracker.log({"step": 1, "loss": 2.0})
     file_limit((tmp_path / "metrics.jsonl").stat().st_size + 9)
     tracker.log({"step": 2, "loss": 1.0})
@@ -485,7 +499,7 @@ def test_a_disk_too_full_for_the_log(tmp_path, file_limit, capsys):
 
 
 def test_a_log_that_somebody_removed_or_wrote_into(tmp_path, capsys):
-    tracker = Tracker(tmp_path / "run", active=True)
+    tracker = Tracker(tmp_path / "run", ALONE, Progress(), 8)
     tracker.path.unlink()
     tracker.sync()
     tracker.log({"step": 1})
@@ -503,7 +517,7 @@ def test_a_terminal_that_went_away_ends_no_run(tmp_path, monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
     monkeypatch.setattr(sys, "stdout", open(writing, "w", encoding="utf-8"))
-    Tracker(tmp_path, active=True).say("who hears?")
+    Tracker(tmp_path, ALONE, Progress(), 8).say("who hears?")
     print("and who this?", flush=True)
 
 
@@ -512,10 +526,10 @@ def test_a_resumed_log_is_never_half_there(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text(lines, encoding="utf-8")
     die_on(monkeypatch, os, "replace")
     with pytest.raises(Killed):
-        Tracker(tmp_path, active=True, start_step=4)
+        Tracker(tmp_path, ALONE, Progress(step=4), 8)
     monkeypatch.undo()
     assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == lines
-    Tracker(tmp_path, active=True, start_step=4)
+    Tracker(tmp_path, ALONE, Progress(step=4), 8)
     assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
@@ -528,12 +542,12 @@ def steps(run_dir):
 
 def test_keep_last_and_order(tmp_path):
     for step in (5, 99, 100, 123456789, 1000):
-        save_checkpoint(tmp_path, step, {"step": step, "settings": {}}, keep_last=10)
+        save_checkpoint(tmp_path, step, {"version": VERSION, "step": step, "settings": {}}, keep_last=10)
     assert load_checkpoint(tmp_path, {})["step"] == 123456789
     begin_anew(tmp_path)
     assert load_checkpoint(tmp_path, {}) is None
     for step in range(1, 8):
-        save_checkpoint(tmp_path, step, {"step": step, "settings": {}}, keep_last=3)
+        save_checkpoint(tmp_path, step, {"version": VERSION, "step": step, "settings": {}}, keep_last=3)
         assert steps(tmp_path) == list(range(max(1, step - 2), step + 1))
 
 
@@ -543,7 +557,7 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
 
     def other():
         command = [sys.executable, "-c", code, str(tmp_path)]
-        return subprocess.run(command, cwd=trainer.args.ROOT, capture_output=True, text=True, check=False)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     lock = hold(tmp_path)
     begin_anew(tmp_path)  # the lock outlives what it drops
@@ -553,20 +567,20 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
 
 
 def test_half_written_checkpoints_are_ignored_and_then_overwritten(tmp_path):
-    save_checkpoint(tmp_path, 5, {"step": 5, "settings": {}}, keep_last=2)
+    save_checkpoint(tmp_path, 5, {"version": VERSION, "step": 5, "settings": {}}, keep_last=2)
     for name in (".step_00000006.writing", "step_00000007.writing", "step_"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "state.pt").write_bytes(b"half a")
     assert steps(tmp_path) == [5]
     assert load_checkpoint(tmp_path, {})["step"] == 5
-    save_checkpoint(tmp_path, 6, {"step": 6, "settings": {}}, keep_last=2)
+    save_checkpoint(tmp_path, 6, {"version": VERSION, "step": 6, "settings": {}}, keep_last=2)
     assert load_checkpoint(tmp_path, {})["step"] == 6
     assert not (tmp_path / "checkpoints" / ".step_00000006.writing").exists()
 
 
 def test_lora_checkpoint_holds_the_adapters_alone(workshop, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_on(patch, trainer.loop, "save_checkpoint", 2)
+        die_on(patch, trainer.checkpoint, "save_checkpoint", 2)
         workshop.run("lora", *workshop.flags("lora", tmp_path))
     (checkpoint,) = checkpoints(tmp_path / "lora")
     state = torch.load(checkpoint / "state.pt", weights_only=True)

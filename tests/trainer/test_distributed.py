@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.cli import ROOT
+from common.device import choose_device, choose_dtype
+from common.errors import UsageError
 from model.weights import save_model
-from trainer.args import ROOT, UsageError
-from trainer.distributed import Ranks, choose_device, choose_dtype, join_ranks
+from trainer.distributed import Ranks, join_ranks
 from trainer.stage import is_finished
 
 
@@ -74,7 +76,8 @@ def test_the_ranks_of_a_finished_run_leave_together(tmp_path, monkeypatch):
         monkeypatch.setattr(Ranks, "same", lambda ranks, value, agree=agree: met.append(value) or agree)
         for rank in (0, 1):
             with nullcontext() if agree else pytest.raises(UsageError, match="must be shared"):
-                assert is_finished(args, Ranks(rank, 2, torch.device("cpu")))
+                ranks = Ranks(rank, 2, torch.device("cpu"))
+                assert is_finished(args.run_dir, args.resume, args.overwrite, ranks)
     assert met == [True] * 4
 
 
@@ -181,13 +184,13 @@ def test_no_such_device(name):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
 def test_a_gpu_that_is_not_there(name):
-    with pytest.raises(UsageError, match="no CUDA GPU here; use --device cpu"):
+    with pytest.raises(UsageError, match="no such device here; there is cpu"):
         choose_device(name)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_too_many():
-    with pytest.raises(UsageError, match="counted from 0"):
+    with pytest.raises(UsageError, match="no such device here; there is cuda:0"):
         choose_device("cuda:99")
 
 

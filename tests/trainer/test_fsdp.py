@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from test_distributed import torchrun
 
-from trainer.args import UsageError, lora_parser, parse_args
+from common.errors import UsageError
+from trainer.args import lora_parser, parse_args
 from trainer.checkpoint import checkpoints, load_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed here")

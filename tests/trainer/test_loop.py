@@ -7,15 +7,18 @@ import signal
 import numpy as np
 import pytest
 import torch
+from build import make_batches
 from torch.nn import functional as F
 
+import trainer.diagnose
 import trainer.loop
+from common.errors import INTERRUPTED, TERMINATED, TIME_IS_UP, RunError
 from model.lora import apply_lora, freeze_all_but_lora
-from trainer.args import INTERRUPTED, TERMINATED, TIME_IS_UP, RunError
 from trainer.batches import Batches, split
 from trainer.checkpoint import checkpoints
 from trainer.distributed import Ranks
 from trainer.loop import evaluate, train
+from trainer.losses import cross_entropy
 from trainer.optim import learning_rate_factor
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -41,6 +44,8 @@ class Samples:
     def __getitem__(self, index):
         return self.samples[index]
 
+    identity = "samples in memory"
+
     def where(self, sample):
         return f"data.jsonl:{sample + 1}"
 
@@ -55,9 +60,11 @@ def go(make_model, arguments, read_log):
     def run(samples, model=None, eval_samples=None, **flags):
         args = arguments(**flags)
         model = model or make_model(VOCABULARY)
-        batches = Batches(samples, np.arange(len(samples)), args, 3, ALONE)
-        held = Batches(eval_samples, np.arange(len(eval_samples)), args, 3, ALONE) if eval_samples else None
-        result = train(model, batches, held, args, ALONE)
+        batches = make_batches(samples, np.arange(len(samples)), args, 3, ALONE)
+        held = None
+        if eval_samples:
+            held = make_batches(eval_samples, np.arange(len(eval_samples)), args, 3, ALONE)
+        result = train(model, batches, cross_entropy, held, args, ALONE)
         return model, read_log(args.run_dir), result
 
     return run
@@ -95,6 +102,24 @@ def test_loss_is_the_mean_over_tokens_not_a_mean_of_means(go, make_model):
     assert abs(np.mean([sums[0] / 1, sums[1] / 25, sums[2] / 10]) - sum(sums) / 36) > 1e-3
 
 
+def test_a_loss_may_name_other_sums_for_the_log(arguments, make_model, read_log):
+    """They are divided by the same number of units as the loss, over micro-batches and steps."""
+    def with_accuracy(model, batch):
+        loss_sum, _ = cross_entropy(model, batch)
+        supervised = (batch["labels"][:, 1:] != -100).sum()
+        return loss_sum, {"supervised": 2.0 * supervised, "loss_again": loss_sum}
+
+    args = arguments(packing=False, batch_size=5, micro_batch_size=2, log_interval=2)
+    samples = Samples(RAGGED)
+    before = dict(vars(args))
+    batches = make_batches(samples, np.arange(len(samples)), args, 3, ALONE)
+    train(make_model(VOCABULARY), batches, with_accuracy, None, args, ALONE)
+    logged = [line for line in read_log(args.run_dir) if "loss" in line]
+    assert len(logged) == 2 and all(line["supervised"] == 2.0 for line in logged)
+    assert all(line["loss_again"] == pytest.approx(line["loss"]) for line in logged)
+    assert vars(args) == before  # train reads the flags and never writes to them
+
+
 def test_gradient_is_that_of_the_mean_over_tokens(go, make_model, monkeypatch):
     samples, seen = Samples([(12, 1), (30, 25), (20, 10)]), {}
 
@@ -122,7 +147,7 @@ def test_batch_without_a_supervised_token_is_harmless(go):
 
 def test_partial_last_batch_is_trained_on(go, arguments):
     args = arguments(packing=False, batch_size=4, seed=1)
-    batches = Batches(Samples(RAGGED), np.arange(11), args, 3, ALONE)
+    batches = make_batches(Samples(RAGGED), np.arange(11), args, 3, ALONE)
     assert len(batches) == 3
     for epoch in (0, 3, 6):
         numbers = [batches[epoch + i] for i in range(3)]
@@ -134,7 +159,7 @@ def test_partial_last_batch_is_trained_on(go, arguments):
 
 
 def test_each_epoch_has_an_order_of_its_own_and_any_batch_can_be_asked_for(arguments):
-    batches = Batches(Samples(RAGGED), np.arange(11), arguments(packing=False), 3, ALONE)
+    batches = make_batches(Samples(RAGGED), np.arange(11), arguments(packing=False), 3, ALONE)
     forward = [batches[i] for i in range(6)]
     for i in (5, 0, 3):  # as a resumed run does
         for a, b in zip(batches[i][0], forward[i][0], strict=True):
@@ -148,9 +173,9 @@ def test_each_epoch_has_an_order_of_its_own_and_any_batch_can_be_asked_for(argum
 def test_ranks_share_a_batch_without_loss_or_repetition(arguments, world, micro_batch_size):
     args = arguments(packing=False, batch_size=4)
     args.micro_batch_size = micro_batch_size
-    ranks = [Batches(Samples(RAGGED), np.arange(11), args, 3, Ranks(r, world, torch.device("cpu")))
+    ranks = [make_batches(Samples(RAGGED), np.arange(11), args, 3, Ranks(r, world, torch.device("cpu")))
              for r in range(world)]
-    alone = Batches(Samples(RAGGED), np.arange(11), args, 3, ALONE)
+    alone = make_batches(Samples(RAGGED), np.arange(11), args, 3, ALONE)
     for number in range(3):
         parts = [batches[number] for batches in ranks]
         assert len({(len(micro), targets, tokens) for micro, targets, tokens in parts}) == 1  # in step
@@ -171,7 +196,7 @@ def test_split_is_whole_and_disjoint():
 
 def test_validation_loss_and_bits_per_byte_by_hand(arguments, make_model):
     model, samples = make_model(VOCABULARY), Samples(RAGGED)
-    batches = Batches(samples, np.arange(11), arguments(packing=True, max_seq_len=40), 3, ALONE)
+    batches = make_batches(samples, np.arange(11), arguments(packing=True, max_seq_len=40), 3, ALONE)
     model.eval()
     found = evaluate(model, batches, torch.float32, ALONE)
     with torch.no_grad():
@@ -227,7 +252,7 @@ def spoil(model, calls):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_skipped_step_changes_no_weight_at_all(go, make_model, monkeypatch, optimizer):
-    monkeypatch.setattr(trainer.loop, "MAX_SKIPPED_FLOAT16", 4)
+    monkeypatch.setattr(trainer.diagnose, "MAX_SKIPPED_FLOAT16", 4)
     model = spoil(make_model(VOCABULARY), range(100))
     before = weights(model)
     says = "4 batches in a row had gradients that are not finite after step 0"
@@ -296,7 +321,7 @@ def test_an_infinite_loss_is_caught_though_its_gradient_is_finite(go, make_model
 
     def forward(self, *args, **batch):
         output = real(self, *args, **batch)
-        output.loss_sum = output.loss_sum + math.inf
+        output.token_losses = output.token_losses + math.inf
         return output
 
     monkeypatch.setattr(type(model), "forward", forward)
@@ -376,7 +401,7 @@ def test_clipping_limits_the_gradient_but_logs_its_true_norm(go, monkeypatch):
 def test_batches_can_be_sent_to_workers_that_are_not_forks(arguments):
     """As where DataLoader starts them by spawn or forkserver; a process group can't be sent."""
     ranks = Ranks(1, 2, torch.device("cpu"), patient=lambda: "not to be pickled")
-    batches = Batches(Samples(RAGGED), np.arange(11), arguments(packing=False), 3, ranks)
+    batches = make_batches(Samples(RAGGED), np.arange(11), arguments(packing=False), 3, ranks)
     sent = pickle.loads(pickle.dumps(batches))
     for ours, theirs in zip(sent[0][0], batches[0][0], strict=True):
         assert torch.equal(ours["input_ids"], theirs["input_ids"])

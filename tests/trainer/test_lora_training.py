@@ -5,16 +5,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from build import make_batches
 from safetensors.torch import load_file
 
 import trainer.loop
+from common.errors import UsageError
 from model.lora import apply_lora, freeze_all_but_lora, load_lora
 from model.quantize import quantize_model
 from model.weights import load_model, save_model
-from trainer.args import UsageError, lora_parser, parse_args
-from trainer.batches import Batches
+from trainer.args import lora_parser, parse_args
 from trainer.distributed import Ranks
 from trainer.loop import train
+from trainer.losses import cross_entropy
 from trainer.optim import build_optimizers, learning_rate_factor
 from trainer.stage import add_lora
 
@@ -24,6 +26,8 @@ VOCABULARY = 50
 
 class Samples:
     """Samples of 6 to 20 tokens in memory, all but the first two supervised."""
+
+    identity = "samples in memory"
 
     def __init__(self, count: int):
         generator = torch.Generator().manual_seed(0)
@@ -57,9 +61,10 @@ def go(make_model, flags, read_log):
 
     def run(model=None, samples=None, prepare=lambda model: None, **changes):
         args, model, samples = flags(**changes), model or make_model(VOCABULARY), samples or Samples(10)
-        add_lora(model, args, ALONE)
+        add_lora(model, ALONE, **vars(args))
         prepare(model)
-        train(model, Batches(samples, np.arange(len(samples)), args, 3, ALONE), None, args, ALONE)
+        batches = make_batches(samples, np.arange(len(samples)), args, 3, ALONE)
+        train(model, batches, cross_entropy, None, args, ALONE)
         return model, [line["loss"] for line in read_log(args.run_dir)]
 
     return run
@@ -272,7 +277,7 @@ def test_8bit_where_it_cannot_be(workshop, tmp_path, monkeypatch, make_model):
         patch.setattr(bnb.optim.AdamW8bit, "update_step", no_kernel)
         with pytest.raises(UsageError, match=r"does not run here \(no kernel image\); use adamw"):
             build_optimizers(make_model(VOCABULARY), "adamw8bit", 1e-3, 0.0)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("trainer.args.find_spec", lambda name: None)
     ended = workshop.run("lora", *workshop.flags("lora", tmp_path, optimizer="adamw8bit"))
     assert ended.code == 2 and "pip install bitsandbytes" in ended.error and not list(tmp_path.iterdir())
 

@@ -63,7 +63,7 @@ def test_muon_takes_many_matrices_in_parts(monkeypatch):
     torch.manual_seed(0)
     start, ends = torch.randn(5, 8, 16), []
     for at_once in (5, 2, 0):  # all five; two, two and one; one by one
-        monkeypatch.setattr("trainer.optim.AT_ONCE", at_once * 8 * 16)
+        monkeypatch.setattr("trainer.optim.MAX_NUMBERS_AT_ONCE", at_once * 8 * 16)
         weights = [nn.Parameter(matrix.clone()) for matrix in start]
         for w in weights:
             w.grad = w.detach().sin()

@@ -6,15 +6,17 @@ import re
 import numpy as np
 import pytest
 import torch
+from build import make_batches
 from safetensors.torch import load_file
 
 import trainer.loop
+from common.errors import UsageError
 from model.generate import generate
-from trainer.args import UsageError, fine_tuning_parser, parse_args
-from trainer.batches import Batches, shuffled_again
+from trainer.args import fine_tuning_parser, parse_args
+from trainer.batches import shuffled_again
 from trainer.distributed import Ranks
 from trainer.loop import evaluate
-from trainer.retention import Both, exact_answers, hold_out, measure
+from trainer.retention import TwoDatasets, exact_answers, hold_out, measure
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -30,6 +32,8 @@ class Samples:
         self.lengths = np.array([len(ids) for ids, _ in self.samples])
         self.num_targets = self.lengths - 2
         self.num_bytes = self.num_targets * 3
+
+    identity = "samples in memory"
 
     def where(self, sample):
         return f"the sample {self.samples[sample][0][0]}"
@@ -55,8 +59,8 @@ def mixed(args, ranks=ALONE, new=range(100, 140), old=range(200, 230)):
     """Batches of 40 new samples with old ones among them, and the numbers of the old that may be."""
     old = Samples(old)
     replayed, _ = hold_out(old, args.seed)
-    data = Both(Samples(new), old)
-    return Batches(data, np.arange(len(new)), args, 3, ranks, len(new) + replayed), replayed
+    data = TwoDatasets(Samples(new), old)
+    return make_batches(data, np.arange(len(new)), args, 3, ranks, len(new) + replayed), replayed
 
 
 def rows_of(batches, numbers):
@@ -66,7 +70,7 @@ def rows_of(batches, numbers):
 
 
 def test_both_know_where_a_sample_came_from():
-    both = Both(Samples([5, 6, 7]), Samples([8, 9]))
+    both = TwoDatasets(Samples([5, 6, 7]), Samples([8, 9]))
     assert [both.where(i) for i in range(5)] == [f"the sample {tag}" for tag in (5, 6, 7, 8, 9)]
 
 
@@ -150,7 +154,7 @@ def test_batches_are_the_same_on_any_number_of_ranks_and_after_a_resume(flags, w
 
 def test_without_replay_nothing_changes(flags):
     data, args = Samples(range(100, 140)), flags()
-    plain = Batches(data, np.arange(40), args, 3, ALONE)
+    plain = make_batches(data, np.arange(40), args, 3, ALONE)
     assert plain.num_old == 0 and len(plain) == -(-len(plain.rows) // 4)
 
 
@@ -162,12 +166,12 @@ def test_exact_answers_by_hand():
     labels = torch.tensor([-100, -100, 7, 8, -100, -100, 5, -100, 6])
     likeliest = torch.tensor([0, 7, 8, 3, 1, 4, 9, 6, 2])  # at each place, what comes next
     hidden = torch.nn.functional.one_hot(likeliest, 10).float()
-    assert exact_answers(head, hidden, labels) == (4, 3, 2)  # [7, 8] yes, [5] no, [6] yes
-    assert exact_answers(head, hidden, torch.full((9,), -100)) == (0, 0, 0)
+    assert exact_answers(head, hidden, labels) == (3, 2)  # [7, 8] yes, [5] no, [6] yes
+    assert exact_answers(head, hidden, torch.full((9,), -100)) == (0, 0)
     longer = torch.tensor([-100] + [7] * 65)
     hidden = torch.nn.functional.one_hot(torch.full((66,), 7), 10).float()
-    assert exact_answers(head, hidden, longer) == (65, 0, 0)
-    assert exact_answers(head, hidden[:65], longer[:65]) == (64, 1, 1)
+    assert exact_answers(head, hidden, longer) == (0, 0)
+    assert exact_answers(head, hidden[:65], longer[:65]) == (1, 1)
 
 
 class Dialogues(Samples):
@@ -201,8 +205,8 @@ class Dialogues(Samples):
 def test_exact_means_what_greedy_decoding_says(make_model, flags, packing):
     model, args = make_model(50).eval(), flags(packing, dtype="float32", max_seq_len=64)
     data = Dialogues(model)
-    batches = Batches(data, np.arange(len(data)), args, 3, ALONE)
-    found = measure(model.train(), None, batches, args, ALONE)["old"]
+    batches = make_batches(data, np.arange(len(data)), args, 3, ALONE)
+    found = measure(model.train(), None, batches, args.dtype, ALONE)["old"]
     assert model.training
     right = []
     for ids, labels in data:
@@ -271,7 +275,7 @@ def test_flags_that_cannot_be_honoured(workshop, old, tmp_path):
         return ended.error
 
     assert "--replay needs --retain_data_path" in complaint(replay=0.1)
-    assert "--replay is a part of the whole" in complaint(replay=1, retain_data_path=old)
+    assert "--replay must be a part of the whole" in complaint(replay=1, retain_data_path=old)
     assert "nowhere.jsonl" in complaint(retain_data_path="nowhere.jsonl")
     few = workshop.write("few.jsonl", [json.loads(line) for line in old.read_text().splitlines()[:3]])
     assert "3 different records are too few" in complaint(retain_data_path=few)

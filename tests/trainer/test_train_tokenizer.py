@@ -123,7 +123,7 @@ def test_odd_records_are_counted_or_read_and_the_rest_is_learnt(run, tmp_path):
     (["no json"], [], "no usable record"),
     ([{"text": None}], [], "give only 272 entries"),  # the bytes and the control tokens
     (records(3), ["--eval_fraction", "0"], "give only"),
-    (records(3), ["--weights", "-1"], "must not be negative"),
+    (records(3), ["--weights", "-1"], "--weights must be at least 0"),
     (records(3), ["--weights", "nan"], "--weights"),
     (records(3), ["--weights", "inf"], "--weights"),
     (records(3), ["--eval_fraction", "nan"], "--eval_fraction"),

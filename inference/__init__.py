@@ -1,0 +1,1 @@
+"""What a person talks to: a loaded model that answers, and the scoring of its answers."""

@@ -1,0 +1,201 @@
+"""A loaded model that answers: for the terminal (eval_model.py), for scoring, and for a server.
+
+    chat_model = ChatModel("out/full_sft", adapters=["lora_clinic"])
+    ids = chat_model.encode([{"role": "user", "content": "Who are you?"}])
+    for text, num_tokens in chat_model.stream(ids, Sampling(temperature=0.7)):
+        print(text, end="")
+
+Nothing in this file prints.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from common.cli import ROOT
+from common.device import choose_decoding_dtype, choose_device
+from common.errors import ModelError
+from common.files import read_json_if_there
+from dataset.chat import encode_chat, encode_text
+from model.adapters import Adapters, report_line, report_lora
+from model.generate import generate
+from model.int8 import quantize_int8
+from model.one_token import prepare_to_decode
+from model.quantize import count_parameters
+from model.weights import load_model, load_tokenizer
+
+
+@dataclass
+class Sampling:
+    """How the next token is chosen, and how long an answer may be: arguments of model.generate.generate."""
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 256
+    seed: int | None = None
+
+
+class ChatModel:
+    """A model, its tokenizer, and its adapters: one, a weighted sum of several, or none is in use.
+
+    plain: the model continues text and knows no conversation.
+    stop_ids: the tokens that end an answer.
+    context: how many tokens, prompt and answer together, the model was trained to see.
+    max_positions: how many tokens the model can see. Beyond `context` a small model forgets how to speak.
+    adapter: the adapters in use, for a person to read. adapted_layers: how many layers they change.
+    reports: one line for each adapter that was loaded at the start.
+    """
+
+    def __init__(self, path, adapters=(), device="auto", dtype="auto", quantize="none", plain=False):
+        """Loads the model in the folder `path`, and the adapters: folders or names, see `find`. The first
+        adapter is in use at the start. device, dtype: a name, or auto. quantize: none or int8.
+
+        Raises ModelError for unusable weights, tokenizers and adapters, UsageError for a missing device.
+        """
+        self.path, self.device = Path(path), choose_device(device)
+        self.model = load_model(self.path, self.device, choose_decoding_dtype(dtype, self.device)).eval()
+        if quantize == "int8":
+            quantize_int8(self.model)
+        prepare_to_decode(self.model)
+        self.num_parameters = count_parameters(self.model)
+        self.tokenizer = load_tokenizer(self.path)
+        vocabulary, vocab_size = self.tokenizer.get_vocab(), self.model.config.vocab_size
+        if max(vocabulary.values()) >= vocab_size:
+            raise ModelError(f"{path}: its tokenizer has {len(vocabulary)} entries, the model {vocab_size}")
+        training = read_json_if_there(self.path / "training.json")  # models from elsewhere have no such file
+        # An adapter was trained on chats, whatever model lies below it.
+        is_base_model = training.get("stage") == "pretrain" and not adapters
+        self.plain = plain or is_base_model or not self.tokenizer.chat_template
+        self.stop_ids = end_tokens(self.path, self.tokenizer, vocab_size)
+        arguments = training.get("arguments")
+        trained_length = arguments.get("max_seq_len") if isinstance(arguments, dict) else None
+        self.context = self.max_positions = self.model.config.max_position_embeddings
+        if isinstance(trained_length, int) and trained_length > 0:
+            self.context = min(trained_length, self.max_positions)
+
+        self.given_adapters = [Path(name) for name in adapters]
+        self.adapter_folders = [self.path.resolve().parent, ROOT / "out"]
+        self.adapters = Adapters(self.model)
+        self.adapter, self.adapted_layers = None, 0
+        # All are loaded now, so that a bad one is found now. The first comes last and stays in use.
+        reports = [self.switch(name) for name in reversed(adapters)]
+        self.reports = [report for report in reports if report is not None]
+
+    # --- adapters -----------------------------------------------------------------------------------------
+
+    def switch(self, adapter: str | dict[str, float] | None) -> str | None:
+        """Uses another adapter, the weighted sum of several ({name: weight}), or none.
+
+        Returns a line that says what was loaded, or None if nothing had to be loaded. Raises ModelError for
+        an adapter that is missing or does not fit; what was in use then stays in use.
+        """
+        if adapter is None:
+            self.adapters.use(None)
+            self.adapter, self.adapted_layers = None, 0
+            return None
+        paths = {name: self.find(name) for name in (adapter if isinstance(adapter, dict) else [adapter])}
+        new = [path for path in paths.values() if str(path) not in self.adapters.adapters]
+        for path in new:
+            self.adapters.load(path, name=str(path))
+        if isinstance(adapter, dict):
+            self.adapters.use({str(paths[name]): weight for name, weight in adapter.items()})
+            self.adapter = " + ".join(f"{weight:g} {paths[name]}" for name, weight in adapter.items())
+        else:
+            self.adapters.use(str(paths[adapter]))
+            self.adapter = paths[adapter]
+        report = report_lora(self.model)
+        self.adapted_layers = report.matched
+        return report_line(self.model, self.adapter, report) if new else None
+
+    def find(self, name: str) -> Path:
+        """Where an adapter lies: `name` is a path, or names one of those given, beside the model, or in out/.
+
+        Returns Path(name) if there is no such adapter.
+        """
+        places = [Path(name), *(path for path in self.given_adapters if path.name == name)]
+        if Path(name).name == name:  # "../x" is a path, and no name inside of these folders
+            places += [folder / name for folder in self.adapter_folders]
+        found = [place for place in places if place.is_file() or (place / "adapter_config.json").is_file()]
+        return found[0] if found else Path(name)
+
+    def names(self) -> list[str]:
+        """The names of all adapters that `find` knows, each once."""
+        found = list(self.given_adapters)
+        for folder in self.adapter_folders:
+            found += [config.parent for config in sorted(folder.glob("*/adapter_config.json"))]
+        return list(dict.fromkeys(path.name for path in found))
+
+    # --- text and tokens ----------------------------------------------------------------------------------
+
+    def encode(self, messages: list[dict], tools: list | None = None) -> list[int]:
+        """The token ids after which the answer begins."""
+        if not self.plain:
+            return encode_chat(self.tokenizer, messages, tools, add_generation_prompt=True)[0]
+        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        ids = start + encode_text(self.tokenizer, "\n".join(message["content"] for message in messages))
+        return ids or self.stop_ids[:1]  # an empty prompt: any text may follow the end of another
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    # --- answers ------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> Iterator[torch.Tensor]:
+        """Answers B prompts at the same time: an iterator of the next token of each, (B,).
+
+        Raises ModelError for a prompt that leaves no room for an answer.
+        """
+        longest, limit = max(map(len, prompts)), self.max_positions
+        if longest >= limit:
+            raise ModelError(f"a prompt of {longest} tokens: the model has room for {limit}, answer included")
+        padded = [self.stop_ids[:1] * (longest - len(ids)) + ids for ids in prompts]
+        lengths = torch.tensor([len(ids) for ids in prompts])  # (B,)
+        options = asdict(sampling) | {"max_new_tokens": min(sampling.max_new_tokens, limit - longest)}
+        return generate(self.model, torch.tensor(padded), **options, eos_token_id=self.stop_ids,
+                        prompt_lengths=lengths if lengths.min() < longest else None)
+
+    def stream(self, ids: list[int], sampling: Sampling) -> Iterator[tuple[str, int]]:
+        """The answer to one prompt in pieces: (a piece of text, the number of tokens so far).
+
+        A piece can be several tokens: 猫 is three bytes, which may be two tokens.
+        """
+        tokens: list[int] = []
+        before, shown = 0, 0  # tokens[before:shown] are the last piece shown
+        for token in self.generate([ids], sampling):
+            if token.item() in self.stop_ids:
+                break
+            tokens.append(token.item())
+            text = self._text_after(tokens[before:], shown - before)
+            if not text.endswith("\ufffd"):  # half a character waits for its other half
+                yield text, len(tokens)
+                before, shown = shown, len(tokens)
+        if shown < len(tokens):
+            yield self._text_after(tokens[before:], shown - before), len(tokens)
+
+    def _text_after(self, ids: list[int], count: int) -> str:
+        """The text of ids[count:]. Some tokenizers drop a space at the start of what they decode, so the ids
+        before are decoded, too, and their text is cut off."""
+        return self.decode(ids)[len(self.decode(ids[:count])):]
+
+
+def end_tokens(path: Path, tokenizer, vocab_size: int) -> list[int]:
+    """The tokens that end an answer: those known by name, and those that generation_config.json lists.
+
+    Raises ModelError if there is none, or one outside of the model's vocabulary.
+    """
+    file = path / "generation_config.json"
+    listed = read_json_if_there(file).get("eos_token_id")
+    vocabulary = tokenizer.get_vocab()
+    listed = listed if isinstance(listed, list) else [listed]
+    known = [vocabulary.get("<|im_end|>"), vocabulary.get("<|endoftext|>"), tokenizer.eos_token_id]
+    ends = [token for token in listed + known if token is not None]
+    for token in ends:
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise ModelError(f"{file}: eos_token_id {str(token)[:50]} is no token of the model")
+    if not ends:
+        raise ModelError(f"{path}: no token in its tokenizer or generation_config.json ends an answer")
+    return sorted(set(ends))

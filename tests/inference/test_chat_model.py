@@ -1,0 +1,119 @@
+"""ChatModel: text to tokens and back, adapters, answers in batches and in pieces."""
+
+import pytest
+import torch
+
+from common.errors import ModelError
+from inference.chat_model import ChatModel, Sampling, end_tokens
+
+GREEDY = Sampling(temperature=0, max_new_tokens=8)
+
+
+def ask(chat_model, text="Hi", sampling=GREEDY):
+    ids = chat_model.encode([{"role": "user", "content": text}])
+    return "".join(piece for piece, _ in chat_model.stream(ids, sampling))
+
+
+def test_loading_and_answering_print_nothing(home, capsys):
+    chat_model = ChatModel(home / "chat", ["lora_a", "lora_b"])
+    assert chat_model.switch("lora_b") is None  # loaded already
+    assert ask(chat_model)
+    assert capsys.readouterr() == ("", "")
+    a, b = home / "lora_a", home / "lora_b"
+    assert [report.split(",")[0] for report in chat_model.reports] == [f"{b}: 14/14 layers matched",
+                                                                       f"{a}: 14/14 layers matched"]
+
+
+def test_the_first_adapter_is_on(home):
+    first = ChatModel(home / "chat", ["lora_a", "lora_b", "lora_a"])
+    assert first.adapter == home / "lora_a" and first.adapted_layers == 14
+    assert ask(first) == ask(ChatModel(home / "chat", [str(home / "lora_a")]))
+    assert ask(first) != ask(ChatModel(home / "chat"))
+    assert first.names() == ["lora_a", "lora_b"]
+
+
+def test_a_report_comes_with_what_is_loaded(home):
+    chat_model = ChatModel(home / "chat")
+    assert (chat_model.reports, chat_model.adapter, chat_model.adapted_layers) == ([], None, 0)
+    a, b = home / "lora_a", home / "lora_b"
+    assert chat_model.switch("lora_a").startswith(f"{a}: 14/14 layers matched, updates")
+    assert chat_model.switch({"lora_a": 0.5, "lora_b": -1}).startswith(f"0.5 {a} + -1 {b}: 14/14 layers")
+    assert chat_model.switch("lora_b") is None and chat_model.adapted_layers == 14
+    assert chat_model.switch(None) is None and chat_model.adapted_layers == 0 and chat_model.adapter is None
+
+
+def test_a_switch_that_fails_leaves_the_adapter_on(home):
+    chat_model = ChatModel(home / "chat", [str(home / "lora_a")])
+    ids = torch.tensor([[5, 6, 7]])
+    before = chat_model.model(ids).logits
+    with pytest.raises(ModelError):
+        chat_model.switch("missing")
+    assert chat_model.adapter == home / "lora_a" and torch.equal(chat_model.model(ids).logits, before)
+    chat_model.switch(None)
+    assert not torch.equal(chat_model.model(ids).logits, before)
+
+
+def test_streaming_shows_no_half_characters(home, monkeypatch):
+    """The streamed text is the decoded text, and no piece of it ends in the mark of a broken character."""
+    chat_model = ChatModel(home / "chat")
+    text = "你好，龘靐！ a 🦊 fox"
+    ids = chat_model.tokenizer(text)["input_ids"]
+    assert any("\ufffd" in chat_model.decode([i]) for i in ids)  # some characters are split over tokens
+
+    def stream(ids):
+        monkeypatch.setattr(chat_model, "generate", lambda *_: iter(torch.tensor(ids)[:, None]))
+        return list(chat_model.stream([1], Sampling()))
+
+    pieces = stream([*ids, chat_model.stop_ids[0], 7])
+    assert "".join(piece for piece, _ in pieces) == text
+    assert not any("\ufffd" in piece for piece, _ in pieces)
+    assert pieces[-1][1] == len(ids)  # tokens without the one that ends the answer
+    # An answer that ends anywhere: nothing is lost.
+    assert "".join(piece for piece, _ in stream(ids[:-6])) == chat_model.decode(ids[:-6])
+
+
+def test_a_batch_gives_the_answers_of_its_rows(home):
+    chat_model = ChatModel(home / "chat")
+    texts = ("a", "你好", "a longer question")
+    prompts = [chat_model.encode([{"role": "user", "content": text}]) for text in texts]
+    together = torch.stack(list(chat_model.generate(prompts, GREEDY)), dim=1)  # (B, steps)
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = torch.cat(list(chat_model.generate([prompt], GREEDY)))
+        assert torch.equal(row[:len(alone)], alone)
+
+
+def test_an_answer_ends_where_the_model_does(home):
+    chat_model = ChatModel(home / "chat")
+    assert chat_model.max_positions == 128 and chat_model.context == 64
+    assert len(list(chat_model.generate([[5] * 126], GREEDY))) <= 2
+    with pytest.raises(ModelError, match="a prompt of 128 tokens"):
+        chat_model.generate([[5], [5] * 128], GREEDY)
+
+
+def test_a_base_model_is_plain_unless_it_has_an_adapter(home):
+    message = [{"role": "user", "content": "Hi"}]
+    base, chat_model = ChatModel(home / "base"), ChatModel(home / "chat")
+    assert base.plain and not chat_model.plain
+    assert base.encode(message) == ChatModel(home / "chat", plain=True).encode(message)
+    assert base.encode(message) != chat_model.encode(message)
+    assert base.encode([{"role": "user", "content": ""}]) == base.stop_ids[:1]
+    assert ChatModel(home / "base", ["lora_a"]).encode(message) == chat_model.encode(message)
+
+
+def test_weights_have_the_asked_type(home):
+    weight = ChatModel(home / "chat", device="cpu", dtype="bfloat16").model.model.embed_tokens.weight
+    assert weight.dtype == torch.bfloat16
+    assert ChatModel(home / "chat", device="cpu").model.model.embed_tokens.weight.dtype == torch.float32
+
+
+def test_some_token_must_end_an_answer(tmp_path):
+    class Tokenizer:
+        eos_token_id = None
+
+        def get_vocab(self):
+            return {"a": 0}
+
+    with pytest.raises(ModelError, match="no token .* ends an answer"):
+        end_tokens(tmp_path, Tokenizer(), 10)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 1, 3]}', encoding="utf-8")
+    assert end_tokens(tmp_path, Tokenizer(), 10) == [1, 3]
