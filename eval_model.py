@@ -49,31 +49,31 @@ share = number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
-    model = parser.add_argument_group("the model")
-    model.add_argument("--load_from", type=Path, metavar="DIR", help="the model (default: out/full_sft)")
-    model.add_argument("--lora", nargs="+", default=[], metavar="DIR", help="adapters; the first one is on")
-    model.add_argument("--plain", action="store_true", help="continue text, as a base model always does")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                       help="of the weights; auto: float32, on CUDA bfloat16 (old ones float16)")
-    model.add_argument("--quantize", choices=("none", "int8"), default="none", help="int8: weights in 8 bits")
+    add = parser.add_argument_group("the model").add_argument
+    add("--load_from", type=Path, metavar="DIR", help="the model (default: out/full_sft)")
+    add("--lora", nargs="+", default=[], metavar="DIR", help="adapters, the first is on: folders or names")
+    add("--plain", action="store_true", help="continue text, as a base model always does")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of the weights; auto: float32, on CUDA bfloat16 (old ones float16)")
+    add("--quantize", choices=("none", "int8"), default="none", help="int8: in 8 bits, faster on a CPU")
     ask = parser.add_argument_group("what to ask (none of these: a conversation)")
-    mode = ask.add_mutually_exclusive_group()
-    mode.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
-    mode.add_argument("--prompts", action="store_true", help="answer built-in prompts and exit")
-    mode.add_argument("--data_path", nargs="+", type=Path, metavar="FILE", help="score these files and exit")
+    add = ask.add_mutually_exclusive_group().add_argument
+    add("--prompt", metavar="TEXT", help="answer this and exit")
+    add("--prompts", action="store_true", help="answer built-in prompts and exit")
+    add("--data_path", nargs="+", type=Path, metavar="FILE", help="score these files and exit")
     ask.add_argument("--system", metavar="TEXT", help="system message")
-    score = parser.add_argument_group("scoring, with --data_path")
-    score.add_argument("--limit", type=count, metavar="N", help="only N records of each file, evenly spread")
-    score.add_argument("--batch_size", type=count, default=32, metavar="N", help="answers decoded together")
-    score.add_argument("--json", type=Path, metavar="FILE", help="write the scores and every answer here")
-    words = parser.add_argument_group("choosing words")
-    words.add_argument("--max_new_tokens", type=count, default=256, metavar="N", help="of the longest answer")
-    words.add_argument("--temperature", type=temperature, metavar="X", help="default 0.7; scoring 0 (greedy)")
-    words.add_argument("--top_p", type=share, default=0.9, metavar="P", help="the likeliest that make up P")
-    words.add_argument("--top_k", type=any_count, default=0, metavar="K", help="only the K likeliest; 0: all")
-    words.add_argument("--repetition_penalty", type=penalty, default=1.0, metavar="X", help="1 = off")
-    words.add_argument("--seed", type=seed, help="makes sampled answers repeatable")
+    add = parser.add_argument_group("scoring, with --data_path").add_argument
+    add("--limit", type=count, metavar="N", help="only N records of each file, evenly spread")
+    add("--batch_size", type=count, default=32, metavar="N", help="answers decoded together")
+    add("--json", type=Path, metavar="FILE", help="write the scores and every answer here")
+    add = parser.add_argument_group("choosing words").add_argument
+    add("--max_new_tokens", type=count, default=256, metavar="N", help="of the longest answer")
+    add("--temperature", type=temperature, metavar="X", help="0 = greedy (default: 0.7; scoring: 0)")
+    add("--top_p", type=share, default=0.9, metavar="P", help="only the likeliest that make up P")
+    add("--top_k", type=any_count, default=0, metavar="K", help="only the K likeliest; 0 = all")
+    add("--repetition_penalty", type=penalty, default=1.0, metavar="X", help="1 = off")
+    add("--seed", type=seed, help="makes sampled answers repeatable")
     return parser
 
 

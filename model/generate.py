@@ -49,8 +49,7 @@ class KVCache:
 
 def generate(model: CausalLM, input_ids: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, seed: int | None = None, repetition_penalty: float = 1.0,
-             eos_token_id: int | list[int] | None = None,
-             prompt_lengths: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+             eos_token_id: int | list[int] | None = None, prompt_lengths=None) -> Iterator[torch.Tensor]:
     """Continues the prompts input_ids (B, T): yields the next ids (B,), at most max_new_tokens times.
 
     temperature: 0 takes the likeliest token. top_k 0 and top_p 1 leave all tokens in play.

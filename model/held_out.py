@@ -1,6 +1,6 @@
 """The loss on data that a model does not train on: the one place where it is computed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
@@ -9,8 +9,7 @@ from common.device import autocast, to_device
 
 @torch.no_grad()
 def mean_loss(model, batches: Iterable[dict], dtype: torch.dtype = torch.float32,
-              add_up: Callable = lambda *values: values,
-              look: Callable | None = None) -> tuple[float, int]:
+              add_up=lambda *values: values, look=None) -> tuple[float, int]:
     """-1/N * sum of log p(token) over the N supervised tokens of all batches, in nats, and N itself.
 
     model: a CausalLM, which is put in eval mode for the duration. dtype: of its matrix products.

@@ -267,8 +267,8 @@ def _check_config(config: dict) -> None:
             raise ModelError(f"{CONFIG} sets {key} to {str(value)[:50]}: not supported, only plain LoRA is")
     init = str(config.get("init_lora_weights"))
     if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        raise ModelError(f"init_lora_weights {init} goes with a base that PEFT changed: save the adapter "
-                         "again with PEFT's path_initial_model_for_weight_conversion")
+        line = f"init_lora_weights {init} goes with a base that PEFT changed: save it again with PEFT's"
+        raise ModelError(f"{line} path_initial_model_for_weight_conversion")
     settings, number = {"lora_dropout": 0.0} | config, (int, float)
     for key, kind in (("r", int), ("lora_alpha", number), ("lora_dropout", number)):
         if not isinstance(settings.get(key), kind):

@@ -242,8 +242,7 @@ def _infer_config(tensors: dict) -> ModelConfig:
     head_dim = q_rows // MINIMIND_HEADS if q_norm is None else q_norm.shape[0]
     uneven = q_norm is None and q_rows % MINIMIND_HEADS
     if uneven or head_dim == 0 or q_rows % head_dim or k_rows % head_dim:
-        raise ModelError(f"can't tell the heads from {q_rows} query and {k_rows} key rows; make it a "
-                         "Hugging Face directory, whose config.json says")
+        raise ModelError(f"can't tell the heads from {q_rows} query and {k_rows} key rows: use a folder")
     matches = [re.match(r"model\.layers\.(\d{1,9})\.", name) for name in tensors]
     layers = [int(match[1]) for match in matches if match]
     return ModelConfig(

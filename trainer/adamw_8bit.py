@@ -16,10 +16,9 @@ def adamw_8bit(name: str, device: str) -> type[torch.optim.Optimizer]:
     share, so that a GPU whose memory is full for a moment slows down and does not fail (Dettmers et al. 2023,
     arXiv:2305.14314). Raises UsageError where it cannot run.
     """
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"--optimizer {name} runs on CUDA GPUs and CPUs, not on {device}; use adamw")
-    if name == "paged_adamw8bit" and device != "cuda":
-        raise UsageError(f"--optimizer {name} needs a CUDA GPU, whose memory it extends; use adamw8bit")
+    possible = ("cuda",) if name == "paged_adamw8bit" else ("cuda", "cpu")
+    if device not in possible:
+        raise UsageError(f"--optimizer {name} runs on {' and '.join(possible)}, not on {device}; use adamw")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are not used here
     try:  # it may be installed and yet have no kernels for this machine, so it takes one step on trial
         from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit  # here: optional, and slow to import

@@ -44,10 +44,8 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     add("--keep_last", type=count, default=2, metavar="K", help="checkpoints kept")
     add("--on_full_disk", choices=("stop", "continue"), default="stop",
         help="where a checkpoint cannot be written: end the run, or go on until the next one")
-    add("--max_minutes", type=positive, metavar="M",
-        help="after M minutes finish the step, save and stop (default: no limit)")
-    add("--seed", type=seed, default=42, metavar="N",
-        help="of the initial weights, the data order and dropout")
+    add("--max_minutes", type=positive, metavar="M", help="after M minutes finish the step, save and stop")
+    add("--seed", type=seed, default=42, metavar="N", help="of initial weights, data order and dropout")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=count, default=1, metavar="N", help="passes over the data")
@@ -64,8 +62,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     add("--lr_schedule", choices=("cosine", "wsd"), default="cosine",
         help="how the learning rate falls; wsd: not before half of the steps, then linearly")
     add("--weight_decay", type=not_negative, default=0.1, metavar="F", help="on matrices only")
-    add("--grad_clip", type=not_negative, default=1.0, metavar="F",
-        help="largest gradient norm; 0 = no limit")
+    add("--grad_clip", type=not_negative, default=1.0, metavar="F", help="largest gradient norm; 0: no limit")
 
     add = parser.add_argument_group("device").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -75,8 +72,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
         help="under torchrun: ddp copies the model to every process; fsdp cuts weights, gradients and "
              "optimizer up over them, for models too large for one device")
     add("--compile", action="store_true", help="torch.compile the model: slower start, faster steps")
-    add("--gradient_checkpointing", action="store_true",
-        help="recompute activations in the backward pass: less memory, a third slower")
+    add("--gradient_checkpointing", action="store_true", help="run blocks twice: less memory, a third slower")
 
     add = parser.add_argument_group("logging").add_argument
     add("--log_interval", type=count, default=20, metavar="N", help="steps between log lines")
@@ -94,8 +90,7 @@ def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("what it should not forget").add_argument
     add("--retain_data_path", nargs="+", type=Path, metavar="FILE",
         help="old data: a table of loss and exact answers, before and after (default: none)")
-    add("--replay", type=fraction, default=0.0, metavar="F",
-        help="part of the rows of each epoch that comes from the old data")
+    add("--replay", type=fraction, default=0.0, metavar="F", help="part of an epoch's rows that is old data")
     return parser
 
 
@@ -104,8 +99,7 @@ def lora_parser(description: str) -> argparse.ArgumentParser:
     parser = fine_tuning_parser(description)
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_rank", type=int, default=16, metavar="R", help="width of the adapters")
-    add("--lora_alpha", type=float, metavar="A",
-        help="adapters are scaled by alpha / rank (default: the rank)")
+    add("--lora_alpha", type=float, metavar="A", help="adapters are scaled by alpha / rank (default: rank)")
     add("--lora_rslora", action="store_true",
         help="scale by alpha / sqrt(rank): high ranks learn as fast as low ones")
     add("--lora_dropout", type=float, default=0.0, metavar="P", help="on what enters the adapters")
@@ -114,10 +108,8 @@ def lora_parser(description: str) -> argparse.ArgumentParser:
     add("--lora_plus_ratio", type=positive, default=1.0, metavar="R",
         help="LoRA+: B learns R times faster than A")
     add("--target_modules", nargs="+", default="all-linear", metavar="NAME",
-        help="all-linear (all but the head), square, name suffixes such as q_proj o_proj, or a regular "
-             "expression")
-    add("--quantize", choices=("none", "nf4"), default="none",
-        help="nf4: the frozen linear layers in 4 bits (QLoRA)")
+        help="all-linear (all but the head), square, suffixes such as q_proj o_proj, or a regular expression")
+    add("--quantize", choices=("none", "nf4"), default="none", help="nf4: frozen layers in 4 bits (QLoRA)")
     return parser
 
 
@@ -190,15 +182,12 @@ def run_script(main, args: argparse.Namespace) -> None:
 def flags_that_need_less_memory(args: argparse.Namespace) -> str:
     """The end of the message that memory ran out."""
     rows = args.micro_batch_size or -(-args.batch_size // int(os.environ.get("WORLD_SIZE", 1)))
-    same_result = [f"--micro_batch_size {rows // 2}"] if rows > 1 else []
-    if not args.gradient_checkpointing:
-        same_result.append("--gradient_checkpointing")
-    other_result = [f"--max_seq_len {args.max_seq_len // 2}"]
-    if "8bit" not in args.optimizer:
-        other_result.append("--optimizer adamw8bit")
-    if getattr(args, "quantize", "nf4") == "none":
-        other_result.append("--quantize nf4")
-    line = ""
-    if same_result:
-        line = f"; less is needed with {' or '.join(same_result)} (same result; --resume goes on)"
-    return line + f"; or, trained anew, with {' or '.join(other_result)}"
+    is_float = getattr(args, "quantize", "nf4") == "none"
+    same_result = {f"--micro_batch_size {rows // 2}": rows > 1,
+                   "--gradient_checkpointing": not args.gradient_checkpointing}
+    other_result = {f"--max_seq_len {args.max_seq_len // 2}": True,
+                    "--optimizer adamw8bit": "8bit" not in args.optimizer, "--quantize nf4": is_float}
+    same, other = (" or ".join(flag for flag, is_possible in flags.items() if is_possible)
+                   for flags in (same_result, other_result))
+    line = f"; less is needed with {same} (same result; --resume goes on)" if same else ""
+    return f"{line}; or, trained anew, with {other}"

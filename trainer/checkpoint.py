@@ -38,10 +38,9 @@ LOCK = ".lock"
 VERSION = 2  # of what a checkpoint holds; a run is resumed by code of the same version
 # Flags that may differ between the first part of a run and its continuation. The last three change the result
 # by float rounding alone, or by the elements that --lora_dropout draws.
-FLAGS_FREE_TO_CHANGE = {
-    "resume", "overwrite", "save_interval", "keep_last", "on_full_disk", "max_minutes", "log_interval",
-    "num_workers", "device", "use_wandb", "wandb_project", "out_dir", "name", "run_dir", "strict",
-    "micro_batch_size", "gradient_checkpointing", "compile"}
+FLAGS_FREE_TO_CHANGE = (
+    "resume overwrite save_interval keep_last on_full_disk max_minutes log_interval num_workers device name "
+    "use_wandb wandb_project out_dir strict run_dir micro_batch_size gradient_checkpointing compile").split()
 # Flags that name files. The files may lie elsewhere by now, so their content is compared and not their place.
 FLAGS_OF_FILES = {"--data_path", "--eval_data_path", "--retain_data_path", "--load_from", "--tokenizer"}
 OTHER_VERSION = "--resume: another version of this code wrote the checkpoint: use that one, or --overwrite it"
@@ -195,7 +194,7 @@ def write_shards(folder: Path, shards: dict[str, torch.Tensor], ranks: Ranks) ->
     """Each process writes its slices into one safetensors file. Raises OSError on all where one fails."""
     from torch.distributed import checkpoint as dcp  # here, because it imports slowly
 
-    ranks.barrier()  # until process 0 has removed the files of a killed run
+    ranks.any(False, ranks.patient)  # waits until process 0 has removed the files of a killed run
     try:
         dcp.save(shards, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True),
                  process_group=ranks.patient)
@@ -347,8 +346,8 @@ def bad_weights(parameters: dict[str, torch.Tensor], ranks: Ranks) -> list[str]:
 def refuse_bad_weights(model: nn.Module, step: int, run_dir: Path, ranks: Ranks) -> None:
     """Raises RunError where a weight is no finite number. Such a state has no use, and is never saved."""
     if bad := bad_weights(trained_state(model), ranks):
-        raise RunError(f"after step {step} {bad[0]} holds numbers that are not finite: lower --learning_rate "
-                       f"or raise --warmup_ratio; {last_good(run_dir)}")
+        advice = f"lower --learning_rate or raise --warmup_ratio; {last_good(run_dir)}"
+        raise RunError(f"after step {step} {bad[0]} holds numbers that are not finite: {advice}")
 
 
 def complaint(error: OSError, run_dir: Path, step: int, state: dict) -> str:

@@ -21,9 +21,9 @@ MAX_SKIPPED, MAX_SKIPPED_FLOAT16 = 5, 100
 def refuse_too_many(skipped: int, step: int, is_float16: bool, run_dir) -> None:
     """Raises RunError when `skipped` batches in a row, after that step, are too many."""
     if skipped >= (MAX_SKIPPED_FLOAT16 if is_float16 else MAX_SKIPPED):
-        raise RunError(f"{skipped} batches in a row had gradients that are not finite after step {step}: "
-                       f"lower --learning_rate, raise --warmup_ratio, or use --dtype float32 or bfloat16; "
-                       f"{last_good(run_dir)}")
+        advice = "lower --learning_rate, raise --warmup_ratio, or use --dtype float32 or bfloat16"
+        line = f"{skipped} batches in a row had gradients that are not finite after step {step}: {advice}"
+        raise RunError(f"{line}; {last_good(run_dir)}")
 
 
 def diagnose(model, batches, number: int, loss, dtype: torch.dtype, ranks: Ranks) -> str:

@@ -55,10 +55,6 @@ class Ranks:
             if self.is_main:
                 self.any(failed, self.patient)
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier(self.patient)
-
     def sum(self, *values: float | torch.Tensor) -> list[float]:
         """Each value summed over all processes, in float64."""
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values])
@@ -89,8 +85,8 @@ def join_ranks(device_flag: str) -> Ranks:
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ":" in device_flag and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        raise UsageError(f"--device {device_flag}: torchrun's processes can't share a GPU; use --device cuda "
-                         "(and CUDA_VISIBLE_DEVICES to choose among GPUs)")
+        hint = "use --device cuda (and CUDA_VISIBLE_DEVICES to choose among GPUs)"
+        raise UsageError(f"--device {device_flag}: torchrun's processes can't share a GPU; {hint}")
     device = choose_device(device_flag, int(os.environ.get("LOCAL_RANK", 0)))
     keep_freed_memory()
     end_with_torchrun()

@@ -45,9 +45,9 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
     RunError where the run cannot go on, and SystemExit after a signal or --max_minutes (with a checkpoint).
     """
     device, dtype = ranks.device, choose_dtype(args.dtype, ranks.device)
-    if args.max_seq_len > model.config.max_position_embeddings:
-        raise UsageError(f"--max_seq_len {args.max_seq_len}: the model has only "
-                         f"{model.config.max_position_embeddings} positions")
+    positions = model.config.max_position_embeddings
+    if args.max_seq_len > positions:
+        raise UsageError(f"--max_seq_len {args.max_seq_len}: the model has only {positions} positions")
     max_steps = args.max_steps or args.epochs * len(batches)
     settings = settings_of(vars(args), dtype, model, batches, eval_batches)
     model.train()

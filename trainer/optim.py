@@ -103,8 +103,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_decay: float,
-                     lora_plus_ratio: float = 1.0, dtype: torch.dtype = torch.bfloat16,
-                     ) -> list[torch.optim.Optimizer]:
+                     lora_plus_ratio: float = 1.0, dtype=torch.bfloat16) -> list[torch.optim.Optimizer]:
     """Optimizers over the parameters that train (`requires_grad`), and over no others.
 
     With "muon" the matrices inside the blocks go to Muon, and the rest to AdamW.

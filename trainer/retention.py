@@ -66,8 +66,8 @@ def measure(model, eval_batches: Batches | None, retained: Batches | None, dtype
     if retained is None:
         return {}
     model.to(ranks.device)
-    result = {"new": measure_one(model, eval_batches, dtype, ranks)} if eval_batches else {}
-    return result | {"old": measure_one(model, retained, dtype, ranks)}
+    return {name: measure_one(model, batches, dtype, ranks)
+            for name, batches in (("new", eval_batches), ("old", retained)) if batches}
 
 
 def measure_one(model, batches: Batches, dtype: str, ranks: Ranks) -> dict:

@@ -53,8 +53,8 @@ def load_weights(folder: Path):
                          + (f"; make it first: python {script}" if is_ours else ""))
     tokenizer, model = load_tokenizer(folder), load_model(folder)
     if len(tokenizer) > model.config.vocab_size:
-        raise UsageError(f"--load_from {folder}: its tokenizer has {len(tokenizer):,} entries, its weights "
-                         f"{model.config.vocab_size:,}: they do not belong together")
+        sizes = f"{len(tokenizer):,} entries, its weights {model.config.vocab_size:,}"
+        raise UsageError(f"--load_from {folder}: its tokenizer has {sizes}: they do not belong together")
     return model, tokenizer
 
 
@@ -130,33 +130,25 @@ def last_save(run_dir: Path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise RunError(f"the result can't be written to {run_dir} ({error}); its last checkpoint is "
-                       f"safe; to go on when there is room: {command_to_resume()}") from None
+        line = f"the result can't be written to {run_dir} ({error}); its last checkpoint is safe"
+        raise RunError(f"{line}; to go on when there is room: {command_to_resume()}") from None
     drop_checkpoints(run_dir)
     print(f"saved {run_dir}")
 
 
 def describe(args, result: dict) -> dict:
     """The content of training.json: how these weights came to be."""
-    arguments = {name: plain(value) for name, value in vars(args).items()}
-    return {"stage": args.stage, "parent": arguments["load_from"], **result, "arguments": arguments,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"), "git": git_hash(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "transformers": transformers.__version__}}
-
-
-def plain(value):
-    """A flag's value as JSON can hold it: a path becomes text."""
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__}
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"stage": args.stage, "parent": args.load_from, **result, "arguments": vars(args),
+            "finished": finished, "git": git_hash(), "versions": versions}
 
 
 def git_hash() -> str | None:
     """The commit of this source. None where git is not installed, or does not know the source."""
     command = ["git", "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:
+        return subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip() or None

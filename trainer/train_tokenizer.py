@@ -44,10 +44,8 @@ CONTROL_TOKENS = [
 
 # How text is cut before any merge: contractions; a word with the space or sign before it; each digit alone,
 # which sums need; signs; line breaks; other spaces. It is the rule of Qwen2, which other runtimes know.
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 # The prompt format for other people's tools (transformers, vLLM, ...); dataset/chat.py builds the same ids.
 # Between generation and endgeneration stands what the assistant says, and so what training supervises.
@@ -169,10 +167,9 @@ def parse_args():
         help="entries in all: control tokens, bytes and merges")
     add("--out_dir", type=Path, default=ROOT / "out" / "tokenizer", metavar="DIR", help="its folder")
     args = parser.parse_args()
-    if args.weights and not args.data_path:
-        parser.error("--weights needs --data_path: one number for each of its files")
-    if args.weights and len(args.weights) != len(args.data_path):
-        parser.error(f"--weights has {len(args.weights)} numbers for {len(args.data_path)} files")
+    files = args.data_path or []
+    if args.weights and len(args.weights) != len(files):
+        parser.error(f"--weights needs --data_path: {len(args.weights)} numbers for {len(files)} files")
     if args.out_dir.exists() and not args.out_dir.is_dir():
         parser.error(f"--out_dir {args.out_dir} is no folder")
     if (args.out_dir / "config.json").exists():
