@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_architecture import SPINE, code_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README_zh.md")
@@ -123,10 +124,22 @@ def test_shell_commands():
 def test_every_file_named_is_there_and_every_source_file_is_named(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     files = tracked()
-    sources = [f for f in files if re.fullmatch(r"((model|dataset|trainer|scripts)/)?\w+\.(py|sh)", f)]
-    tree = " ".join(line.split("  ")[0] for line in blocks(name, "text"))
-    named = set(re.findall(r"\w+\.(?:py|sh)\b", tree))
+    folders = "common|model|dataset|trainer|inference|scripts"
+    sources = [f for f in files if re.fullmatch(rf"(({folders})/)?\w+\.(py|sh)", f)]
+    named = set(re.findall(r"\w+\.(?:py|sh)\b", "\n".join(blocks(name, "text"))))
     assert named == {Path(f).name for f in sources if not f.endswith("__init__.py")}
-    for path in re.findall(r"\b(?:model|dataset|trainer|scripts|tests)/[\w/]*(?:\.\w+)?", text):
+    for path in re.findall(rf"\b(?:{folders}|benchmarks|tests)/[\w/]*(?:\.\w+)?", text):
         assert path in files or any(f.startswith(path.rstrip("/") + "/") for f in files), path
-    assert len(text.splitlines()) <= 170
+    assert len(text.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_lines_of_the_spine_are_counted(name):
+    text, total = (ROOT / name).read_text(encoding="utf-8"), 0
+    rows = re.findall(r"^\| (`[\w/.]+\.py`(?:, `[\w/.]+\.py`)*) \|.*\| (\d+) \|$", text, re.MULTILINE)
+    for files, lines in rows:
+        paths = re.findall(r"`([\w/.]+)`", files)
+        assert sum(code_lines(ROOT / path) for path in paths) == int(lines), files
+        total += int(lines)
+    assert {path for files, _ in rows for path in re.findall(r"`([\w/.]+)`", files)} == set(SPINE)
+    assert f"{total:,}" in text
