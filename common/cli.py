@@ -87,11 +87,9 @@ def run_script(main: Callable, args: argparse.Namespace, advice: Callable[[str],
         code, line = TERMINATED, "stopped by SIGTERM"
     except KeyboardInterrupt:
         code, line = INTERRUPTED, "stopped by Ctrl-C"
-    except BrokenPipeError as error:
-        if reader_is_gone():
-            raise SystemExit(1) from None
-        code, line = explain(error, advice)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            raise SystemExit(1) from None
         code, line = explain(error, advice)
     finally:
         signal.signal(signal.SIGTERM, handler_before)
@@ -123,14 +121,13 @@ def explain(error: Exception, advice: Callable[[str], str] | None = None) -> tup
     """(exit code, one line) for a mistake or a misfortune. A bug is raised again and keeps its traceback."""
     # A token cache that cannot be written raises a DataError whose context is the error of the disk.
     disk_error = error.__context__ if isinstance(error, DataError) else error
-    if isinstance(disk_error, OSError) and disk_error.errno in DISK_IS_FULL:
+    disk_is_full = isinstance(disk_error, OSError) and disk_error.errno in DISK_IS_FULL
+    if disk_is_full or isinstance(error, RunError):
         return 1, f"error: {error}"
     # When a worker of the DataLoader is killed, its parent notices, or the socket between the two closes.
     connection_lost = isinstance(error, ConnectionError)
     if isinstance(error, (DataError, ModelError, UsageError, OSError)) and not connection_lost:
         return 2, f"error: {error}"
-    if isinstance(error, RunError):
-        return 1, f"error: {error}"
     # CUDA raises an OutOfMemoryError, the allocators of the CPU raise a RuntimeError.
     if re.search(r"MemoryError|not enough memory|can't allocate memory", repr(error)):
         return 1, f"error: {out_of_memory(str(error))}" + (advice("out of memory") if advice else "")

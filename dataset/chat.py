@@ -8,14 +8,14 @@ dataset/foreign_chat.py.
     <|im_start|>user\n{content}<|im_end|>\n
     <|im_start|>assistant\n{content}<|im_end|>\n      {content}<|im_end|> is what the model learns to write
 
-Control tokens come from here alone. The words of people are encoded by a copy of the tokenizer that knows no
-control tokens, so "<|im_end|>" typed by a user stays eight harmless pieces of text. There is one exception:
-<think>, </think>, <tool_call>, </tool_call> in an assistant's message, which the model itself must learn to
-write.
+Control tokens such as <|im_end|> come from this file alone. The words of people are encoded by a copy of the
+tokenizer that knows no control tokens, so "<|im_end|>" typed by a user is encoded as harmless ordinary
+text. One rule differs for the assistant's messages: in them <think>, </think>, <tool_call>, </tool_call> do
+become control tokens, because the model itself must learn to write them.
 
 A conversation is written as pieces (text, is_control, is_supervised), and each piece is encoded apart from
-its neighbours. The header "assistant\n" is a piece of its own, so the prompt of a generation ends in exactly
-the ids of training:
+its neighbours. The header "assistant\n" is a piece of its own. So the ids of a prompt are exactly those that
+came before the answer in training:
 
     [..., ("<|im_start|>", True, False), ("assistant\n", False, False),
           ("Hello!", False, True), ("<|im_end|>", True, True), ("\n", False, False)]
@@ -62,10 +62,11 @@ def chat_pieces(messages: list[dict], tools: list | None, add_generation_prompt:
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "assistant":
-            parts = MODEL_WRITES.split(assistant_text(message))  # text and control tokens alternate
+            # `split` also returns what it splits at: text at even places, control tokens at odd ones.
+            parts = MODEL_WRITES.split(assistant_text(message))
             body = [(part, index % 2 == 1, True) for index, part in enumerate(parts)]
         elif role == "tool":
-            role = "user"
+            role = "user"  # ChatML has no header for tools, so a result comes as a message of the user
             body = [("<tool_response>", True, False), (f"\n{content}\n", False, False),
                     ("</tool_response>", True, False)]  # fmt: skip
         else:
@@ -82,12 +83,13 @@ def assistant_text(message: dict) -> str:
     thinking, content = message.get("reasoning_content"), message["content"] or ""
     text = f"<think>\n{thinking}\n</think>\n\n{content}" if thinking else content
     for index, call in enumerate(message.get("tool_calls") or []):
-        call = call.get("function", call)
+        call = call.get("function", call)  # OpenAI's records have one more level than others
         arguments = call.get("arguments", {})
         arguments = arguments if isinstance(arguments, str) else to_json(arguments)
         if content or index > 0:
             text += "\n"
-        text += f'<tool_call>\n{{"name": {to_json(call["name"])}, "arguments": {arguments}}}\n</tool_call>'
+        call = '{"name": ' + to_json(call["name"]) + ', "arguments": ' + arguments + "}"
+        text += f"<tool_call>\n{call}\n</tool_call>"
     return text
 
 
@@ -99,10 +101,10 @@ def to_json(value: object) -> str:
 
 
 class PlainEncoder:
-    """The tokenizer without its control tokens, and the control tokens apart.
+    """A copy of the tokenizer that knows no control tokens, and beside it a table of these tokens.
 
-    `encode_batch` cannot return the id of a control token, whatever the text says: the copy has no added
-    tokens, and no merge of its BPE makes a control token.
+    The copy has no added tokens. Byte-pair encoding (BPE) builds tokens by merging neighbours, and merges
+    whose result is a control token are removed. `encode_batch` also checks its result.
     """
 
     def __init__(self, tokenizer):
@@ -113,19 +115,21 @@ class PlainEncoder:
         self.control = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
         self.config = json.loads(backend.to_str())
         self.config.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        if merges := self.config["model"].get("merges"):  # Llama 2 spells "</s>" as an ordinary merge, too
+        if merges := self.config["model"].get("merges"):  # Llama 2 has merges that build "</s>" from letters
             self.config["model"]["merges"] = [pair for pair in merges if "".join(pair) not in self.control]
         self.backend = Tokenizer.from_str(json.dumps(self.config))
         self.unknown = unknown_id(self.config["model"], self.backend)
         self.forbidden = {*self.control.values(), self.unknown}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Texts -> ids, on all cores. Raises CannotEncode, and DataError if a text gave a control token."""
+        """Texts -> ids, on all cores. Raises CannotEncode, and DataError if there is a control token in
+        them.
+        """
         try:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):  # half a surrogate pair, as a terminal may deliver it
+        except (TypeError, UnicodeEncodeError):  # an invalid character, which a terminal can deliver
             return self.encode_batch([text.encode("utf-8", "replace").decode("utf-8") for text in texts])
-        except Exception as error:  # tokenizers has no other kind
+        except Exception as error:  # the library raises no more special type
             raise CannotEncode(f"{NO_TOKEN} ({one_line(error)})") from None
         batch = [encoding.ids for encoding in encodings]
         for ids in batch:
@@ -143,9 +147,9 @@ class PlainEncoder:
 
 
 def plain_encoder(tokenizer) -> PlainEncoder:
-    """The tokenizer's PlainEncoder. It is made once and kept on the tokenizer.
+    """The tokenizer's PlainEncoder, which is kept on the tokenizer.
 
-    It is made anew where tokens were added since, or the chat template was changed.
+    A new one is made if tokens or the chat template have changed.
     """
     state = (len(tokenizer), tokenizer.chat_template)
     kept_state, encoder = getattr(tokenizer, "_plain_encoder", (None, None))
@@ -156,9 +160,9 @@ def plain_encoder(tokenizer) -> PlainEncoder:
 
 
 def encode_pieces(tokenizer, conversations: list[list[Piece]]) -> list[tuple[list[int], list[int]]]:
-    """(ids, mask) of each conversation. The texts of all go to the tokenizer as one batch.
+    """(ids, mask) of each conversation. The texts of all conversations go to the tokenizer as one batch.
 
-    Raises DataError where the tokenizer has no <|im_start|> and <|im_end|>, and no template of its own.
+    Raises DataError where the tokenizer lacks <|im_start|> or <|im_end|> and has no template of its own.
     """
     encoder = plain_encoder(tokenizer)
     if encoder.template:
@@ -166,15 +170,16 @@ def encode_pieces(tokenizer, conversations: list[list[Piece]]) -> list[tuple[lis
     for token in (START, END):
         if token not in encoder.control:
             raise DataError(f"the tokenizer has no {token} token, which chat needs (model/tokenizer has it)")
-    # A control token that the tokenizer lacks (<think>, in a foreign one) is spelled out as text.
-    texts = list({text for pieces in conversations for text, control, _ in pieces
-                  if not control or text not in encoder.control})  # fmt: skip
-    ids_of = dict(zip(texts, encoder.encode_batch(texts), strict=True))
+    # A control token that the tokenizer does not have, such as <think> in some, is encoded as text.
+    ids_of = {(text, True): [index] for text, index in encoder.control.items()}  # (text, is_control) -> ids
+    pieces = {(text, control) for conversation in conversations for text, control, _ in conversation}
+    new = list(pieces - ids_of.keys())
+    ids_of |= zip(new, encoder.encode_batch([text for text, _ in new]), strict=True)
     result = []
-    for pieces in conversations:
+    for conversation in conversations:
         ids, mask = [], []
-        for text, control, supervised in pieces:
-            new_ids = [encoder.control[text]] if control and text in encoder.control else ids_of[text]
+        for text, control, supervised in conversation:
+            new_ids = ids_of[text, control]
             ids += new_ids
             mask += [int(supervised)] * len(new_ids)
         result.append((ids, mask))

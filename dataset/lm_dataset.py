@@ -1,6 +1,7 @@
 """PretrainDataset and SFTDataset: files of records -> (input_ids, labels).
 
-Labels stand at the positions of their inputs (the model shifts them), and -100 is not trained. Worked out:
+Labels stand at the positions of their inputs (the model shifts them), and -100 is not trained. An example
+of each:
 
     pretrain   text "A cat ."              input_ids   A    cat  .    <|endoftext|>
                                            labels     -100  cat  .    <|endoftext|>
@@ -45,19 +46,19 @@ class TokenDataset(torch.utils.data.Dataset):
         return len(self.cache)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        index = range(len(self))[index]  # negative indices; IndexError past the end, which ends a for loop
+        index = range(len(self))[index]  # accepts negative numbers; raises IndexError past the end
         start, end = self.cache.offsets[index : index + 2]
         input_ids = self.cache.tokens[start:end].astype(np.int64)  # (T,)
         labels = input_ids.copy()
         labels[0] = -100
         if self.cache.mask is not None:
             labels[self.cache.mask[start:end] == 0] = -100
-        self.cache.was_read()
+        self.cache.was_read()  # gives memory back from time to time
         return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
     @property
     def identity(self) -> str:
-        """Distinguishes the data from other data, and from itself after a change."""
+        """A line that differs for other data, and for the same files after a change."""
         tokens, sha256 = int(self.lengths.sum()), self.cache.meta["sha256"]
         return f"{len(self):,} samples of {tokens:,} tokens, sha256 {sha256[:16]}"
 
@@ -67,11 +68,11 @@ class TokenDataset(torch.utils.data.Dataset):
         path = self.paths[bisect_right(self.cache.meta["first_samples"], sample) - 1]
         return f"{path}:{self.cache.lines[sample]}"
 
-    # Arrays with a number for each sample. They are not stored as attributes: a pickled dataset would then
-    # copy them into each worker.
+    # Arrays with a number for each sample. They are properties, because a DataLoader copies attributes into
+    # each of its worker processes. (The cache travels as its path.)
     lengths = property(lambda self: self.cache.lengths)  # tokens, int32
     num_targets = property(lambda self: self.cache.num_targets)  # supervised tokens, int32
-    num_bytes = property(lambda self: self.cache.num_bytes)  # UTF-8 bytes of these, control tokens 0, int64
+    num_bytes = property(lambda self: self.cache.num_bytes)  # UTF-8 bytes of supervised tokens, int64
 
 
 class PretrainDataset(TokenDataset):
@@ -99,7 +100,7 @@ class PretrainDataset(TokenDataset):
         return [ids + [end] for ids in chat.plain_encoder(tokenizer).encode_batch(texts)]
 
     def cut(self, ids: list[int], complain: Callable) -> Iterator[tuple[np.ndarray, None]]:
-        """The samples (ids, mask) of a document. Where the mask is None, all but the first are supervised."""
+        """The samples (ids, mask) of a document. A mask of None: all tokens but the first are supervised."""
         ids = np.array(ids)
         for start in range(0, len(ids) - 1, self.max_length - 1):
             yield ids[start : start + self.max_length], None
@@ -126,7 +127,7 @@ class SFTDataset(TokenDataset):
         ids, mask = conversation
         if len(ids) > self.max_length:
             trained = any(mask[: self.max_length])
-            what = "cut" if trained else "dropped (no assistant's word before that)"
+            what = "cut" if trained else "dropped (no word of the assistant in the row)"
             complain(f"a sample of {len(ids)} tokens, longer than a row of {self.max_length}: {what}",
                      kind=f"samples over {self.max_length} tokens {what}")  # fmt: skip
             if not trained:
@@ -137,9 +138,9 @@ class SFTDataset(TokenDataset):
 def collate(dataset, rows: list[list[int]], pad_token_id: int) -> dict:
     """Rows of sample numbers -> input_ids, labels, document_ids, each (B, T), padded right to the longest.
 
-    document_ids number the documents of a row from 0, and padding has -1. Where every row is one document
-    they are None: causal attention needs no mask then, as nobody sees the padding on the right. No rows give
-    a batch of 1x1 without a target, for a process that has nothing to do in this step.
+    document_ids are the numbers of a row's documents, from 0, and -1 for padding. Where every row is one
+    document they are None: a token sees only earlier tokens, so it never sees the padding on the right. If
+    `rows` is empty, because a process has nothing to do in this step, the batch is 1x1 and has no target.
     """
     input_ids, labels, document_ids = [], [], []  # a tensor for each row
     for row in rows:
@@ -151,6 +152,6 @@ def collate(dataset, rows: list[list[int]], pad_token_id: int) -> dict:
     if not rows:
         input_ids, labels = [torch.tensor([pad_token_id])], [torch.tensor([-100])]
     one_each = all(len(row) == 1 for row in rows)
-    return {"input_ids": pad_sequence(input_ids, True, pad_token_id),
-            "labels": pad_sequence(labels, True, -100),
+    return {"input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
             "document_ids": None if one_each else pad_sequence(document_ids, True, -1)}

@@ -82,8 +82,7 @@ class ChatModel:
         self.adapters = Adapters(self.model)
         self.adapter, self.adapted_layers = None, 0
         # All are loaded now, so that a bad one is found now. The first comes last and stays in use.
-        reports = [self.switch(name) for name in reversed(adapters)]
-        self.reports = [report for report in reports if report is not None]
+        self.reports = [report for name in reversed(adapters) if (report := self.switch(name))]
 
     # --- adapters -----------------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ class ModelConfig:
     hidden_size: int = 512
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
-    num_key_value_heads: int = 2  # fewer than query heads: a smaller KV cache for almost the same quality
-    intermediate_size: int = 1408  # about 8/3 of the width: SwiGLU has three matrices, a plain MLP has two
+    num_key_value_heads: int = 2  # several query heads share one: less memory to decode, similar quality
+    intermediate_size: int = 1408  # 8/3 of the width: three such matrices equal the usual two of 4 widths
     vocab_size: int = 6400
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    qk_norm: bool = False  # RMSNorm on each head's query and key (Qwen3), so that scores cannot explode
+    qk_norm: bool = False  # RMSNorm on each head's query and key (Qwen3): attention scores stay small
     attention_bias: bool = False  # biases on q, k and v, but not on the output (Qwen2)
-    tie_word_embeddings: bool = True  # one matrix both reads and writes tokens: it is much of a small model
+    tie_word_embeddings: bool = True  # embedding and output head are one matrix: a small model saves much
     rope_theta: float = 1e6
     rope_scaling: dict | None = None  # {"rope_type": "linear", "llama3" or "yarn", "factor": ..., ...}
     rms_norm_eps: float = 1e-6
@@ -30,10 +30,11 @@ class ModelConfig:
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
 
     def __post_init__(self):
-        optional = ("head_dim", "sliding_window")
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                     "intermediate_size", "vocab_size", "max_position_embeddings", *optional):
-            if name not in optional or getattr(self, name) is not None:
+                     "intermediate_size", "vocab_size", "max_position_embeddings"):
+            check_size(name, getattr(self, name))
+        for name in ("head_dim", "sliding_window"):
+            if getattr(self, name) is not None:
                 check_size(name, getattr(self, name))
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
@@ -45,7 +46,7 @@ class ModelConfig:
                                  f"{self.num_attention_heads}: change one of them, or set head_dim")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.head_dim % 2:
-            raise ModelError(f"head_dim must be even, since RoPE turns pairs; it is {self.head_dim}")
+            raise ModelError(f"head_dim must be even, since RoPE rotates pairs; it is {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
@@ -54,15 +55,15 @@ class ModelConfig:
         if not isinstance(self.rope_scaling, dict | None):
             raise ModelError(f"rope_scaling must be an object or null, not {self.rope_scaling!r}")
         frequency, scale = rope_frequencies(self, "cpu")  # raises for unknown or incomplete settings
-        if not isinstance(scale, (int, float)) or not frequency.mul(scale).isfinite().all():
-            raise ModelError(f"rope_scaling gives angles that are no numbers: {self.rope_scaling}")
+        if not (isinstance(scale, (int, float)) and frequency.mul(scale).isfinite().all()):
+            raise ModelError(f"rope_scaling gives angles that are NaN or infinite: {self.rope_scaling}")
 
 
 def check_size(name: str, value: int) -> None:
-    """Raises ModelError for a number that cannot be that size of a model.
+    """Raises ModelError unless `value` is a possible value of the field `name`, such as hidden_size.
 
-    The limits are far above every model there is. A config.json beyond them is damaged or hostile, and even
-    a model without memory for its weights could not be made of that size.
+    The limits are far above every model there is. A config.json that exceeds them is damaged or hostile. It
+    is refused here, before anybody takes memory for it.
     """
     limit = {"num_hidden_layers": 10_000, "head_dim": 2**16}.get(name, 2**31)
     if not isinstance(value, int) or not 0 < value < limit:
@@ -70,14 +71,18 @@ def check_size(name: str, value: int) -> None:
 
 
 def rope_frequencies(config: ModelConfig, device) -> tuple[torch.Tensor, float]:
-    """The angle by which each pair of a head turns per position, (D/2,), and the scale of cos and sin.
+    """The angles of rotary position embedding (RoPE, see `rotate` in model/transformer.py).
 
-    default  theta^(-2i/D): the first pairs turn fast and tell neighbours apart, the last ones tell chapters
+    RoPE rotates pairs of numbers in each head. With D = head_dim there are D/2 pairs. This function returns
+    the angle of each pair for one step of position, (D/2,), and a factor for cos and sin, 1 except for yarn.
+
+    default  theta^(-2i/D) for pair i: the first pairs turn fast, the last ones very slowly, so that small
+             distances can be recognised, and large ones too
     linear   all angles divided by `factor`, to reach further than the training did (arXiv:2306.15595)
-    llama3   slow pairs divided, fast pairs kept, a ramp between them (arXiv:2407.21783)
-    yarn     the same with another ramp, and sharper attention as compensation (arXiv:2309.00071)
+    llama3   the angles of slow pairs divided, those of fast pairs kept, a ramp between (arXiv:2407.21783)
+    yarn     the same with another ramp, and larger attention scores in long texts (arXiv:2309.00071)
 
-    The scale is 1 except for yarn. Raises ModelError for unknown or incomplete settings.
+    Raises ModelError for unknown or incomplete settings.
     """
     theta, scaling = config.rope_theta, config.rope_scaling or {}
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
@@ -91,7 +96,7 @@ def rope_frequencies(config: ModelConfig, device) -> tuple[torch.Tensor, float]:
             return frequency / scaling["factor"], 1.0
         if kind == "llama3":
             factor, low, high = (scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
-            turns = original_length * frequency / (2 * math.pi)  # of each pair over the original length
+            turns = original_length * frequency / (2 * math.pi)  # of a pair within the original length
             kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: a slow pair, divided; 1: a fast pair, kept
             return frequency * (kept + (1 - kept) / factor), 1.0
         if kind == "yarn":
@@ -102,30 +107,34 @@ def rope_frequencies(config: ModelConfig, device) -> tuple[torch.Tensor, float]:
 
 
 def yarn_frequencies(config: ModelConfig, frequency, original_length) -> tuple[torch.Tensor, float]:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): pairs that turn more than beta_fast times are kept, and
-    those that turn less than beta_slow times are divided by `factor`, with a ramp over the pairs
-    between."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071), as rope_frequencies returns it.
+
+    A pair that turns more than beta_fast times within the original length keeps its angle. A pair that turns
+    less than beta_slow times has its angle divided by `factor`. For the pairs between, a ramp mixes both.
+    """
     dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     factor = scaling.get("factor") or config.max_position_embeddings / original_length
 
-    def pair_that_turns(times):
+    def pair_that_turns(times):  # the number i of that pair: its angle theta^(-2i/D), solved for i
         return dim * math.log(original_length / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    def sharpness(mscale):
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+    def score_factor(weight):  # YaRN's formula has weight 1; the mscale settings of some models change it
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    low = pair_that_turns(scaling.get("beta_fast") or 32)
-    high = pair_that_turns(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+    first = pair_that_turns(scaling.get("beta_fast") or 32)  # here the ramp begins
+    last = pair_that_turns(scaling.get("beta_slow") or 1)  # and here it ends
+    if scaling.get("truncate", True):  # the ramp begins and ends at whole numbers
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    if first == last:
+        last += 0.001  # against a division by zero
     pair = torch.arange(dim // 2, dtype=torch.float32, device=frequency.device)
-    kept = 1 - ((pair - low) / (high - low or 0.001)).clamp(0, 1)
+    kept = 1 - ((pair - first) / (last - first)).clamp(0, 1)
     scale, mscale, mscale_all = (scaling.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
     if scale is None and mscale and mscale_all:
-        scale = sharpness(mscale) / sharpness(mscale_all)
+        scale = score_factor(mscale) / score_factor(mscale_all)
     elif scale is None:
-        scale = sharpness(1)
+        scale = score_factor(1)
     return frequency * (kept + (1 - kept) / factor), scale
 
 

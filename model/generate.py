@@ -16,10 +16,11 @@ from model.transformer import CausalLM, rope_tables
 
 
 class KVCache:
-    """The keys and values of all tokens so far. They never change, because a token sees only earlier tokens.
+    """The keys and values of all tokens so far.
 
-    Without a cache each new token would need a forward pass over the whole text. With a cache the pass
-    covers the new token alone, and attention reads the stored keys and values of the earlier ones.
+    A token sees only earlier tokens. So its keys and values stay the same when the text grows, and they can
+    be stored. Without a cache each new token would need a forward pass over the whole text. With a cache
+    the pass covers the new token alone, and attention reads the stored keys and values of the earlier ones.
 
     start (B,): how many pads stand on the left of each row. Positions count from there, and nobody sees pads.
     """
@@ -30,13 +31,15 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.start, self.max_length = start, max_length
-        self.length = 0  # tokens stored; the Decoder raises it once every layer has appended
+        self.length = 0  # number of tokens stored; the Decoder increases it after all layers have appended
         positions = torch.arange(max_length, device=device)[None]
-        # Of all positions, (max_length, 1, D) each
+        # The two tables of `rope_tables` for all positions, (max_length, 1, D) each
         self.rope = [table[0] for table in rope_tables(config, positions, torch.float32)]
 
     def append(self, layer: int, k, v):
-        """Stores new k, v (B, K, T, D) of one layer; returns all keys and values it has now (B, K, S, D)."""
+        """Stores new k, v (B, K, T, D) of one layer. Returns all keys and values of this layer (B, K, S,
+        D).
+        """
         end = self.length + k.size(2)
         self.k[layer][:, :, self.length:end] = k
         self.v[layer][:, :, self.length:end] = v
@@ -55,10 +58,10 @@ def generate(model: CausalLM, input_ids: torch.Tensor, max_new_tokens: int, temp
     temperature: 0 takes the likeliest token. top_k 0 and top_p 1 leave all tokens in play.
     repetition_penalty: above 1, tokens that have occurred, also in the prompt, become less likely.
     seed: the same seed gives the same text. Without one, torch's global random state decides.
-    eos_token_id: tokens that end a row. An ended row repeats the first of them, and decoding stops once all
-        rows have ended.
-    prompt_lengths (B,): prompts of unequal length are padded on the left, and this is how long each really
-        is. Then a batch gives the same tokens as its rows alone.
+    eos_token_id: tokens that end a row. An ended row repeats the first of these tokens, and decoding stops
+        when all rows have ended.
+    prompt_lengths (B,): the caller pads prompts of unequal length on the left, and gives their lengths
+        without pads. Then each row gets the tokens that it would get alone.
 
     Put the model in eval() first. Raises ModelError for senseless values.
     """
@@ -83,7 +86,8 @@ def generate(model: CausalLM, input_ids: torch.Tensor, max_new_tokens: int, temp
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    # The loop is a function of its own, so that a wrong argument raises here and not at the first token.
+    # The loop is another function: a function with `yield` runs only when its first result is asked for,
+    # and a wrong argument should raise at once.
     return _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sampling, generator)
 
 
@@ -101,8 +105,8 @@ def _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sa
             first = 0 if start is None else start[row]  # pads have not occurred
             seen[row, input_ids[row, first:]] = True
 
-    one_token = model.one_token
-    if one_token and not one_token.get_ready(batch_size):
+    one_token = model.one_token  # a faster forward pass for single tokens (model/one_token.py)
+    if one_token and not one_token.get_ready(batch_size):  # it cannot serve this batch
         one_token = None
     new = input_ids  # the whole prompt in one pass, then one token at a time
     for _ in range(max_new_tokens):
@@ -110,7 +114,8 @@ def _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sa
             logits = one_token(new[:, 0], cache)  # (B, V)
         else:
             output = model(new, cache=cache)
-            output.hidden = output.hidden[:, -1:]  # the last position alone predicts something new
+            # `logits` is computed from `hidden`, of which only the last position predicts something new.
+            output.hidden = output.hidden[:, -1:]
             logits = output.logits[:, 0].float()  # (B, V)
         if seen is not None:
             logits = penalize(logits, seen, repetition_penalty)
@@ -137,7 +142,8 @@ def choose_token(logits, temperature: float, top_k: int, top_p: float, generator
 def penalize(logits, seen, penalty: float):
     """Divides the positive logits of the tokens seen (B, V) by the penalty, and multiplies the negative ones.
 
-    Keskar et al. 2019, arXiv:1909.05858, and transformers: once for each token, however often it occurred.
+    As in Keskar et al. 2019 (arXiv:1909.05858) and in the library transformers, it does not matter how
+    often a token has occurred.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -146,10 +152,10 @@ def filter_logits(logits, temperature: float = 1.0, top_k: int = 0, top_p: float
     """Temperature, then top-k, then top-p, as in transformers: logits (B, V), -inf at tokens ruled out.
 
     top-k keeps the k likeliest tokens, and all that tie with the last of them. top-p ("nucleus", Holtzman et
-    al. 2019, arXiv:1904.09751) keeps the smallest set of likely tokens that has probability p. With p = 0.7:
-        probability           0.5   0.3   0.2
-        of likelier tokens    0.0   0.5   0.8
-        kept, if below p      yes   yes   no
+    al. 2019, arXiv:1904.09751) keeps the likeliest tokens until together they have at least probability p:
+        probability of a token                    0.5   0.3   0.2
+        probability of all likelier tokens        0.0   0.5   0.8
+        kept, if that is below p = 0.7            yes   yes   no
     """
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):
@@ -157,8 +163,10 @@ def filter_logits(logits, temperature: float = 1.0, top_k: int = 0, top_p: float
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
         ascending, order = logits.sort(dim=-1)
-        # A token is ruled out when it and all less likely tokens together have at most 1 - p.
+        # The same, added up from the other end: likelier tokens have at least p exactly where a token and
+        # all less likely ones have at most 1 - p.
         ruled_out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
         ruled_out[:, -1] = False  # the likeliest always stays
-        logits = logits.masked_fill(ruled_out.scatter(1, order, ruled_out), -torch.inf)
+        ruled_out = ruled_out.scatter(1, order, ruled_out)  # from ascending order back to the order of ids
+        logits = logits.masked_fill(ruled_out, -torch.inf)
     return logits

@@ -3,7 +3,7 @@
     y = W x + (alpha / rank) B A x        A (rank, in) starts random, B (out, rank) starts at zero
 
 Fine-tuning changes W by a matrix of nearly low rank, and B A can hold such a matrix. Because B starts at
-zero, the adapted model starts as exactly the base model. In this file `rank` is the width of A and of B.
+zero, the adapted model starts as exactly the base model. `rank` is how many rows A has, and columns B.
 
     apply_lora(model, rank=16)               # every linear layer gets an A and a B; no output changes
     freeze_all_but_lora(model)               # ... train lora_parameters(model) ...
@@ -50,8 +50,9 @@ class LoRA(nn.Module):
         nn.init.normal_(self.A.weight, std=0.02)
         nn.init.zeros_(self.B.weight)  # B alone is zero: if A were zero too, neither would get a gradient
         self.enabled = True  # changed by set_lora in model/adapters.py
-        self.original = None  # W, while B A is merged into it; no buffer, because it belongs in no checkpoint
-        # Where B A does not start at zero (PiSSA), these two hold the start of A and B. They never train.
+        # While the update is merged into W, the W without it. It is no buffer: no checkpoint contains it.
+        self.original = None
+        # With PiSSA (model/low_rank.py) B A does not start at zero, and A0 and B0 hold the start of A and B.
         self.register_buffer("A0", None, persistent=False)
         self.register_buffer("B0", None, persistent=False)
 
@@ -61,7 +62,10 @@ class LoRA(nn.Module):
         return F.linear(h * self.scaling, b)  # (..., out); h is thin, so scaling h costs little
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """B (out, r) and A (r, in) of the update. r is rank, or 2 rank with PiSSA: B A - B0 A0."""
+        """B (out, r) and A (r, in) of the update, r = rank.
+
+        With PiSSA the update is B A - B0 A0: one product of twice the rank, [B, -B0] times A above A0.
+        """
         b, a = self.B.weight, self.A.weight
         if self.B0 is not None:
             b, a = torch.cat((b, -self.B0), dim=1), torch.cat((a, self.A0))
@@ -74,15 +78,18 @@ class LoRA(nn.Module):
 
 
 class WithLoRA:
-    """Makes a linear layer with a child `lora` compute y = W x + bias + (alpha / rank) B A x."""
+    """The forward pass of every linear layer with a child `lora`: y = W x + bias + (alpha / rank) B A x.
+
+    The classes below combine it with a layer's own class, whose forward pass gives W x + bias.
+    """
 
     def forward(self, x):
-        y = super().forward(x)  # W x + bias, as the layer computed it before
+        y = super().forward(x)
         return y + self.lora(x) if self.lora.active else y
 
 
 class LoRALinear(WithLoRA, nn.Linear):
-    """An nn.Linear with a child `lora`. Nobody constructs one: `inject` makes one of a layer that exists."""
+    """An nn.Linear with a child `lora`. None is ever constructed: `inject` changes the class of a layer."""
 
     def forward(self, x):
         if not self.can_be_fast():
@@ -91,7 +98,7 @@ class LoRALinear(WithLoRA, nn.Linear):
         return lora_linear(x, self.weight, self.bias, a, b, self.lora.scaling)  # the same in fewer steps
 
     def can_be_fast(self) -> bool:
-        """Whether W is frozen, nothing drops out, and all rows have the same LoRA (see RowLoRA)."""
+        """Whether W is frozen, nothing drops out, and all rows have the same LoRA (RowLoRA: adapters.py)."""
         lora = self.lora
         if not lora.active or not isinstance(lora, LoRA):
             return False
@@ -101,13 +108,13 @@ class LoRALinear(WithLoRA, nn.Linear):
 
 
 class LoRANF4Linear(WithLoRA, NF4Linear):
-    """A layer whose weight is held in 4 bits, to train an adapter over (QLoRA)."""
+    """A layer with its weight in 4 bits. The adapter trains over it (QLoRA)."""
 
     bits = 4
 
 
 class LoRAInt8Linear(WithLoRA, Int8Linear):
-    """A layer whose weight is held in 8 bits, to decode with an adapter."""
+    """A layer with its weight in 8 bits. It decodes with an adapter."""
 
     bits = 8
 
@@ -122,13 +129,12 @@ def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dro
                init: str = "gaussian") -> list[str]:
     """Gives layers of any model an adapter, in place; no output changes. Returns the names of the layers.
 
-    target_modules, one or a list: "all-linear" (never lm_head), "square" (in = out, MiniMind's rule), the end
-    of a name ("q_proj"), or a regular expression for the whole name. alpha: None means rank, so that the
-    factor alpha / rank is 1. rslora: see LoRA.
-    init: "gaussian", or "pissa", where A and B start as the largest singular vectors of W and outputs stay
-    the same to float rounding (model/low_rank.py).
-    Raises ModelError if rank, alpha or dropout is out of range, a target matches nothing, or the model has
-    LoRA already. The model is unchanged then.
+    target_modules, one or a list: "all-linear" (never lm_head), "square" (in = out, as the project MiniMind
+    has it), the end of a name ("q_proj"), or a regular expression for the whole name. alpha: None means
+    rank, so that the factor alpha / rank is 1. rslora: see LoRA. init: "gaussian", or "pissa", where A and
+    B start as the largest singular vectors of W and outputs stay the same apart from rounding
+    (model/low_rank.py). Raises ModelError if rank, alpha or dropout is out of range, a target matches
+    nothing, or the model has LoRA already. The model is unchanged then.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ModelError(f"LoRA rank must be a whole number from 1 up, not {rank!r}")
@@ -140,12 +146,13 @@ def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dro
         raise ModelError(f"LoRA init must be gaussian or pissa, not {init!r}")
     if adapted_layers(model, required=False):
         raise ModelError("the model has LoRA already: call remove_lora first")
-    # All names are collected before the first layer changes. If rank equals the width, A is a square linear
-    # layer too, and a walk that adapts the layers it meets would adapt A, then A's own A, and never end.
+    # All names are collected before the first layer changes. A is a linear layer too: a walk that adapts
+    # layers as it meets them would adapt A, then the A of that adapter, and would never end.
     layers = linear_layers(model)
     names = select_layers(layers, target_modules)
     widths = [min(layers[name].in_features, layers[name].out_features) for name in names]
-    # PiSSA needs as many singular vectors of every W, and W has no more of them than its width.
+    # PiSSA takes `rank` singular vectors of each W, and a matrix has no more of them than its smaller side.
+    # Any other rank above the smaller side of every layer would be wasted.
     max_rank = min(widths) if init == "pissa" else max(widths)
     if rank > max_rank:
         raise ModelError(f"LoRA rank {rank} is above the width of the layers, {max_rank}")
@@ -195,7 +202,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     classes = {*WITH_LORA, *WITH_LORA.values()}
     return {without_wrappers(name): module for name, module in model.named_modules()
-            if name and type(module) in classes and ".lora." not in f".{name}."}
+            if name and type(module) in classes and "lora" not in name.split(".")}
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -214,8 +221,8 @@ def freeze_all_but_lora(model: nn.Module) -> None:
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Holds the frozen matrices in the type that the forward pass computes in, to save memory.
 
-    Frozen matrices get no small updates, so they need no float32. Norms and biases, which are small, stay as
-    they are, and so do quantized weights.
+    Training needs float32, because it makes small changes. What never changes does not need it. Norms and
+    biases, which are small, stay as they are, and so do quantized weights.
     """
     for weight in model.parameters():
         if not weight.requires_grad and weight.is_floating_point() and weight.ndim == 2:
@@ -249,8 +256,8 @@ def merge_lora(model: nn.Module) -> None:
             raise ModelError(f"LoRA can't be merged into a shared weight: {' = '.join(shared)}")
     for layer in adapted.values():
         lora = layer.lora
-        b, a = lora.factors()  # raises ModelError at the first layer where each row has its own adapter
-        lora.enabled = True
+        b, a = lora.factors()  # raises ModelError after Adapters.use_rows, when there is no single adapter
+        lora.enabled = True  # to be merged is to be in use
         if lora.original is None:
             lora.original = layer.weight.detach().clone()
             layer.weight.copy_(layer.weight.float() + lora.scaling * b @ a)  # same Parameter
@@ -274,7 +281,7 @@ def save_lora(model: nn.Module, path: str | Path, base: str | Path | None = None
 
     The folder holds adapter_model.safetensors and adapter_config.json (which names `base`, the path of the
     base model), and the tokenizer and training.json if they are given. The file holds the matrices alone,
-    {"NAME.lora.A.weight": ...}. It has no place for alpha, so its B is B times alpha / rank.
+    {"NAME.lora.A.weight": ...}. It has no place for alpha, so B is stored multiplied by alpha / rank.
     Each file is complete or absent, and other files in the folder stay. Raises ModelError, and writes
     nothing, where A or B holds NaN or infinity.
     """
@@ -285,7 +292,7 @@ def save_lora(model: nn.Module, path: str | Path, base: str | Path | None = None
 def read_lora(model: nn.Module, path: str | Path) -> dict[str, LoRA]:
     """{layer name: LoRA} of an adapter that fits the model. The model stays as it is.
 
-    path: a PEFT folder, ours or PEFT's own, or a plain .pth, also an old one in half precision. Raises
+    path: a PEFT folder, ours or PEFT's own, or a plain .pth, which may be in half precision. Raises
     ModelError for a missing or misshapen matrix, a layer that the model does not have, an adapter of another
     base model, or a damaged file.
     """
@@ -301,8 +308,9 @@ def load_lora(model: nn.Module, path: str | Path) -> LoRAReport:
     """Reads an adapter (see read_lora) and puts it to use.
 
     A model without LoRA gets it in the layers that the adapter has. A model with LoRA must have it in the
-    same layers and with the same ranks; it keeps its alpha, and B is rescaled where the file's alpha differs.
-    Raises ModelError as read_lora does, and for other layers or ranks. The model is unchanged then.
+    same layers and with the same ranks. The model keeps its alpha: where the file's alpha is another, the B
+    that was read is rescaled. Raises ModelError as read_lora does, and for other layers or ranks. The model
+    is unchanged then.
     """
     adapted, loras = adapted_layers(model, required=False), read_lora(model, path)
     if adapted:
@@ -312,7 +320,7 @@ def load_lora(model: nn.Module, path: str | Path) -> LoRAReport:
             mine = adapted[name].lora
             b = lora.B.weight * (lora.scaling / mine.scaling)
             mine.load_state_dict({"A.weight": lora.A.weight, "B.weight": b})
-            mine.A0 = mine.B0 = None
+            mine.A0 = mine.B0 = None  # no start to subtract: files hold whole updates
     else:
         inject(model, loras)
     return report_layers(adapted_layers(model))

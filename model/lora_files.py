@@ -224,8 +224,8 @@ def _settings_of_layer(config: dict, name: str, rank: int) -> dict:
         raise ModelError(f"{name} lora A has rank {rank}, not the {config_rank} of {CONFIG}")
     if not 0 < abs(alpha) < math.inf:
         raise ModelError(f"lora_alpha must be a number and not 0; it is {alpha} for {name}")
-    rslora = bool(config.get("use_rslora"))
-    return {"alpha": alpha, "dropout": config.get("lora_dropout", 0.0), "rslora": rslora}
+    dropout = config.get("lora_dropout", 0.0)
+    return {"alpha": alpha, "dropout": dropout, "rslora": bool(config.get("use_rslora"))}
 
 
 def _of_layer(config: dict, key: str, name: str, default):

@@ -1,10 +1,12 @@
 """A decoder-only transformer: token ids in, the logits of the next token out.
 
 For the big picture read from bottom to top: `CausalLM` is a `Decoder` and an output head. A `Decoder` is an
-embedding, a stack of `Block`s and a norm. A `Block` is `Attention`, then `FeedForward`, each adding its part.
+embedding, a stack of `Block`s and a norm. A `Block` is `Attention`, then `FeedForward`, and each of them
+adds its result to the hidden state.
 
-Parameters have the names of transformers' LlamaForCausalLM (Qwen3's with q/k norms, Qwen2's with biases), so
-a saved model opens anywhere, and models from elsewhere open here.
+Parameters have the names that the library transformers gives them: in its class LlamaForCausalLM, or with q/k
+norms Qwen3ForCausalLM, or with biases Qwen2ForCausalLM. So a saved model opens anywhere, and models from
+elsewhere open here.
 
 Shapes: B batch, T tokens, S keys in sight (T plus what is cached), C width, H heads, K key/value heads,
 D head dim, V vocabulary.
@@ -26,14 +28,15 @@ from model.fused import rms_norm
 
 __all__ = ["PRESETS", "CausalLM", "ModelConfig", "ModelError", "preset"]
 
-LOSS_ROWS = 4096  # tokens projected to the vocabulary at once; bounds the memory of their float32 logits
+LOSS_ROWS = 4096  # tokens that go through the output head at once; bounds the memory of their logits
 
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019, arXiv:1910.07467)
 
-    This is LayerNorm without the mean and the bias. Only the length of a vector is standardised, and its
-    direction stays. The computation is in float32 whatever the type of x.
+    This is LayerNorm without subtracting a mean and without a bias. A vector is divided by the root of its
+    mean square, and then each of its numbers is multiplied by a learned weight. The computation is in
+    float32, whatever the type of x.
     """
 
     def __init__(self, size: int, eps: float):
@@ -55,18 +58,21 @@ def token_positions(input_ids, document_ids=None, cache=None) -> torch.Tensor:
     past = cache.length if cache is not None else 0
     positions = torch.arange(past, past + input_ids.size(1), device=input_ids.device)[None]  # (1, T)
     if document_ids is not None:
-        begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))  # (B, T): a new document begins
-        positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values
-    if cache is not None and cache.start is not None:
+        # From each position the position is subtracted at which its document begins.
+        begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))  # (B, T): True at first tokens
+        beginning = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T): the last one so far
+        positions = positions - beginning
+    if cache is not None and cache.start is not None:  # the number of pads on the left of each row, (B,)
         positions = (positions - cache.start[:, None]).clamp(min=0)
     return positions
 
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin for `rotate`: positions (B or 1, T) -> two tables (B or 1, T, 1, D).
+    """cos, and sin with the signs that `rotate` needs: positions (B or 1, T) -> two tables (B or 1, T, 1, D).
 
-    They are computed in each forward pass (or once for a KVCache) and are no buffers of the model, because
-    model.to(bfloat16) would cast a buffer, and bfloat16 cannot count positions beyond 256.
+    Angles are computed in float32, since bfloat16 cannot represent every position beyond 256. They are
+    computed in each forward pass (or once for a KVCache). If they were a buffer of the model,
+    model.to(bfloat16) would cast them.
     """
     frequency, scale = rope_frequencies(config, positions.device)
     angle = positions[:, :, None, None].float() * frequency  # (B or 1, T, 1, D/2)
@@ -75,23 +81,27 @@ def rope_tables(config: ModelConfig, positions: torch.Tensor, dtype) -> tuple[to
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864): q.k comes to depend on distance alone.
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
+    After it, the product of a query and a key depends on the distance between their tokens alone.
     The layout is Hugging Face's "rotate half": a pair is (x[i], x[i + D/2]). The paper pairs neighbours.
         x        = [a, b, c, d], D = 4, so the pairs are (a, c), turned by angle t, and (b, d), turned by u
         rotated  = [a cos t - c sin t,  b cos u - d sin u,  c cos t + a sin t,  d cos u + b sin u]
                  = x * [cos t, cos u, cos t, cos u]  +  [c, d, a, b] * [-sin t, -sin u, sin t, sin u]
     """
     first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
+    swapped = torch.cat((second, first), dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)  # x * cos + swapped * sin
 
 
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(D)) V with grouped queries (GQA: Ainslie et al. 2023, arXiv:2305.13245).
 
-    H / K neighbouring query heads share one key/value head. With H = 4 and K = 2:
+    There are fewer key/value heads than query heads, and neighbouring query heads share one. With H = 4 query
+    heads and K = 2 key/value heads:
         query head      0  1  2  3
         key/value head  0  0  1  1
+    The formula itself, with the mask and the sharing, is `attention` in model/attention.py.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -106,12 +116,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, cache=None):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads))  # (B, T, H, D)
-        k = self.k_norm(self.k_proj(x).view(heads))  # (B, T, K, D)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
+        into_heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, H or K, D)
+        q = self.q_norm(self.q_proj(x).view(into_heads))
+        k = self.k_norm(self.k_proj(x).view(into_heads))
         q = rotate(q, *rope).transpose(1, 2)  # (B, H, T, D)
         k = rotate(k, *rope).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(into_heads).transpose(1, 2)  # (B, K, T, D): values are not rotated
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D): with those of all earlier tokens
         y = attention(q, k, v, mask)
@@ -137,7 +147,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + Attention(norm(x)), then x + FeedForward(norm(x)).
 
-    Each part reads a normalised copy of x and adds its result to x itself, which flows on unchanged.
+    Each part reads a normalised copy of x, and its result is added to x. The path of x itself has no norm
+    in it, so gradients come back through many blocks without shrinking.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -165,7 +176,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids, document_ids=None, cache=None, recompute=False):
         x = self.embed_tokens(input_ids)  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # a frozen embedding may be in 16 bits; the sum to which blocks add never is
+            x = x.float()  # blocks add to x, which must be float32; a frozen embedding may be in 16 bits
         # Rotation and mask are the same in every block, so they are made once.
         dtype = matmul_dtype(x)
         positions = token_positions(input_ids, document_ids, cache)
@@ -175,7 +186,7 @@ class Decoder(nn.Module):
         else:
             rope = cache.rope_at(positions, dtype)
         for block in self.layers:
-            if recompute:  # the reentrant kind would give adapters over a frozen embedding no gradient
+            if recompute:  # with use_reentrant LoRA's adapters get no gradient where the embedding is frozen
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
@@ -186,8 +197,8 @@ class Decoder(nn.Module):
 
 @dataclass
 class Output:
-    """The result of a forward pass. Logits are large and the loss never needs all of them, so they are
-    computed only if somebody asks for them."""
+    """The result of a forward pass. Logits are large, and training does not ask for them, so they are
+    computed only on demand."""
 
     hidden: torch.Tensor  # (B, T, C), after the final norm
     head: nn.Module
@@ -196,7 +207,7 @@ class Output:
 
     @property
     def loss(self) -> torch.Tensor | None:
-        """The mean over the supervised tokens, and 0 where there are none: a plain mean would be NaN."""
+        """The mean over the tokens that have a label, and 0 where none has: a plain mean would be NaN."""
         if self.token_losses is None:
             return None
         return self.token_losses.sum() / self.num_targets.clamp(min=1)
@@ -204,8 +215,9 @@ class Output:
     @property
     def logits(self) -> torch.Tensor:
         """(B, T, V)"""
-        dtype = getattr(self.head, "weight", self.hidden).dtype  # a head in 8 bits has no `weight`
-        return self.head(self.hidden.to(dtype))  # autocast, which would cast, may be off by now
+        weight = getattr(self.head, "weight", None)  # a head in 8 bits has none, and takes any type
+        # Somebody may ask after autocast has ended, so the cast is made here.
+        return self.head(self.hidden if weight is None else self.hidden.to(weight.dtype))
 
 
 class CausalLM(nn.Module):
@@ -217,10 +229,12 @@ class CausalLM(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-        self.gradient_checkpointing = False  # True: blocks keep only their inputs and run twice, 1/3 slower
+        # True: blocks keep only their inputs, and run again in the backward pass. Less memory, 1/3 slower.
+        self.gradient_checkpointing = False
         self.one_token = None  # a faster forward pass for decoding: see model/one_token.py
-        # As in GPT-2: small normal numbers, and smaller ones in the matrices whose results are added to x.
-        # There are 2 * layers such results, and their sum should not grow with the number of layers.
+        # As in GPT-2: small random numbers (normally distributed), and smaller ones in the matrices whose
+        # results are added to x. There are 2 * layers such results, and their sum should not grow with
+        # their number.
         std = config.initializer_range
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -249,15 +263,17 @@ class CausalLM(nn.Module):
         return Output(hidden, self.lm_head, self.token_losses(hidden, labels), num_targets)
 
     def token_losses(self, hidden, labels) -> torch.Tensor:
-        """-log p(label) in nats for each label, at the place of the label; 0 where there is none: (B, T).
+        """-log p(label), natural logarithm, at the place of each label; 0 where there is none: (B, T).
 
-        The label shift is done here, so that inputs and labels line up in the data. To learn "4 <end>":
+        The label shift is done here, so that inputs and labels line up in the data. Targets are the labels,
+        moved to the left by one. To learn "4 <end>":
             inputs      2     +     2     =     4   <end>
             labels   -100  -100  -100  -100     4   <end>
             targets  -100  -100  -100     4   <end>        the state at "=" must predict 4
         """
         states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (N, C), (N,)
-        # On a CPU only supervised tokens go through the costly head. A GPU would wait for their count.
+        # On a CPU only tokens with a label go through the costly head. On a GPU the selection does not pay:
+        # the program would have to wait until the GPU has counted these tokens.
         select = states.device.type == "cpu" and not torch.compiler.is_compiling()
         if select:
             places = (targets != -100).nonzero().squeeze(1)
@@ -267,6 +283,7 @@ class CausalLM(nn.Module):
             F.cross_entropy(self.lm_head(rows).float(), wanted, ignore_index=-100, reduction="none")
             for rows, wanted in chunks])
         if select:
-            losses = losses.new_zeros(labels[:, 1:].numel()).index_copy(0, places, losses)
+            zeros = losses.new_zeros(labels[:, 1:].numel())
+            losses = zeros.index_copy(0, places, losses)  # each loss at its place
         losses = losses.view(labels.size(0), labels.size(1) - 1)  # (B, T - 1)
         return F.pad(losses, (1, 0))  # the first token is never predicted

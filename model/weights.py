@@ -66,9 +66,8 @@ def config_from_dict(raw: dict) -> ModelConfig:
     return ModelConfig(
         **{name: raw[name] for name in sizes},
         num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim", 128 if family == "Qwen3" else None),
-        qk_norm=family == "Qwen3", attention_bias=family == "Qwen2",
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        head_dim=raw.get("head_dim", 128 if family == "Qwen3" else None), qk_norm=family == "Qwen3",
+        attention_bias=family == "Qwen2", tie_word_embeddings=raw.get("tie_word_embeddings", False),
         rope_theta=float(theta), rope_scaling=None if rope["rope_type"] == "default" else rope,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6), initializer_range=raw.get("initializer_range", 0.02),
         max_position_embeddings=raw.get("max_position_embeddings", 32768),

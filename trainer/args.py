@@ -44,7 +44,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     add("--keep_last", type=count, default=2, metavar="K", help="checkpoints kept")
     add("--on_full_disk", choices=("stop", "continue"), default="stop",
         help="where a checkpoint cannot be written: end the run, or go on until the next one")
-    add("--max_minutes", type=positive, metavar="M", help="after M minutes finish the step, save and stop")
+    add("--max_minutes", type=positive, metavar="M", help="then save and stop (default: no limit)")
     add("--seed", type=seed, default=42, metavar="N", help="of initial weights, data order and dropout")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -54,9 +54,8 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     add("--micro_batch_size", type=count, metavar="N",
         help="rows per forward pass on one device (default: the whole of its share)")
     add("--optimizer", choices=("adamw", "muon", "adamw8bit", "paged_adamw8bit"), default="adamw",
-        help="muon: Muon on the matrices of the blocks, AdamW on the rest; adamw8bit: AdamW with its state "
-             "in 8 bits, paged: moves to the CPU's memory if the GPU's is full, but not after --resume (both "
-             "need bitsandbytes)")
+        help="muon: Muon on the matrices of the blocks, AdamW on the rest; 8bit: its state in 8 bits, and "
+             "paged: on the CPU if the GPU is full, but not after --resume (both need bitsandbytes)")
     add("--learning_rate", type=positive, default=5e-4, metavar="LR", help="at its peak")
     add("--warmup_ratio", type=fraction, default=0.02, metavar="F", help="part of the steps that warms up")
     add("--lr_schedule", choices=("cosine", "wsd"), default="cosine",
@@ -128,8 +127,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     for is_wrong, message in (
         (args.max_minutes and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)),
          "--max_minutes and torchrun's --max-restarts don't go together: an ended run would restart"),
-        (args.resume and args.overwrite,
-         "--resume continues a run and --overwrite starts it anew: give one of them"),
+        (args.resume and args.overwrite, "--resume goes on, --overwrite starts anew: give one of them"),
         (args.eval_data_path and args.eval_fraction is not None,
          "--eval_fraction has no effect with --eval_data_path: give one of them"),
         (args.replay and not args.retain_data_path, "--replay needs --retain_data_path, the old data"),

@@ -14,16 +14,18 @@ from trainer.distributed import Ranks
 class Batches(Dataset):
     """The batches of a run: batches[n] is what this process reads in step n, for every n from 0 on.
 
-    It is (micro-batches, number of supervised tokens, number of tokens), both numbers over all processes.
-    Every process knows the rows of every batch, so none has to ask the others for these numbers. A batch
-    follows from its number and the seed alone, so a resumed run reads what the first run would have read.
+    batches[n] is a tuple: this process's micro-batches (the rows of one forward pass each), and two numbers
+    over all processes: supervised tokens, and all tokens. Every process knows the rows of every batch, so
+    none has to ask the others for these numbers. A batch follows from its number and the seed alone, so a
+    resumed run reads what the first run would have read.
 
         6 rows in a batch, 2 processes, micro_batch_size 2
         process 0   rows 0 2 4   in two forward passes: [0 2] [4]
         process 1   rows 1 3 5   in two forward passes: [1 3] [5]
 
-    replayed: sample numbers of old data, of which every epoch holds some rows too. They are the part `replay`
-    of all rows: 90 rows of new data and a replay of 0.1 make epochs of 100 rows, 10 of them old.
+    replayed: the sample numbers of old data. Each epoch then also has rows of old data, which are the
+    fraction `replay` of its rows: 90 rows of new data and a replay of 0.1 make epochs of 100 rows, 10 of
+    them old.
     """
 
     def __init__(self, dataset, samples: np.ndarray, ranks: Ranks, *, batch_size: int, max_seq_len: int,
@@ -34,29 +36,30 @@ class Batches(Dataset):
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.pad_token_id, self.seed = pad_token_id, seed
 
-        def fill_rows(some):
+        def fill_rows(numbers):  # a row is a list of places in `numbers`
             if packing:
-                return pack_rows(dataset.lengths, max_seq_len, seed, some)
-            return single_rows(len(some), seed)
+                return pack_rows(dataset.lengths, max_seq_len, seed, numbers)
+            return single_rows(len(numbers), seed)
 
         self.rows = fill_rows(samples)
         self.num_old = 0  # rows of old data in each epoch
         if replayed is not None:
             self.old_rows = fill_rows(replayed)
-            self.num_old = max(1, round(len(self.rows) * replay / (1 - replay)))
+            self.num_old = max(1, round(len(self.rows) * replay / (1 - replay)))  # old / (new + old) = replay
         self.epoch = -1  # the epoch that `order` belongs to
 
     def __len__(self) -> int:
-        """Batches in one epoch. The last one may have fewer rows, and then counts for less."""
+        """Batches in one epoch. The last one may have fewer rows."""
         return math.ceil((len(self.rows) + self.num_old) / self.batch_size)
 
     def __getitem__(self, number: int) -> tuple[list[dict], int, int]:
         rows = self.rows_of(number)
         samples = np.concatenate(rows)
         mine = rows[self.rank::self.world_size]
-        share = math.ceil(len(rows) / self.world_size)  # rows of the process that has most
+        share = math.ceil(len(rows) / self.world_size)  # rows of a process; some processes may have one fewer
         size = self.micro_batch_size or share
-        # All processes make the same number of forward passes. With no row left, one gets an empty row.
+        # All processes make the same number of forward passes. Where a process has no row left, its
+        # micro-batch has no target.
         micro_batches = [collate(self.dataset, mine[start:start + size], self.pad_token_id)
                          for start in range(0, share, size)]
         num_targets = int(self.dataset.num_targets[samples].sum())
@@ -65,10 +68,10 @@ class Batches(Dataset):
 
     def rows_of(self, number: int) -> list[np.ndarray]:
         """The sample numbers in each row of batch `number`."""
-        epoch, number = divmod(number, len(self))
+        epoch, place = divmod(number, len(self))
         if epoch != self.epoch:
             self.begin_epoch(epoch)
-        chosen = self.order[number * self.batch_size:(number + 1) * self.batch_size]
+        chosen = self.order[place * self.batch_size:(place + 1) * self.batch_size]
         return [self.row(index) for index in chosen]
 
     def begin_epoch(self, epoch: int) -> None:
@@ -82,11 +85,12 @@ class Batches(Dataset):
     def row(self, index: int) -> np.ndarray:
         """The sample numbers in one row of the epoch. New rows have the first indices, old rows the last."""
         if index < len(self.rows):
-            return self.samples[self.rows[index]]
-        old_row = self.old_in_epoch[index - len(self.rows)]
-        return self.replayed[self.old_rows[old_row]]
+            places = self.rows[index]
+            return self.samples[places]
+        places = self.old_rows[self.old_in_epoch[index - len(self.rows)]]
+        return self.replayed[places]
 
-    # What the loop may want to say of them
+    # For validation, for the log and for messages
 
     def one_epoch(self) -> Iterator[dict]:
         """The micro-batches of this process in one pass over the data."""
@@ -106,16 +110,20 @@ class Batches(Dataset):
         return int(self.dataset.num_bytes[self.samples].sum())
 
     def singly(self, number: int) -> Iterator[tuple[str, dict]]:
-        """Each sample of batch `number`, of all processes: its record ("x.jsonl:17"), and a batch of it."""
+        """Of each sample in batch `number`: the record ("x.jsonl:17"), and a batch with this sample alone."""
         for sample in np.concatenate(self.rows_of(number)).tolist():
             yield self.dataset.where(sample), collate(self.dataset, [[sample]], self.pad_token_id)
 
 
 def shuffled_again(size: int, start: int, count: int, seed: int) -> np.ndarray:
-    """Items start .. start + count - 1 of an endless sequence: 0 .. size - 1 shuffled, shuffled anew, ..."""
+    """A part of an endless sequence: the numbers below `size` shuffled, then shuffled in another way, ...
+
+    Returns `count` numbers, from place `start` of the sequence on.
+    """
     first, last = start // size, (start + count - 1) // size
     shuffles = [np.random.default_rng([seed, i, 1]).permutation(size) for i in range(first, last + 1)]
-    return np.concatenate(shuffles)[start - first * size:][:count]
+    begin = start - first * size
+    return np.concatenate(shuffles)[begin:begin + count]
 
 
 def split(dataset, eval_fraction: float, seed: int) -> tuple[Order, Order]:

@@ -307,9 +307,8 @@ def load_checkpoint(run_dir: Path, settings: dict[str, str], is_main: bool = Tru
         raise UsageError(OTHER_VERSION)
     for name, before in state["settings"].items():
         now = settings.get(name)
-        if name in FLAGS_OF_FILES and "None" not in (before, now):
-            continue
-        if now != before:
+        is_compared_by_content = name in FLAGS_OF_FILES and "None" not in (before, now)
+        if now != before and not is_compared_by_content:
             line = f"--resume: this run began with {name} {before}, not {now}"
             raise UsageError(f"{line}; give the same, or start anew with --overwrite")
     return state

@@ -1,7 +1,8 @@
 """The one training loop, which all stages share: read `train` from top to bottom.
 
 Stages differ in the batches, in the loss and in which parameters train. All of that is decided before
-`train`. """
+`train`.
+"""
 
 import math
 import time
@@ -27,7 +28,8 @@ def evaluate(model, batches: Batches, dtype: torch.dtype, ranks: Ranks) -> dict[
     """Loss (nats per supervised token) and bits per UTF-8 byte of supervised text, in one epoch.
 
     Bits per byte = summed loss / ln 2 / bytes. Unlike the loss per token it can be compared between
-    tokenizers. """
+    tokenizers.
+    """
     loss, num_targets = mean_loss(model, batches.one_epoch(), dtype, ranks.sum)
     bits = loss * num_targets / math.log(2)
     return {"eval_loss": loss, "bits_per_byte": bits / max(1, batches.num_bytes())}
@@ -54,7 +56,7 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         model.compile()  # in place, so the names of parameters stay as they are
-    # The model as all processes train it together. It is made first, since FSDP replaces the parameters.
+    # Through the replica all processes train together. FSDP replaces parameters, so optimizers come later.
     replica = parallelise(model, args.parallel, dtype, ranks)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = build_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
@@ -62,15 +64,16 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
     # float16 loses gradients below 6e-8, so the loss is multiplied up and the gradients are divided again.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    lock = hold(args.run_dir) if ranks.is_main else None
+    lock = hold(args.run_dir) if ranks.is_main else None  # no second process shall train in this folder
     run = resume_or_begin(args.run_dir, args.resume, settings, model, optimizers, scaler, ranks)
     tracker = Tracker(args.run_dir, ranks, run, max_steps, args.use_wandb, args.wandb_project, settings)
     data = f"{batches.description()}, {max_steps:,} steps of {args.batch_size} rows"
     tracker.log_start(run, data, settings["--dtype"], args.parallel, args.resume)
-    loader = iter(DataLoader(batches, batch_size=None, sampler=range(run.batch, 2**62),
+    loader = iter(DataLoader(batches, batch_size=None, sampler=range(run.batch, 2**62),  # without an end
                              num_workers=args.num_workers, worker_init_fn=ignore_interrupts,
                              pin_memory=device.type == "cuda"))
-    began, skipped = time.perf_counter() - run.seconds, 0  # `began` lies earlier for a resumed run
+    began = time.perf_counter() - run.seconds  # as if a resumed run had never stopped
+    skipped = 0  # batches in a row
 
     with stop_requests(args.max_minutes) as stop_requested:
         while run.step < max_steps:
@@ -78,24 +81,24 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
             factor = learning_rate_factor(run.step, max_steps, args.warmup_ratio, args.lr_schedule)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = args.learning_rate * group["ratio"] * factor
+                    group["lr"] = args.learning_rate * group["ratio"] * factor  # ratio: see optim.py
 
             # 2. Gradients of the whole batch, one micro-batch after the other
             micro_batches, num_units, num_tokens = next(loader)
-            # Dropout depends on the number of the batch alone, so that a resumed run draws the same.
+            # Each batch seeds dropout anew, so that a resumed run drops the same elements.
             torch.manual_seed((args.seed * 1_000_003 + run.batch) * ranks.world_size + ranks.rank)
             means = {}
             for i, batch in enumerate(micro_batches):
-                # DDP adds up the gradients of all processes once a step; FSDP must each time.
+                # DDP exchanges gradients in the last backward pass of a step, FSDP in every one.
                 wait = i < len(micro_batches) - 1 and isinstance(replica, DistributedDataParallel)
                 with replica.no_sync() if wait else nullcontext():
                     with autocast(device, dtype):
                         loss_sum, named_sums = loss(replica, to_device(batch, device))
                     part = loss_sum / max(1, num_units)
-                    # This multiplies by 1. Its purpose: if the loss is infinite, the gradient becomes NaN,
-                    # and the check below sees it.
+                    # This multiplies by 1. If the loss is infinite, it multiplies by NaN (0 * infinity), so
+                    # that the gradient becomes NaN too, and the check below finds it.
                     part = part * (1 + 0 * part.detach())
-                    # DDP and FSDP divide by the number of processes, but the loss is a sum over them.
+                    # DDP and FSDP take the mean of the processes' gradients. The factor makes it their sum.
                     scaler.scale(part * ranks.world_size).backward()
                 for name, value in {"loss": loss_sum, **named_sums}.items():
                     means[name] = means.get(name, 0.0) + value.detach() / max(1, num_units)
@@ -105,15 +108,15 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf))
-            stepped = math.isfinite(grad_norm)  # the same in all processes; here the CPU waits for the GPU
-            if stepped:
+            is_finite = math.isfinite(grad_norm)  # the same in all processes; here the CPU waits for the GPU
+            if is_finite:
                 for optimizer in optimizers:
                     scaler.step(optimizer)
                 run.step, run.tokens, skipped = run.step + 1, run.tokens + num_tokens, 0
                 tracker.add(means)
             else:  # no optimizer may step, not even one whose own gradients are finite
                 skipped += 1
-                if not scaler.is_enabled():
+                if not scaler.is_enabled():  # float16 finds its loss scale by skipping batches
                     tracker.say(f"warning: step {run.step + 1}: batch {run.batch - 1} is skipped: "
                                 + diagnose(model, batches, run.batch - 1, loss, dtype, ranks))
                 refuse_too_many(skipped, run.step, scaler.is_enabled(), args.run_dir)
@@ -121,16 +124,15 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
 
-            # 4. What the outside sees: log, validate, save; after a step, not after a batch that was skipped
+            # 4. Log, validate and save after a step, and not after a skipped batch; stop after both
             run.seconds = time.perf_counter() - began
-            if stepped and run.is_due(args.log_interval, max_steps):
+            if is_finite and run.is_due(args.log_interval, max_steps):
                 tracker.log_step(run, args.learning_rate * factor, grad_norm.item())
-            if stepped and eval_batches and run.is_due(args.eval_interval or max_steps, max_steps):
+            if is_finite and eval_batches and run.is_due(args.eval_interval or max_steps, max_steps):
                 tracker.log_evaluation(run, evaluate(model, eval_batches, dtype, ranks))
-                # The speed in the next log line is that of training alone.
-                run.logged_seconds += time.perf_counter() - began - run.seconds
-            stop = int(ranks.max(stop_requested()))
-            save_now = stepped and run.is_due(args.save_interval, max_steps)
+                run.logged_seconds += time.perf_counter() - began - run.seconds  # this is not training time
+            stop = int(ranks.max(stop_requested()))  # the exit code of a requested stop, or 0
+            save_now = is_finite and run.is_due(args.save_interval, max_steps)
             if save_now or (stop and run.step > 0):
                 run.seconds = time.perf_counter() - began
                 save(args.run_dir, run, model, optimizers, scaler, settings, args.keep_last, tracker,

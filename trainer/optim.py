@@ -14,16 +14,20 @@ from common.fast_start import AdamW, Optimizer
 from trainer.adamw_8bit import adamw_8bit
 from trainer.distributed import full_tensor, shard_like, share_out, world_size
 
-MAX_NUMBERS_AT_ONCE = 2**27  # in the matrices that Muon takes as one batch; bounds the memory of their copies
+MAX_NUMBERS_AT_ONCE = 2**27  # Muon's batches of matrices hold at most so many numbers, which bounds memory
 
 
 def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, schedule: str = "cosine") -> float:
     """The factor of the peak learning rate at `step` (0, 1, ...). A linear warm-up comes first, and then
 
-    cosine  half a cosine. 100 steps, 2 of them warm-up: step 0 -> 0.5, 1 -> 1, 51 -> 0.5, 99 -> 0.0003
+    cosine  half a cosine
     wsd     1 until the middle, then a straight line down (warm-up, stable, decay: Hu et al. 2024,
-            arXiv:2404.06395). 100 steps, 2 of them warm-up: step 0 -> 0.5, 1 -> 1, 50 -> 1, 75 -> 0.5, 99
-            -> 0.02
+            arXiv:2404.06395)
+
+    Of 100 steps, 2 of them warm-up, the factors are
+
+    cosine  step 0 -> 0.5, 1 -> 1, 51 -> 0.5, 99 -> 0.0003
+    wsd     step 0 -> 0.5, 1 -> 1, 50 -> 1, 75 -> 0.5, 99 -> 0.02
 
     It is above 0 at the first step and at the last, so both of them learn something.
     """
@@ -38,18 +42,21 @@ def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, schedul
 class Muon(Optimizer):
     """W <- W - lr * (decay * W + 0.2 * sqrt(max(rows, columns)) * orthogonalise(momentum))
 
-    The momentum of a weight matrix is replaced by the nearest matrix whose singular values are all about one.
-    So directions that the gradient hardly shows are learned as fast as those that dominate it. The factor
-    0.2 * sqrt(max(...)) gives the update the size of AdamW's, so both take the same learning rate (Liu et al.
+    A matrix stretches vectors in some directions more than in others; the factors are its singular values.
+    In a gradient a few directions dominate. Muon replaces the momentum by the nearest matrix whose singular
+    values are all about one, so that the other directions are learned as fast. The factor 0.2 *
+    sqrt(max(...)) gives the update the size of AdamW's, so both take the same learning rate (Liu et al.
     2025).
 
-    The updates are those of torch.optim.Muon with adjust_lr_fn="match_rms_adamw". But matrices of one shape
-    go through the iteration as one batch, which for small models is twice as fast on a CPU, and several
-    processes, which have the same gradients by now, divide the batch among them.
+    The updates are those of torch.optim.Muon with adjust_lr_fn="match_rms_adamw". But `orthogonalise` takes
+    matrices of one shape as one batch, which for small models is twice as fast on a CPU. Where several
+    processes train together, all have the same gradients at this point, and each computes a part of the
+    batch.
 
-    dtype: of the iteration. bfloat16 is fast, and exact enough to learn by. But it makes a difference in the
-    last digit of a gradient (the sum was taken in another order, on another number of processes) a thousand
-    times larger. So a run in float32 iterates in float32.
+    dtype: the type in which `orthogonalise` computes. bfloat16 is fast, and exact enough to learn. But it
+    enlarges differences: if two gradients differ in the last digit, because another number of processes
+    added them up in another order, the updates differ a thousand times more. So a run in float32 uses
+    float32 here too.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95,
@@ -65,7 +72,7 @@ class Muon(Optimizer):
                 if parameter.grad is not None:
                     same_shape.setdefault(parameter.shape, []).append(parameter)
             for (rows, columns), weights in same_shape.items():
-                at_once = max(world_size(), MAX_NUMBERS_AT_ONCE // (rows * columns))
+                at_once = max(world_size(), MAX_NUMBERS_AT_ONCE // (rows * columns))  # one for each process
                 for i in range(0, len(weights), at_once):
                     self.update(weights[i:i + at_once], group)
 
@@ -76,10 +83,14 @@ class Muon(Optimizer):
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
+        # lerp(a, b, t) is a + t (b - a). So with m = group["momentum"], a momentum becomes
+        # m * momentum + (1 - m) * gradient.
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step further on
+        # Nesterov's variant uses the momentum as one more such step would make it.
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
         whole = [full_tensor(matrix) for matrix in ahead]  # with FSDP each process holds a part of a matrix
-        updates = share_out(orthogonalise, torch.stack(whole).to(self.dtype)).to(weights[0].dtype)
+        batch = torch.stack(whole).to(self.dtype)  # (n, rows, columns)
+        updates = share_out(orthogonalise, batch).to(weights[0].dtype)  # each process computes some of the n
         updates = [shard_like(update, weight) for update, weight in zip(updates, weights, strict=True)]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         scale = 0.2 * math.sqrt(max(weights[0].shape))
@@ -90,15 +101,16 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Matrices (n, rows, columns) with their singular vectors kept, and all their singular values near one.
 
     Five steps of a Newton-Schulz iteration, in the matrices' own dtype. A step sends each singular value s to
-    3.4445 s - 4.775 s^3 + 2.0315 s^5. That more than triples small ones, and keeps those from 0.7 to 1.2
-    there. """
+    3.4445 s - 4.775 s^3 + 2.0315 s^5. Small values more than triple, and values from 0.7 to 1.2 stay in
+    that range.
+    """
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices  # wide, so that the products below are (rows, rows)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no singular value is above one
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is larger than this norm
     for _ in range(5):
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)  # -4.775 g + 2.0315 g @ g
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)  # 3.4445 x + polynomial @ x
     return x.mT if tall else x
 
 
@@ -108,13 +120,13 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
 
     With "muon" the matrices inside the blocks go to Muon, and the rest to AdamW.
 
-    Weight decay pulls matrices towards zero. It leaves out gains and biases, which are few and scale whatever
-    follows. It also leaves out the embedding, a table in which each word has a row: the rows of words that a
-    stage never meets would shrink to nothing.
+    Weight decay pulls matrices towards zero. It leaves out the weights of norms and the biases, which are
+    few and must be free to have any size. It also leaves out the embedding, a table in which each word has
+    a row: the rows of words that a stage never meets would shrink to nothing.
 
-    Each group carries its `ratio` to the learning rate: 1, or lora_plus_ratio for LoRA's B (LoRA+: Hayou et
-    al. 2024, https://arxiv.org/abs/2402.12354). With one rate for A and B wide layers learn too little: B
-    starts at zero and has to grow, while A only has to turn.
+    Each group carries its `ratio` to the learning rate. The ratio is 1, or lora_plus_ratio for the matrix B
+    of LoRA (model/lora.py). B starts at zero and has to grow, and in wide layers it grows too slowly if it
+    learns at the rate of A (LoRA+: Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
 
     dtype: of the forward pass. Raises UsageError where "adamw8bit" cannot run.
     """
@@ -133,14 +145,14 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
     optimizers: list[torch.optim.Optimizer] = []
     if for_adamw:
         device = for_adamw[0]["params"][0].device.type
-        # A beta2 of 0.99 and not 0.95: the row of a rare word gets a gradient once in many steps, and AdamW
-        # should still remember its scale by then.
+        # The second beta decides for how long AdamW remembers the size of gradients. The row of a rare word
+        # in the embedding gets a gradient once in many steps, so 0.99 is better than 0.95, which many
+        # others use.
         settings = {"lr": learning_rate, "betas": (0.9, 0.99)}
         if "8bit" in name:
             optimizers.append(adamw_8bit(name, device)(for_adamw, **settings))
-        else:
-            fused = device in ("cpu", "cuda")  # one kernel for a whole group
-            optimizers.append(AdamW(for_adamw, **settings, fused=fused))
+        else:  # fused: one kernel for a whole group
+            optimizers.append(AdamW(for_adamw, **settings, fused=device in ("cpu", "cuda")))
     if for_muon:
         # GPUs that train in float16 have no fast bfloat16, and float16 would lose small gradients.
         iteration_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

@@ -25,7 +25,7 @@ from trainer.retention import TwoDatasets, hold_out
 
 
 def is_finished(run_dir: Path, resume: bool, overwrite: bool, ranks: Ranks) -> bool:
-    """With --resume: True, and a line about it, where the run has been carried to its end already.
+    """Whether --resume asks to continue a run that has already reached its end. If so, a line says that.
 
     Raises UsageError where a stopped run would be lost because --resume is missing. A finished run may be
     trained anew: its result stays until the new result takes its place.
@@ -35,11 +35,12 @@ def is_finished(run_dir: Path, resume: bool, overwrite: bool, ranks: Ranks) -> b
         raise UsageError(f"{run_dir} holds an unfinished run ({states[-1].name}): give --resume to go "
                          f"on with it, another --name, or --overwrite to drop it")
     finished = resume and (run_dir / "training.json").exists() and not (run_dir / "checkpoints").exists()
-    # Every process waits here. Process 0 holds the rendezvous store; once it exits, no other can join.
+    # All processes wait here for each other. They meet through process 0: if it ended now, a process that
+    # starts more slowly could not join any more.
     if not ranks.same(finished):
         raise UsageError(f"--resume: hosts see different files in {run_dir}, which must be shared")
     if finished and ranks.is_main:
-        drop_checkpoints(run_dir)  # the rest of them, if dropping them was interrupted
+        drop_checkpoints(run_dir)  # an interrupted removal leaves a folder of another name
         print(f"{run_dir} is finished already; without --resume it is trained anew")
     return finished
 
@@ -53,15 +54,18 @@ def load_weights(folder: Path):
                          + (f"; make it first: python {script}" if is_ours else ""))
     tokenizer, model = load_tokenizer(folder), load_model(folder)
     if len(tokenizer) > model.config.vocab_size:
-        sizes = f"{len(tokenizer):,} entries, its weights {model.config.vocab_size:,}"
-        raise UsageError(f"--load_from {folder}: its tokenizer has {sizes}: they do not belong together")
+        raise UsageError(f"--load_from {folder}: its tokenizer has {len(tokenizer):,} entries, its weights "
+                         f"have {model.config.vocab_size:,}: they do not belong together")
     return model, tokenizer
 
 
 def add_lora(model, ranks: Ranks, /, *, lora_rank, lora_alpha, lora_dropout, lora_rslora, lora_init,
              target_modules, quantize, dtype, seed, **other_flags) -> None:
-    """Adds adapters in float32 over a frozen base. The base is held in 4 bits (--quantize nf4), or in the
-    type that the forward pass computes in."""
+    """Adds adapters in float32 to the model, whose own weights (the base) are frozen.
+
+    The base is held in 4 bits (--quantize nf4), or in the type that the forward pass computes in. The caller
+    passes all flags by name, as **vars(args); those that nobody needs here are other_flags.
+    """
     if quantize == "nf4":
         quantize_model(model)
         if ranks.is_main:
@@ -77,6 +81,7 @@ def what_trains(model) -> str:
     if all(p.requires_grad for p in model.parameters()):
         return f"{count_parameters(model):,} parameters, all of them trained"
     if not any(p.requires_grad and ".lora." in name for name, p in model.named_parameters()):
+        # The model came in 4 bits and without adapters, so nothing in it can train.
         raise UsageError("weights in 4 bits can't be trained: train adapters over them, with train_lora.py")
     return count_line(model)
 
@@ -84,14 +89,15 @@ def what_trains(model) -> str:
 def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, eval_fraction, world,
               retain_data_path, replay, strict, max_seq_len, batch_size, micro_batch_size, packing, seed,
               **other_flags) -> tuple[Batches, Batches | None, Batches | None]:
-    """Batches for training, for validation, and of old data to be measured (--retain_data_path).
+    """Batches for training, for validation, and of old data (--retain_data_path), to see what is forgotten.
 
-    kind: the dataset class. Flags are passed by name, all of them as **vars(args). world: the embedded file
-    to use where there is no --data_path. Validation data is --eval_data_path, else the world's own, else
-    --eval_fraction of the training data. Process 0 tokenises into the cache, and the others read it there.
+    kind: the dataset class. Flags are passed as in add_lora. world: which built-in data
+    (dataset/synthetic.py) serves where there is no --data_path. Validation data is --eval_data_path, else
+    that of the built-in data, else --eval_fraction of the training data. Process 0 tokenises, and the
+    others read its token cache.
     """
     if not data_path:
-        from dataset.synthetic import ensure_world  # here, because it reads the world's tables
+        from dataset.synthetic import ensure_world  # imported here, because this import reads files
 
         with ranks.main_first():
             files = ensure_world(ROOT / "out" / "world")
@@ -107,6 +113,7 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_seq_len": max_seq_len,
             "packing": packing, "seed": seed, "pad_token_id": pad}
+    # Order(n) is the numbers 0 to n - 1 as they are; split and hold_out shuffle them by the seed.
     if eval_set is not None:
         train_samples, eval_samples = Order(len(train_set)), Order(len(eval_set))
     else:
@@ -118,7 +125,7 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
         old_samples, measured_samples = hold_out(old_set, seed)
         retained = Batches(old_set, measured_samples, ranks, **rows)
         if replay:
-            replayed = len(train_set) + old_samples
+            replayed = len(train_set) + old_samples  # in TwoDatasets old samples come last
             train_set = TwoDatasets(train_set, old_set)
     batches = Batches(train_set, train_samples, ranks, replayed=replayed, replay=replay, **rows)
     return batches, eval_batches, retained
@@ -126,7 +133,7 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
 
 @contextmanager
 def last_save(run_dir: Path):
-    """Around the saving of the result: the checkpoints are dropped once it is on the disk, and not before."""
+    """A context for saving the result. Only after it is on the disk are the checkpoints dropped."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -127,13 +127,12 @@ class Tracker:
 
     def say(self, line: str, file=None) -> None:
         """Prints a line; nothing where nobody reads it any more (`| head`), or where its disk is full."""
-        if self.active:
+        with suppress(OSError):
             try:
-                print(line, file=file, flush=True)
+                if self.active:
+                    print(line, file=file, flush=True)
             except BrokenPipeError:  # everything printed there from now on is thrown away
                 os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
-            except OSError:
-                pass
 
     def finish(self) -> None:
         """Draws loss.png and closes Weights & Biases."""

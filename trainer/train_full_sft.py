@@ -1,9 +1,9 @@
-"""Full supervised fine-tuning (SFT): a pretrained model learns to answer, all of its parameters trained.
+"""Full supervised fine-tuning (SFT): a pretrained model learns to answer. All of its parameters train.
 
-    python trainer/train_full_sft.py                # the embedded chats, on out/pretrain: writes out/full_sft
+    python trainer/train_full_sft.py                # built-in chats; reads out/pretrain, writes out/full_sft
     python trainer/train_full_sft.py --data_path my_chats.jsonl --load_from out/pretrain --epochs 2
 
-Beside the weights lie metrics.jsonl and loss.png. `torchrun --nproc_per_node 2` in the place of `python` is
+The folder also gets metrics.jsonl and loss.png. `torchrun --nproc_per_node 2` in the place of `python` is
 the same run on two processes. After a stop the same command with --resume goes on.
 """
 
@@ -25,7 +25,7 @@ def main(args):
     from trainer.losses import cross_entropy
     from trainer.retention import compare, measure
 
-    ranks = join_ranks(args.device)
+    ranks = join_ranks(args.device)  # which process of torchrun this is, and its device
     if stage.is_finished(args.run_dir, args.resume, args.overwrite, ranks):
         return
     # The model that another stage left, and its tokenizer
@@ -34,6 +34,7 @@ def main(args):
     batches, eval_batches, retained = stage.load_data(SFTDataset, tokenizer, ranks, **vars(args))
     if ranks.is_main:
         print(stage.what_trains(model))
+    # With --retain_data_path: what the model knows of old data, before and after
     before = measure(model, eval_batches, retained, args.dtype, ranks)
     result = train(model, batches, cross_entropy, eval_batches, args, ranks)
     result |= compare(before, measure(model, eval_batches, retained, args.dtype, ranks), ranks)

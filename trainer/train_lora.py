@@ -1,9 +1,9 @@
-"""LoRA fine-tuning: a chat model learns something new through small adapters, every weight of its own frozen.
+"""LoRA fine-tuning: a chat model learns something new in small adapters. Its own weights stay as they are.
 
-    python trainer/train_lora.py          # the embedded plant doctor, on out/full_sft: writes out/lora_clinic
+    python trainer/train_lora.py          # built-in chats about ill plants; reads out/full_sft
     python trainer/train_lora.py --data_path my_chats.jsonl --name lora_mine --lora_rank 16
 
-Beside the weights lie metrics.jsonl and loss.png. `torchrun --nproc_per_node 2` in the place of `python` is
+The folder also gets metrics.jsonl and loss.png. `torchrun --nproc_per_node 2` in the place of `python` is
 the same run on two processes. After a stop the same command with --resume goes on.
 """
 
@@ -25,7 +25,7 @@ def main(args):
     from trainer.losses import cross_entropy
     from trainer.retention import compare, measure
 
-    ranks = join_ranks(args.device)
+    ranks = join_ranks(args.device)  # which process of torchrun this is, and its device
     if stage.is_finished(args.run_dir, args.resume, args.overwrite, ranks):
         return
     # The model that another stage left, and its tokenizer
@@ -35,6 +35,7 @@ def main(args):
     batches, eval_batches, retained = stage.load_data(SFTDataset, tokenizer, ranks, **vars(args))
     if ranks.is_main:
         print(stage.what_trains(model))
+    # With --retain_data_path: what the model knows of old data, before and after
     before = measure(model, eval_batches, retained, args.dtype, ranks)
     result = train(model, batches, cross_entropy, eval_batches, args, ranks)
     result |= compare(before, measure(model, eval_batches, retained, args.dtype, ranks), ranks)

@@ -1,6 +1,6 @@
 """Pretraining: a model that has seen nothing learns to predict the next token of plain text.
 
-    python trainer/train_pretrain.py                                    # the embedded world, the tiny model
+    python trainer/train_pretrain.py                                    # the built-in texts, the tiny model
     python trainer/train_pretrain.py --data_path my.jsonl --preset 26m --max_seq_len 512 --epochs 2
     torchrun --nproc_per_node 2 trainer/train_pretrain.py               # the same run on two processes
     python trainer/train_pretrain.py --resume                           # go on after a stop
@@ -33,7 +33,7 @@ def main(args):
     from trainer.loop import train
     from trainer.losses import cross_entropy
 
-    ranks = join_ranks(args.device)
+    ranks = join_ranks(args.device)  # which process of torchrun this is, and its device
     if stage.is_finished(args.run_dir, args.resume, args.overwrite, ranks):
         return
     # The model: random weights in the shape of a preset, or weights to go on from
@@ -63,8 +63,8 @@ if __name__ == "__main__":
     for name in SHAPE:
         shape.add_argument(f"--{name}", type=int, metavar="N", help="instead of the preset's")
     shape.add_argument("--tokenizer", type=Path, default=flags.ROOT / "model" / "tokenizer", metavar="DIR",
-                       help="its tokenizer")
-    # What learns most from few tokens, as tried in docs/speedrun.md
+                       help="the model's tokenizer")
+    # With these settings a model learns most from few tokens: docs/speedrun.md tried them.
     parser.set_defaults(stage="pretrain", world="pretrain", name="pretrain", optimizer="muon",
                         learning_rate=5e-3, lr_schedule="wsd", batch_size=16, max_seq_len=256)
     args = flags.parse_args(parser)

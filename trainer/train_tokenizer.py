@@ -85,12 +85,9 @@ def build_tokenizer(texts, vocab_size, max_token_length=16):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=CONTROL_TOKENS,
+        vocab_size=vocab_size, special_tokens=CONTROL_TOKENS, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, seen or not
-        max_token_length=max_token_length,  # bytes, so five characters of Chinese: words, not whole phrases
-        show_progress=False,
-    )
+        max_token_length=max_token_length)  # bytes: five characters of Chinese, words and not whole phrases
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 

@@ -113,7 +113,8 @@ def test_sample_longer_than_the_row(make, tokenizer, capsys):
     assert "data.jsonl:2: a sample of" in err and "dropped" in err
     assert "data.jsonl:3: a sample of" in err and "cut" in err
     assert dataset.summary == (
-        "samples over 32 tokens dropped (no assistant's word before that): 1, samples over 32 tokens cut: 1"
+        "samples over 32 tokens dropped (no word of the assistant in the row): 1, "
+        "samples over 32 tokens cut: 1"
     )
     with pytest.raises(DataError, match=r"data.jsonl:2: .*--strict"):
         make(SFTDataset, max_length=32, strict=True)  # from the cache
