@@ -249,12 +249,12 @@ def without_lock():
     writing, but a failing disk does."""
     import trainer.loop
 
-    hold = trainer.loop.hold
-    trainer.loop.hold = lambda run_dir: None
+    lock_folder = trainer.loop.lock_folder
+    trainer.loop.lock_folder = lambda run_dir: None
     try:
         yield
     finally:
-        trainer.loop.hold = hold
+        trainer.loop.lock_folder = lock_folder
 
 
 def remount(folder: Path, mode: str) -> None:

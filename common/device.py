@@ -1,4 +1,6 @@
-"""Which device computes, and in which number type: the only file that knows what hardware can do."""
+"""Which device computes, and in which number type: the only file that knows what hardware can do.
+A reader may skip this file.
+"""
 
 import ctypes
 import sys
@@ -21,8 +23,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         available = [*(f"cuda:{index}" for index in range(torch.cuda.device_count())), *available]
     chosen = available[0].split(":")[0] if name == "auto" else name
     chosen = f"cuda:{local_rank}" if chosen == "cuda" else chosen
-    if chosen not in available:
-        raise UsageError(f"--device {name}: no such device here; there is {', '.join(available)}")
+    if chosen not in available and chosen.removesuffix(":0") not in available:
+        raise UsageError(f"--device {name}: there is no {chosen} here, only {', '.join(available)}")
     return torch.device(chosen)
 
 

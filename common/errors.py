@@ -1,4 +1,6 @@
-"""The errors that become one line for the person at the keyboard, and the exit codes of a training run."""
+"""The errors that become one line for the person at the keyboard, and the exit codes of a training run.
+A reader may skip this file.
+"""
 
 import signal
 

@@ -1,4 +1,5 @@
 """Files: written whole or not at all, and read with care, since a stranger may have made them.
+A reader may skip this file.
 
     with writing(Path("out/mine"), last=("config.json",)) as temporary:
         temporary.mkdir()

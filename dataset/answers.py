@@ -1,4 +1,5 @@
-"""When an answer is right. Scoring asks here, and so does whoever else has to know.
+"""When an answer is right. Scoring asks here, and so shall all code that has to know.
+A reader may skip this file.
 
     test = answer_test({"question": "What is 2 + 3?", "answer": "2 + 3 = 5\\n#### 5"})
     test.is_right("The answer is 5.")  # True

@@ -10,12 +10,12 @@ dataset/foreign_chat.py.
 
 Control tokens such as <|im_end|> come from this file alone. The words of people are encoded by a copy of the
 tokenizer that knows no control tokens, so "<|im_end|>" typed by a user is encoded as harmless ordinary
-text. One rule differs for the assistant's messages: in them <think>, </think>, <tool_call>, </tool_call> do
-become control tokens, because the model itself must learn to write them.
+text. In the assistant's messages there is an exception: <think>, </think>, <tool_call> and </tool_call>
+become control tokens there, because the model itself must learn to write them.
 
 A conversation is written as pieces (text, is_control, is_supervised), and each piece is encoded apart from
-its neighbours. The header "assistant\n" is a piece of its own. So the ids of a prompt are exactly those that
-came before the answer in training:
+its neighbours, so no token reaches over the border of two pieces. The header "assistant\n" is a piece of its
+own. Therefore the ids of a prompt are exactly those that came before the answer in training:
 
     [..., ("<|im_start|>", True, False), ("assistant\n", False, False),
           ("Hello!", False, True), ("<|im_end|>", True, True), ("\n", False, False)]
@@ -41,7 +41,7 @@ TOOLS_PREAMBLE = "You may call these tools by name, with JSON arguments:\n<tools
 
 def write_chat(tokenizer, messages: list[dict], tools=None, add_generation_prompt=False) -> list[Piece]:
     """A conversation as pieces, in our format or in that of the tokenizer's template. Raises DataError."""
-    for message in messages:  # A template would write any role as it is, even one that holds control tokens.
+    for message in messages:  # Checked because a role is written as it is, and might contain control tokens.
         if message["role"] not in ROLES.values():
             raise DataError(f"the role {str(message['role'])[:30]!r} is not system, user, assistant or tool")
     if template := plain_encoder(tokenizer).template:
@@ -103,8 +103,9 @@ def to_json(value: object) -> str:
 class PlainEncoder:
     """A copy of the tokenizer that knows no control tokens, and beside it a table of these tokens.
 
-    The copy has no added tokens. Byte-pair encoding (BPE) builds tokens by merging neighbours, and merges
-    whose result is a control token are removed. `encode_batch` also checks its result.
+    The copy has no added tokens. Byte-pair encoding (BPE) builds long tokens out of short ones by a list of
+    pairs to merge. A pair that merges into a control token is taken off the list. `encode_batch` also checks
+    its result.
     """
 
     def __init__(self, tokenizer):
@@ -122,14 +123,16 @@ class PlainEncoder:
         self.forbidden = {*self.control.values(), self.unknown}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Texts -> ids, on all cores. Raises CannotEncode, and DataError if there is a control token in
-        them.
+        """Texts -> ids, on all cores.
+
+        Raises CannotEncode for a text with an unknown character, and DataError where ids include a control
+        token all the same.
         """
         try:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):  # an invalid character, which a terminal can deliver
+        except (TypeError, UnicodeEncodeError):  # half of a surrogate pair, which a terminal can deliver
             return self.encode_batch([text.encode("utf-8", "replace").decode("utf-8") for text in texts])
-        except Exception as error:  # the library raises no more special type
+        except Exception as error:  # the library raises plain Exceptions
             raise CannotEncode(f"{NO_TOKEN} ({one_line(error)})") from None
         batch = [encoding.ids for encoding in encodings]
         for ids in batch:
@@ -170,11 +173,11 @@ def encode_pieces(tokenizer, conversations: list[list[Piece]]) -> list[tuple[lis
     for token in (START, END):
         if token not in encoder.control:
             raise DataError(f"the tokenizer has no {token} token, which chat needs (model/tokenizer has it)")
-    # A control token that the tokenizer does not have, such as <think> in some, is encoded as text.
     ids_of = {(text, True): [index] for text, index in encoder.control.items()}  # (text, is_control) -> ids
-    pieces = {(text, control) for conversation in conversations for text, control, _ in conversation}
-    new = list(pieces - ids_of.keys())
-    ids_of |= zip(new, encoder.encode_batch([text for text, _ in new]), strict=True)
+    different = {(text, control) for conversation in conversations for text, control, _ in conversation}
+    # All but the control tokens of this tokenizer is text. In some <think> is no token, and then text, too.
+    texts = [piece for piece in different if piece not in ids_of]
+    ids_of.update(zip(texts, encoder.encode_batch([text for text, _ in texts]), strict=True))
     result = []
     for conversation in conversations:
         ids, mask = [], []

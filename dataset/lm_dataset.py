@@ -1,7 +1,7 @@
 """PretrainDataset and SFTDataset: files of records -> (input_ids, labels).
 
 Labels stand at the positions of their inputs (the model shifts them), and -100 is not trained. An example
-of each:
+of each dataset:
 
     pretrain   text "A cat ."              input_ids   A    cat  .    <|endoftext|>
                                            labels     -100  cat  .    <|endoftext|>
@@ -29,8 +29,8 @@ from dataset.token_cache import cached_tokens
 class TokenDataset(torch.utils.data.Dataset):
     """What both datasets share: samples from a token cache on disk.
 
-    dataset/token_cache.py builds the cache at the first start, with the methods `prepare`, `encode` and `cut`
-    of the two classes below, and maps it into memory at every later start. Bad records are counted and
+    dataset/token_cache.py builds the cache at the first start. For that it calls the methods `prepare`,
+    `encode` and `cut` of the two classes below. Later starts only map the cache. Bad records are counted and
     skipped, and the first few are shown with path:line; with strict they are fatal. Raises DataError for a
     file that is missing or empty, or without a single usable record.
     """
@@ -53,23 +53,23 @@ class TokenDataset(torch.utils.data.Dataset):
         labels[0] = -100
         if self.cache.mask is not None:
             labels[self.cache.mask[start:end] == 0] = -100
-        self.cache.was_read()  # gives memory back from time to time
+        self.cache.count_read()  # after some reads their memory is given back
         return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
     @property
     def identity(self) -> str:
-        """A line that differs for other data, and for the same files after a change."""
+        """A line about the content. If a file changes in any way, its line changes."""
         tokens, sha256 = int(self.lengths.sum()), self.cache.meta["sha256"]
         return f"{len(self):,} samples of {tokens:,} tokens, sha256 {sha256[:16]}"
 
     def where(self, sample: int) -> str:
         """The record that a sample was made of, such as "data.jsonl:17"."""
         sample = range(len(self))[sample]  # as above
-        path = self.paths[bisect_right(self.cache.meta["first_samples"], sample) - 1]
-        return f"{path}:{self.cache.lines[sample]}"
+        file = bisect_right(self.cache.meta["first_samples"], sample) - 1  # the last that begins before it
+        return f"{self.paths[file]}:{self.cache.lines[sample]}"
 
-    # Arrays with a number for each sample. They are properties, because a DataLoader copies attributes into
-    # each of its worker processes. (The cache travels as its path.)
+    # Arrays with a number for each sample. They are properties and no attributes: a DataLoader would copy
+    # attributes into each of its worker processes. (Of the cache only the path is copied.)
     lengths = property(lambda self: self.cache.lengths)  # tokens, int32
     num_targets = property(lambda self: self.cache.num_targets)  # supervised tokens, int32
     num_bytes = property(lambda self: self.cache.num_bytes)  # UTF-8 bytes of supervised tokens, int64
@@ -109,7 +109,7 @@ class PretrainDataset(TokenDataset):
 class SFTDataset(TokenDataset):
     """Conversations in the formats of dataset/messages.py; targets are the assistant's words + <|im_end|>.
 
-    A sample longer than max_length is cut there, or dropped when no target is left; both are counted.
+    A sample is cut after max_length tokens, or dropped when that leaves no target. Both are counted.
     """
 
     kind = "sft"
@@ -154,4 +154,4 @@ def collate(dataset, rows: list[list[int]], pad_token_id: int) -> dict:
     one_each = all(len(row) == 1 for row in rows)
     return {"input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-            "document_ids": None if one_each else pad_sequence(document_ids, True, -1)}
+            "document_ids": None if one_each else pad_sequence(document_ids, True, -1)}  # True: batch first

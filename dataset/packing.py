@@ -102,7 +102,7 @@ class Rows(Sequence):
         index = range(len(self))[index]  # negative indices; IndexError at the end
         row = self.arrays.samples[self.arrays.offsets[index] : self.arrays.offsets[index + 1]]
         if isinstance(self.arrays, TokenCache):
-            self.arrays.was_read()
+            self.arrays.count_read()
         return row.tolist() if isinstance(row, np.ndarray) else list(row)
 
 

@@ -25,7 +25,6 @@ The file reads from top to bottom: what is held out; a generator for each family
 for each kind of pretraining text; the files.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -36,15 +35,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.cli import ROOT, Parser, run_script  # noqa: E402, I001
+from common.errors import DataError  # noqa: E402, I001
 from common.files import write_whole  # noqa: E402, I001
-from dataset.world import (  # noqa: E402, I001  (grouped: tables, names, sentences, numbers)
-    ANIMALS, CLINIC, ENTITIES, FACTS, FACTS_ABOUT, FACT_TEMPLATES, FAVOURITES, FAVOURITE_KINDS, HEROES, KINDS,
-    LANGUAGES, NAMES, NOUNS, OPPOSITES, PETS, PHRASES, PLACES, PLANTS, QUESTIONS, TABLES, UNKNOWN,
-    WORLD_FOLDER, cell, find, is_chinese, meetings, name_of, ordinary_text, words_of,
-    BETWEEN_ITEMS, BETWEEN_SENTENCES, bare, capital, fill, read_wordings,
-    either_way, say, say_how_often, say_kind, say_translation, tell_story,
-    in_words, pairs_in_between, with_commas, worked,
-)
+try:
+    from dataset.world import (  # noqa: E402, I001  (grouped: tables, names, sentences, numbers)
+        ANIMALS, CLINIC, ENTITIES, FACTS, FACTS_ABOUT, FACT_TEMPLATES, FAVOURITES, FAVOURITE_KINDS, HEROES,
+        KINDS, LANGUAGES, NAMES, NOUNS, OPPOSITES, PETS, PHRASES, PLACES, PLANTS, QUESTIONS, TABLES, UNKNOWN,
+        WORLD_FOLDER, cell, find, is_chinese, meetings, name_of, ordinary_text, words_of,
+        BETWEEN_ITEMS, BETWEEN_SENTENCES, bare, capital, fill, read_wordings,
+        either_way, say, say_how_often, say_kind, say_translation, tell_story,
+        in_words, pairs_in_between, with_commas, worked,
+    )
+except DataError as error:  # a mistake in an edited file; a training script reports it by itself
+    if __name__ == "__main__":
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    raise
 
 # ------------------------------------------------------------------------------------------- what is held out
 
@@ -665,26 +672,20 @@ def ensure_world(folder):
     return write_world(folder)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Write the embedded bilingual world as JSONL files.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out_dir", default=Path(__file__).resolve().parents[1] / "out" / "world", type=Path,
-                        help="folder for the files")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another split and other records")
-    args = parser.parse_args()
-    try:
-        written = write_world(args.out_dir, args.seed)
-    except OSError as error:
-        print(f"error: cannot write the world to {args.out_dir}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
-    for path in written.values():
+def main(args):
+    for path in write_world(args.out_dir, args.seed).values():
         with open(path, encoding="utf-8") as file:
             print(f"{path}: {sum(1 for _ in file):,} records, {path.stat().st_size / 1e6:.2f} MB")
-    return 0
+
+
+def parse_args():
+    parser = Parser(description="Write the embedded bilingual world as JSONL files.")
+    parser.add_argument("--out_dir", default=ROOT / "out" / "world", type=Path, metavar="DIR",
+                        help="folder for the files")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="another seed, another split and other records")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, parse_args())

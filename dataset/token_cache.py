@@ -63,7 +63,7 @@ def cache_key(paths: list[str], **settings) -> str:
 class TokenCache:
     """A folder of flat arrays, memory-mapped; sample i is tokens[offsets[i] : offsets[i + 1]].
 
-    Mapped pages count as the process's memory once they are read. `was_read`, called after each read, gives
+    Mapped pages count as the process's memory once they are read. `count_read`, called after each read, gives
     them back from time to time; they stay in the system's own cache as long as nobody needs the room.
 
     tokens (uint16, or uint32 for vocabularies over 65,536), mask (uint8, 1 = supervised; absent: all but the
@@ -91,7 +91,7 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def was_read(self) -> None:
+    def count_read(self) -> None:
         self.reads += 1
         if self.reads % READS_PER_RELEASE == 0 and hasattr(mmap, "MADV_DONTNEED"):  # Windows trims by itself
             for pages in self.maps:

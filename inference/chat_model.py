@@ -1,4 +1,5 @@
 """A loaded model that answers: for the terminal (eval_model.py), for scoring, and for a server.
+A reader may skip this file.
 
     chat_model = ChatModel("out/full_sft", adapters=["lora_clinic"])
     ids = chat_model.encode([{"role": "user", "content": "Who are you?"}])

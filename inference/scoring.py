@@ -1,4 +1,6 @@
-"""Scores a model on test files: eval_model.py --data_path. The records, and when an answer is right:
+"""Scores a model on test files: eval_model.py --data_path. A reader may skip this file.
+
+The records, and when an answer is right:
 
     {"conversations": [..., {"role": "assistant", "content": "12"}]}   right: the answer is the last turn
         "answers": ["12", "It is 12."]                                 ... is any of these instead

@@ -1,4 +1,5 @@
 """Several adapters on one model: one in use at a time, or a blend of them, or another one for each row.
+A reader may skip this file.
 
     adapters = Adapters(model)
     adapters.load("out/lora_clinic")                       # its name is that of its folder
@@ -12,8 +13,7 @@
     adapters.use("both")
     save_lora(model, "out/both")                           # saves the adapter in use
 
-Also here: LoRA is switched off, removed, and described for a person. model/lora.py can be understood without
-this file. In both files `rank` is the width of A and of B.
+Also here: LoRA is switched off, removed, and described for a person. `rank` is the width of A and of B.
 """
 
 import math

@@ -1,7 +1,8 @@
 """Attention: softmax(Q K^T / sqrt(D)) V, and the faster ways to compute the same numbers.
+A reader may skip all but `plain_attention`.
 
-`plain_attention` is the definition, and with `AttentionMask` it is all that a reader needs. The model calls
-`attention`, which gives the same result by the fastest way for the device. The rest of this file is those
+`plain_attention` is the definition, and with `AttentionMask` it says everything. The model calls `attention`,
+which gives the same result by the fastest way for the device. The rest of this file is those
 ways, and tests compare each of them with the definition.
 
 Shapes: B batch, T tokens, S keys in sight (T plus what is cached), H heads, K key/value heads, D head dim.

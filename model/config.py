@@ -15,8 +15,8 @@ class ModelConfig:
     hidden_size: int = 512
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
-    num_key_value_heads: int = 2  # several query heads share one: less memory to decode, similar quality
-    intermediate_size: int = 1408  # 8/3 of the width: three such matrices equal the usual two of 4 widths
+    num_key_value_heads: int = 2  # query heads share a key/value head: decoding needs less memory
+    intermediate_size: int = 1408  # about 8/3 of hidden_size: see FeedForward in model/transformer.py
     vocab_size: int = 6400
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     qk_norm: bool = False  # RMSNorm on each head's query and key (Qwen3): attention scores stay small
@@ -51,7 +51,7 @@ class ModelConfig:
             raise ModelError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.qk_norm and self.attention_bias:
-            raise ModelError("no standard class has both qk_norm and attention_bias: choose one")
+            raise ModelError("no class of transformers has both qk_norm and attention_bias: choose one")
         if not isinstance(self.rope_scaling, dict | None):
             raise ModelError(f"rope_scaling must be an object or null, not {self.rope_scaling!r}")
         frequency, scale = rope_frequencies(self, "cpu")  # raises for unknown or incomplete settings
@@ -79,8 +79,10 @@ def rope_frequencies(config: ModelConfig, device) -> tuple[torch.Tensor, float]:
     default  theta^(-2i/D) for pair i: the first pairs turn fast, the last ones very slowly, so that small
              distances can be recognised, and large ones too
     linear   all angles divided by `factor`, to reach further than the training did (arXiv:2306.15595)
-    llama3   the angles of slow pairs divided, those of fast pairs kept, a ramp between (arXiv:2407.21783)
-    yarn     the same with another ramp, and larger attention scores in long texts (arXiv:2309.00071)
+    llama3   the angles of slow pairs are divided, those of fast pairs are kept, and between slow and fast the
+             divisor falls gradually to 1 (arXiv:2407.21783)
+    yarn     the same with other limits of slow and fast. cos and sin are also multiplied by a factor above 1,
+             which makes attention scores larger (arXiv:2309.00071)
 
     Raises ModelError for unknown or incomplete settings.
     """
@@ -96,8 +98,8 @@ def rope_frequencies(config: ModelConfig, device) -> tuple[torch.Tensor, float]:
             return frequency / scaling["factor"], 1.0
         if kind == "llama3":
             factor, low, high = (scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
-            turns = original_length * frequency / (2 * math.pi)  # of a pair within the original length
-            kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: a slow pair, divided; 1: a fast pair, kept
+            turns = original_length * frequency / (2 * math.pi)  # how often a pair turns in that length
+            kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the old angle: 0 slow, 1 fast
             return frequency * (kept + (1 - kept) / factor), 1.0
         if kind == "yarn":
             return yarn_frequencies(config, frequency, original_length)
@@ -107,25 +109,29 @@ def rope_frequencies(config: ModelConfig, device) -> tuple[torch.Tensor, float]:
 
 
 def yarn_frequencies(config: ModelConfig, frequency, original_length) -> tuple[torch.Tensor, float]:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071), as rope_frequencies returns it.
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): the same two results as rope_frequencies.
 
     A pair that turns more than beta_fast times within the original length keeps its angle. A pair that turns
-    less than beta_slow times has its angle divided by `factor`. For the pairs between, a ramp mixes both.
+    less than beta_slow times has its angle divided by `factor`. The pairs between get a mean of both,
+    weighted by their number.
     """
     dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     factor = scaling.get("factor") or config.max_position_embeddings / original_length
 
-    def pair_that_turns(times):  # the number i of that pair: its angle theta^(-2i/D), solved for i
+    # Pair i has the angle theta^(-2i/D), so it turns original_length * theta^(-2i/D) / (2 pi) times within
+    # the original length. This equation, solved for i:
+    def pair_that_turns(times):
         return dim * math.log(original_length / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    def score_factor(weight):  # YaRN's formula has weight 1; the mscale settings of some models change it
+    # The paper has the weight 1. The settings of some models have other weights: mscale, mscale_all_dim.
+    def score_factor(weight):
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    first = pair_that_turns(scaling.get("beta_fast") or 32)  # here the ramp begins
-    last = pair_that_turns(scaling.get("beta_slow") or 1)  # and here it ends
-    if scaling.get("truncate", True):  # the ramp begins and ends at whole numbers
+    first = pair_that_turns(scaling.get("beta_fast") or 32)  # the last pair that keeps its angle
+    last = pair_that_turns(scaling.get("beta_slow") or 1)  # the first pair whose angle is divided
+    if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dim - 1)
+    first, last = max(first, 0), min(last, dim - 1)  # there are only dim / 2 pairs; the authors' code has dim
     if first == last:
         last += 0.001  # against a division by zero
     pair = torch.arange(dim // 2, dtype=torch.float32, device=frequency.device)
@@ -139,8 +145,8 @@ def yarn_frequencies(config: ModelConfig, frequency, original_length) -> tuple[t
 
 
 PRESETS: dict[str, ModelConfig] = {
-    # Two wide heads: after the quickstart, two heads of 64 answer 93.6 % of 1,956 questions, four of 32
-    # answer 92.5 % and eight of 16 answer 85.7 % (one run each).
+    # Two wide heads, and not more: the model that scripts/quickstart.sh trains answered 93.6 % of 1,956 test
+    # questions with two heads of 64, 92.5 % with four of 32, and 85.7 % with eight of 16 (one run each).
     "tiny": ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
                         intermediate_size=384, qk_norm=True, rope_theta=1e4),  # the quickstart's model
     "26m": ModelConfig(),  # exactly 25,829,888 parameters

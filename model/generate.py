@@ -33,13 +33,11 @@ class KVCache:
         self.start, self.max_length = start, max_length
         self.length = 0  # number of tokens stored; the Decoder increases it after all layers have appended
         positions = torch.arange(max_length, device=device)[None]
-        # The two tables of `rope_tables` for all positions, (max_length, 1, D) each
+        # The two tables of `rope_tables` for all positions; [0] drops the batch axis: (max_length, 1, D) each
         self.rope = [table[0] for table in rope_tables(config, positions, torch.float32)]
 
     def append(self, layer: int, k, v):
-        """Stores new k, v (B, K, T, D) of one layer. Returns all keys and values of this layer (B, K, S,
-        D).
-        """
+        """Stores new k, v (B, K, T, D) of one layer. Returns all k, v of this layer, (B, K, S, D)."""
         end = self.length + k.size(2)
         self.k[layer][:, :, self.length:end] = k
         self.v[layer][:, :, self.length:end] = v
@@ -55,7 +53,7 @@ def generate(model: CausalLM, input_ids: torch.Tensor, max_new_tokens: int, temp
              eos_token_id: int | list[int] | None = None, prompt_lengths=None) -> Iterator[torch.Tensor]:
     """Continues the prompts input_ids (B, T): yields the next ids (B,), at most max_new_tokens times.
 
-    temperature: 0 takes the likeliest token. top_k 0 and top_p 1 leave all tokens in play.
+    temperature: 0 takes the likeliest token. top_k 0 and top_p 1 rule no token out.
     repetition_penalty: above 1, tokens that have occurred, also in the prompt, become less likely.
     seed: the same seed gives the same text. Without one, torch's global random state decides.
     eos_token_id: tokens that end a row. An ended row repeats the first of these tokens, and decoding stops
@@ -114,7 +112,7 @@ def _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sa
             logits = one_token(new[:, 0], cache)  # (B, V)
         else:
             output = model(new, cache=cache)
-            # `logits` is computed from `hidden`, of which only the last position predicts something new.
+            # Only the last position predicts something new. (output.logits is computed when it is read.)
             output.hidden = output.hidden[:, -1:]
             logits = output.logits[:, 0].float()  # (B, V)
         if seen is not None:
@@ -140,7 +138,7 @@ def choose_token(logits, temperature: float, top_k: int, top_p: float, generator
 
 
 def penalize(logits, seen, penalty: float):
-    """Divides the positive logits of the tokens seen (B, V) by the penalty, and multiplies the negative ones.
+    """Divides positive logits by the penalty, and multiplies negative ones, where `seen` is True: all (B, V).
 
     As in Keskar et al. 2019 (arXiv:1909.05858) and in the library transformers, it does not matter how
     often a token has occurred.
@@ -154,8 +152,8 @@ def filter_logits(logits, temperature: float = 1.0, top_k: int = 0, top_p: float
     top-k keeps the k likeliest tokens, and all that tie with the last of them. top-p ("nucleus", Holtzman et
     al. 2019, arXiv:1904.09751) keeps the likeliest tokens until together they have at least probability p:
         probability of a token                    0.5   0.3   0.2
-        probability of all likelier tokens        0.0   0.5   0.8
-        kept, if that is below p = 0.7            yes   yes   no
+        sum over all likelier tokens              0.0   0.5   0.8
+        kept if this sum is below p = 0.7         yes   yes   no
     """
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):
@@ -163,10 +161,12 @@ def filter_logits(logits, temperature: float = 1.0, top_k: int = 0, top_p: float
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
         ascending, order = logits.sort(dim=-1)
-        # The same, added up from the other end: likelier tokens have at least p exactly where a token and
-        # all less likely ones have at most 1 - p.
+        # Here the sums begin at the least likely token, and each includes the token itself. All tokens have
+        # the sum 1, so "all likelier ones have at least p" is "this one and all less likely ones have at
+        # most 1 - p".
         ruled_out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
         ruled_out[:, -1] = False  # the likeliest always stays
-        ruled_out = ruled_out.scatter(1, order, ruled_out)  # from ascending order back to the order of ids
+        # From the ascending order back to the order of ids. (`scatter` makes a new tensor.)
+        ruled_out = ruled_out.scatter(1, order, ruled_out)
         logits = logits.masked_fill(ruled_out, -torch.inf)
     return logits

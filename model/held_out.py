@@ -1,4 +1,6 @@
-"""The loss on data that a model does not train on: the one place where it is computed."""
+"""The loss on data that a model does not train on: the one place where it is computed.
+A reader may skip this file.
+"""
 
 from collections.abc import Iterable
 

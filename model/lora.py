@@ -2,8 +2,9 @@
 
     y = W x + (alpha / rank) B A x        A (rank, in) starts random, B (out, rank) starts at zero
 
-Fine-tuning changes W by a matrix of nearly low rank, and B A can hold such a matrix. Because B starts at
-zero, the adapted model starts as exactly the base model. `rank` is how many rows A has, and columns B.
+The authors found that what fine-tuning adds to W is nearly a matrix of low rank, which B A can hold. Because
+B starts at zero, the adapted model starts as exactly the base model. `rank` is the number of rows of A, which
+is also the number of columns of B.
 
     apply_lora(model, rank=16)               # every linear layer gets an A and a B; no output changes
     freeze_all_but_lora(model)               # ... train lora_parameters(model) ...
@@ -50,9 +51,10 @@ class LoRA(nn.Module):
         nn.init.normal_(self.A.weight, std=0.02)
         nn.init.zeros_(self.B.weight)  # B alone is zero: if A were zero too, neither would get a gradient
         self.enabled = True  # changed by set_lora in model/adapters.py
-        # While the update is merged into W, the W without it. It is no buffer: no checkpoint contains it.
+        # While the update is merged into W, this holds the W without it. As a plain attribute, and no buffer,
+        # it is never saved.
         self.original = None
-        # With PiSSA (model/low_rank.py) B A does not start at zero, and A0 and B0 hold the start of A and B.
+        # In PiSSA (model/low_rank.py) neither A nor B starts at zero. A0 and B0 then hold their first values.
         self.register_buffer("A0", None, persistent=False)
         self.register_buffer("B0", None, persistent=False)
 
@@ -64,7 +66,7 @@ class LoRA(nn.Module):
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """B (out, r) and A (r, in) of the update, r = rank.
 
-        With PiSSA the update is B A - B0 A0: one product of twice the rank, [B, -B0] times A above A0.
+        With PiSSA the update is B A - B0 A0: the product of [B, -B0] and [A; A0], with twice the rank.
         """
         b, a = self.B.weight, self.A.weight
         if self.B0 is not None:
@@ -80,7 +82,8 @@ class LoRA(nn.Module):
 class WithLoRA:
     """The forward pass of every linear layer with a child `lora`: y = W x + bias + (alpha / rank) B A x.
 
-    The classes below combine it with a layer's own class, whose forward pass gives W x + bias.
+    The classes below inherit from this class first and from a layer's own class second. So super().forward is
+    that of the layer, and gives W x + bias.
     """
 
     def forward(self, x):
@@ -89,7 +92,7 @@ class WithLoRA:
 
 
 class LoRALinear(WithLoRA, nn.Linear):
-    """An nn.Linear with a child `lora`. None is ever constructed: `inject` changes the class of a layer."""
+    """An nn.Linear with a child `lora`. Nobody constructs one: `inject` makes it of an existing layer."""
 
     def forward(self, x):
         if not self.can_be_fast():
@@ -98,7 +101,7 @@ class LoRALinear(WithLoRA, nn.Linear):
         return lora_linear(x, self.weight, self.bias, a, b, self.lora.scaling)  # the same in fewer steps
 
     def can_be_fast(self) -> bool:
-        """Whether W is frozen, nothing drops out, and all rows have the same LoRA (RowLoRA: adapters.py)."""
+        """Whether W is frozen, nothing drops out, and `lora` is a LoRA (no RowLoRA of model/adapters.py)."""
         lora = self.lora
         if not lora.active or not isinstance(lora, LoRA):
             return False
@@ -114,7 +117,7 @@ class LoRANF4Linear(WithLoRA, NF4Linear):
 
 
 class LoRAInt8Linear(WithLoRA, Int8Linear):
-    """A layer with its weight in 8 bits. It decodes with an adapter."""
+    """A layer with its weight in 8 bits, for answering alone: in 8 bits nothing trains."""
 
     bits = 8
 
@@ -129,10 +132,10 @@ def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dro
                init: str = "gaussian") -> list[str]:
     """Gives layers of any model an adapter, in place; no output changes. Returns the names of the layers.
 
-    target_modules, one or a list: "all-linear" (never lm_head), "square" (in = out, as the project MiniMind
-    has it), the end of a name ("q_proj"), or a regular expression for the whole name. alpha: None means
-    rank, so that the factor alpha / rank is 1. rslora: see LoRA. init: "gaussian", or "pissa", where A and
-    B start as the largest singular vectors of W and outputs stay the same apart from rounding
+    target_modules, one or a list: "all-linear" (all but lm_head), "square" (in = out, which the project
+    MiniMind adapts), the end of a name ("q_proj"), or a regular expression for the whole name. alpha: None
+    means rank, so that the factor alpha / rank is 1. rslora: see LoRA. init: "gaussian", or "pissa", where
+    A and B start as the largest singular vectors of W and outputs stay the same apart from rounding
     (model/low_rank.py). Raises ModelError if rank, alpha or dropout is out of range, a target matches
     nothing, or the model has LoRA already. The model is unchanged then.
     """
@@ -151,8 +154,8 @@ def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dro
     layers = linear_layers(model)
     names = select_layers(layers, target_modules)
     widths = [min(layers[name].in_features, layers[name].out_features) for name in names]
-    # PiSSA takes `rank` singular vectors of each W, and a matrix has no more of them than its smaller side.
-    # Any other rank above the smaller side of every layer would be wasted.
+    # A matrix has as many singular vectors as its smaller side is long. PiSSA takes `rank` of them in every
+    # layer, so the narrowest layer is its limit. Otherwise a rank above the widest layer would be a waste.
     max_rank = min(widths) if init == "pissa" else max(widths)
     if rank > max_rank:
         raise ModelError(f"LoRA rank {rank} is above the width of the layers, {max_rank}")
@@ -170,7 +173,7 @@ def new_lora(layer: nn.Module, *settings) -> LoRA:
 
 
 def inject(model: nn.Module, loras: dict[str, nn.Module]) -> None:
-    """loras {layer name: LoRA}: makes each LoRA the child `lora` of its layer, which has none yet.
+    """loras {layer name: LoRA}: makes each LoRA the child `lora` of its layer. The layer has no LoRA yet.
 
     The layer changes its class and is not wrapped. The name `q_proj.weight` stays, and the parameter is the
     same object for everything that refers to it (tied weights, optimizers). Unlike a layer with a patched
@@ -195,7 +198,7 @@ def adapted_layers(model: nn.Module, required: bool = True) -> dict[str, WithLoR
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that can have an adapter or have one, by name.
+    """The layers that may get an adapter, and those that have one, by name.
 
     Other subclasses of nn.Linear are left out: they have a forward of their own, which a new class would
     drop. A and B of an adapter are left out, and so is `model` itself, which has no name.
@@ -256,8 +259,8 @@ def merge_lora(model: nn.Module) -> None:
             raise ModelError(f"LoRA can't be merged into a shared weight: {' = '.join(shared)}")
     for layer in adapted.values():
         lora = layer.lora
-        b, a = lora.factors()  # raises ModelError after Adapters.use_rows, when there is no single adapter
-        lora.enabled = True  # to be merged is to be in use
+        b, a = lora.factors()  # raises ModelError if each row of a batch has another adapter (adapters.py)
+        lora.enabled = True  # a merged adapter takes part in the result, so it counts as switched on
         if lora.original is None:
             lora.original = layer.weight.detach().clone()
             layer.weight.copy_(layer.weight.float() + lora.scaling * b @ a)  # same Parameter
@@ -280,7 +283,7 @@ def save_lora(model: nn.Module, path: str | Path, base: str | Path | None = None
     """Writes the adapter and nothing of the base: a PEFT folder, or one plain file where path ends in .pth.
 
     The folder holds adapter_model.safetensors and adapter_config.json (which names `base`, the path of the
-    base model), and the tokenizer and training.json if they are given. The file holds the matrices alone,
+    base model), and the tokenizer and training.json if they are given. A .pth file holds the matrices alone,
     {"NAME.lora.A.weight": ...}. It has no place for alpha, so B is stored multiplied by alpha / rank.
     Each file is complete or absent, and other files in the folder stay. Raises ModelError, and writes
     nothing, where A or B holds NaN or infinity.
@@ -293,8 +296,8 @@ def read_lora(model: nn.Module, path: str | Path) -> dict[str, LoRA]:
     """{layer name: LoRA} of an adapter that fits the model. The model stays as it is.
 
     path: a PEFT folder, ours or PEFT's own, or a plain .pth, which may be in half precision. Raises
-    ModelError for a missing or misshapen matrix, a layer that the model does not have, an adapter of another
-    base model, or a damaged file.
+    ModelError for a matrix that is missing or has another shape, a layer that the model does not have, an
+    adapter of another base model, or a damaged file.
     """
     layers, loras = linear_layers(model), {}
     for name, part in read_adapter(Path(path), model, layers).items():
@@ -308,7 +311,7 @@ def load_lora(model: nn.Module, path: str | Path) -> LoRAReport:
     """Reads an adapter (see read_lora) and puts it to use.
 
     A model without LoRA gets it in the layers that the adapter has. A model with LoRA must have it in the
-    same layers and with the same ranks. The model keeps its alpha: where the file's alpha is another, the B
+    same layers and with the same ranks. The model keeps its alpha: where the file has another alpha, the B
     that was read is rescaled. Raises ModelError as read_lora does, and for other layers or ranks. The model
     is unchanged then.
     """
@@ -320,7 +323,7 @@ def load_lora(model: nn.Module, path: str | Path) -> LoRAReport:
             mine = adapted[name].lora
             b = lora.B.weight * (lora.scaling / mine.scaling)
             mine.load_state_dict({"A.weight": lora.A.weight, "B.weight": b})
-            mine.A0 = mine.B0 = None  # no start to subtract: files hold whole updates
+            mine.A0 = mine.B0 = None  # B A of a file is the whole update: PiSSA's B0 A0 is not subtracted
     else:
         inject(model, loras)
     return report_layers(adapted_layers(model))

@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT's folders, and plain .pth files. model/lora.py can be understood without this file.
+"""Adapters on disk: PEFT's folders, and plain .pth files. A reader may skip this file.
 
     adapter_model.safetensors   base_model.model.NAME.lora_A.weight (rank, in), ...lora_B.weight (out, rank)
     adapter_config.json         r, lora_alpha, target_modules, ...

@@ -1,6 +1,7 @@
 """Matrices of low rank: the one nearest to a given matrix, PiSSA's start, and how large an update is.
+A reader may skip this file.
 
-model/lora.py can be understood without this file. Here `rank` is the rank of a matrix, as in mathematics.
+Here `rank` is the rank of a matrix, as in mathematics.
 """
 
 import math

@@ -4,9 +4,9 @@ For the big picture read from bottom to top: `CausalLM` is a `Decoder` and an ou
 embedding, a stack of `Block`s and a norm. A `Block` is `Attention`, then `FeedForward`, and each of them
 adds its result to the hidden state.
 
-Parameters have the names that the library transformers gives them: in its class LlamaForCausalLM, or with q/k
-norms Qwen3ForCausalLM, or with biases Qwen2ForCausalLM. So a saved model opens anywhere, and models from
-elsewhere open here.
+Parameters have the same names as in Hugging Face's library transformers. Its classes are LlamaForCausalLM,
+Qwen3ForCausalLM (with q/k norms) and Qwen2ForCausalLM (with biases). So a saved model opens anywhere, and
+models from elsewhere open here.
 
 Shapes: B batch, T tokens, S keys in sight (T plus what is cached), C width, H heads, K key/value heads,
 D head dim, V vocabulary.
@@ -58,21 +58,23 @@ def token_positions(input_ids, document_ids=None, cache=None) -> torch.Tensor:
     past = cache.length if cache is not None else 0
     positions = torch.arange(past, past + input_ids.size(1), device=input_ids.device)[None]  # (1, T)
     if document_ids is not None:
-        # From each position the position is subtracted at which its document begins.
-        begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))  # (B, T): True at first tokens
-        beginning = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T): the last one so far
-        positions = positions - beginning
+        # Where a document begins, its position is kept, elsewhere there is 0. The running maximum of this is,
+        # for each token, the position at which its own document begins. (Position 0 need not be marked.)
+        is_new = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))  # (B, T)
+        first = torch.where(is_new, positions, 0).cummax(dim=1).values  # (B, T)
+        positions = positions - first
     if cache is not None and cache.start is not None:  # the number of pads on the left of each row, (B,)
         positions = (positions - cache.start[:, None]).clamp(min=0)
     return positions
 
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, and sin with the signs that `rotate` needs: positions (B or 1, T) -> two tables (B or 1, T, 1, D).
+    """The cos and the sin for `rotate` (below): positions (B or 1, T) -> two tables (B or 1, T, 1, D).
 
-    Angles are computed in float32, since bfloat16 cannot represent every position beyond 256. They are
-    computed in each forward pass (or once for a KVCache). If they were a buffer of the model,
-    model.to(bfloat16) would cast them.
+    Each angle serves two places of a head, so it is there twice; the first sin of the two has a minus sign.
+    Angles are computed in float32, since bfloat16 cannot represent every position beyond 256, and only the
+    tables become `dtype`. This is done in each forward pass, or once for a KVCache. Tables stored in the
+    model would lose their digits in model.to(bfloat16).
     """
     frequency, scale = rope_frequencies(config, positions.device)
     angle = positions[:, :, None, None].float() * frequency  # (B or 1, T, 1, D/2)
@@ -83,7 +85,7 @@ def rope_tables(config: ModelConfig, positions: torch.Tensor, dtype) -> tuple[to
 def rotate(x, cos, sin):
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
-    After it, the product of a query and a key depends on the distance between their tokens alone.
+    After it, the product of a query and a key depends only on the distance between the two tokens.
     The layout is Hugging Face's "rotate half": a pair is (x[i], x[i + D/2]). The paper pairs neighbours.
         x        = [a, b, c, d], D = 4, so the pairs are (a, c), turned by angle t, and (b, d), turned by u
         rotated  = [a cos t - c sin t,  b cos u - d sin u,  c cos t + a sin t,  d cos u + b sin u]
@@ -131,7 +133,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: W_down (silu(W_gate x) * W_up x)   (Shazeer 2020, arXiv:2002.05202)
 
-    The gate decides, for each of the intermediate_size values of W_up x, how much of it goes on.
+    The gate decides, for each of the intermediate_size values of W_up x, how much of it goes on. A usual
+    feed-forward layer has two matrices, between the width C and 4 C. Three matrices between C and 8/3 C have
+    the same number of weights.
     """
 
     def __init__(self, config: ModelConfig):
@@ -176,7 +180,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids, document_ids=None, cache=None, recompute=False):
         x = self.embed_tokens(input_ids)  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # blocks add to x, which must be float32; a frozen embedding may be in 16 bits
+            x = x.float()  # blocks add small results to x: 16 bits, as of a frozen embedding, would lose them
         # Rotation and mask are the same in every block, so they are made once.
         dtype = matmul_dtype(x)
         positions = token_positions(input_ids, document_ids, cache)
@@ -186,7 +190,9 @@ class Decoder(nn.Module):
         else:
             rope = cache.rope_at(positions, dtype)
         for block in self.layers:
-            if recompute:  # with use_reentrant LoRA's adapters get no gradient where the embedding is frozen
+            if recompute:
+                # With use_reentrant=True a block whose input has no gradient would train nothing. That is so
+                # in LoRA (model/lora.py), where the embedding is frozen.
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
@@ -215,8 +221,8 @@ class Output:
     @property
     def logits(self) -> torch.Tensor:
         """(B, T, V)"""
-        weight = getattr(self.head, "weight", None)  # a head in 8 bits has none, and takes any type
-        # Somebody may ask after autocast has ended, so the cast is made here.
+        weight = getattr(self.head, "weight", None)  # None: an Int8Linear, which accepts every type
+        # Autocast may have ended before the logits are asked for, so the cast is made here.
         return self.head(self.hidden if weight is None else self.hidden.to(weight.dtype))
 
 
@@ -231,10 +237,10 @@ class CausalLM(nn.Module):
         self.tie_weights()
         # True: blocks keep only their inputs, and run again in the backward pass. Less memory, 1/3 slower.
         self.gradient_checkpointing = False
-        self.one_token = None  # a faster forward pass for decoding: see model/one_token.py
+        self.one_token = None  # or a OneToken, a faster forward pass for decoding: see model/one_token.py
         # As in GPT-2: small random numbers (normally distributed), and smaller ones in the matrices whose
-        # results are added to x. There are 2 * layers such results, and their sum should not grow with
-        # their number.
+        # results are added to x. A sum of n random numbers is about sqrt(n) times as large as one of them,
+        # and there are n = 2 * layers such results.
         std = config.initializer_range
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -272,8 +278,8 @@ class CausalLM(nn.Module):
             targets  -100  -100  -100     4   <end>        the state at "=" must predict 4
         """
         states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (N, C), (N,)
-        # On a CPU only tokens with a label go through the costly head. On a GPU the selection does not pay:
-        # the program would have to wait until the GPU has counted these tokens.
+        # On a CPU only tokens with a label go through the costly head. On a GPU the program would have to
+        # wait until the GPU has counted these tokens. A compiled model needs shapes that stay the same.
         select = states.device.type == "cpu" and not torch.compiler.is_compiling()
         if select:
             places = (targets != -100).nonzero().squeeze(1)

@@ -1,4 +1,5 @@
 """The flags that all training scripts share, in one parser, and the checks before anything is loaded.
+A reader may skip this file.
 
 Nothing heavy is imported here, so that `--help` answers at once. Importing torch alone takes over a second.
 """
@@ -13,7 +14,7 @@ from common.cli import ROOT, Parser, any_count, count, fraction, not_negative, n
 from common.errors import EXIT_CODES
 from trainer.interrupt import command_to_resume
 
-row_length = number(int, lambda n: n >= 2, "at least 2: a token, and one to predict from it")
+row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
 
 
 def training_parser(description: str) -> argparse.ArgumentParser:

@@ -12,7 +12,9 @@ from trainer.distributed import Ranks
 
 
 class Batches(Dataset):
-    """The batches of a run: batches[n] is what this process reads in step n, for every n from 0 on.
+    """The batches of a run: batches[n] is what this process reads as its n-th batch, for every n from 0 on.
+
+    There is no last batch: after len(self) batches, which are one epoch, the next epoch begins.
 
     batches[n] is a tuple: this process's micro-batches (the rows of one forward pass each), and two numbers
     over all processes: supervised tokens, and all tokens. Every process knows the rows of every batch, so
@@ -23,20 +25,20 @@ class Batches(Dataset):
         process 0   rows 0 2 4   in two forward passes: [0 2] [4]
         process 1   rows 1 3 5   in two forward passes: [1 3] [5]
 
-    replayed: the sample numbers of old data. Each epoch then also has rows of old data, which are the
-    fraction `replay` of its rows: 90 rows of new data and a replay of 0.1 make epochs of 100 rows, 10 of
-    them old.
+    replayed: the sample numbers of old data. Then `replay` of the rows of each epoch are old data: 90 rows of
+    new data and a replay of 0.1 make epochs of 100 rows, 10 of them old.
     """
 
     def __init__(self, dataset, samples: np.ndarray, ranks: Ranks, *, batch_size: int, max_seq_len: int,
                  seed: int, pad_token_id: int, micro_batch_size: int | None = None, packing: bool = True,
                  replayed: np.ndarray | None = None, replay: float = 0.0):
         self.dataset, self.samples, self.replayed = dataset, samples, replayed
-        self.rank, self.world_size = ranks.rank, ranks.world_size  # `ranks` itself cannot be sent to a worker
+        self.rank, self.world_size = ranks.rank, ranks.world_size  # a DataLoader cannot copy `ranks`
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.pad_token_id, self.seed = pad_token_id, seed
 
-        def fill_rows(numbers):  # a row is a list of places in `numbers`
+        # A row is a list of samples. It holds places in `numbers`: if numbers[3] is 17, a 3 means sample 17.
+        def fill_rows(numbers):
             if packing:
                 return pack_rows(dataset.lengths, max_seq_len, seed, numbers)
             return single_rows(len(numbers), seed)
@@ -45,8 +47,9 @@ class Batches(Dataset):
         self.num_old = 0  # rows of old data in each epoch
         if replayed is not None:
             self.old_rows = fill_rows(replayed)
-            self.num_old = max(1, round(len(self.rows) * replay / (1 - replay)))  # old / (new + old) = replay
-        self.epoch = -1  # the epoch that `order` belongs to
+            # From old / (new + old) = replay follows old = new * replay / (1 - replay).
+            self.num_old = max(1, round(len(self.rows) * replay / (1 - replay)))
+        self.epoch = -1  # the epoch for which begin_epoch has prepared an order; -1: none yet
 
     def __len__(self) -> int:
         """Batches in one epoch. The last one may have fewer rows."""
@@ -87,7 +90,8 @@ class Batches(Dataset):
         if index < len(self.rows):
             places = self.rows[index]
             return self.samples[places]
-        places = self.old_rows[self.old_in_epoch[index - len(self.rows)]]
+        old_row = self.old_in_epoch[index - len(self.rows)]
+        places = self.old_rows[old_row]
         return self.replayed[places]
 
     # For validation, for the log and for messages
@@ -102,7 +106,7 @@ class Batches(Dataset):
         return f"{len(self.rows):,}{old} rows"
 
     def identity(self) -> str:
-        """Distinguishes the data from other data, and from itself after a change."""
+        """A line about the content of the data. If a file changes in any way, its line changes."""
         return self.dataset.identity
 
     def num_bytes(self) -> int:
@@ -110,17 +114,19 @@ class Batches(Dataset):
         return int(self.dataset.num_bytes[self.samples].sum())
 
     def singly(self, number: int) -> Iterator[tuple[str, dict]]:
-        """Of each sample in batch `number`: the record ("x.jsonl:17"), and a batch with this sample alone."""
+        """Yields for each sample of batch `number` its record ("x.jsonl:17") and a batch of it alone."""
         for sample in np.concatenate(self.rows_of(number)).tolist():
             yield self.dataset.where(sample), collate(self.dataset, [[sample]], self.pad_token_id)
 
 
 def shuffled_again(size: int, start: int, count: int, seed: int) -> np.ndarray:
-    """A part of an endless sequence: the numbers below `size` shuffled, then shuffled in another way, ...
+    """`count` numbers of an endless sequence, from place `start` on.
 
-    Returns `count` numbers, from place `start` of the sequence on.
+    The sequence is 0, 1, ... size - 1 in a random order, then the same numbers in another random order, and
+    so on. So each epoch takes the next old rows, and all are used equally often.
     """
     first, last = start // size, (start + count - 1) // size
+    # The 1 keeps these random numbers apart from those of Order, whose seed is [seed, epoch].
     shuffles = [np.random.default_rng([seed, i, 1]).permutation(size) for i in range(first, last + 1)]
     begin = start - first * size
     return np.concatenate(shuffles)[begin:begin + count]

@@ -1,4 +1,5 @@
 """Resumable training states: whatever a run needs in order to go on as if it had never stopped.
+A reader may skip this file.
 
 out/NAME/checkpoints/step_00000500/state.pt holds the parameters that train (float32), the optimizers, the
 loss scaler and the position in the data. state.pt.sha256 beside it shows whether it is whole; `sha256sum -c`
@@ -362,8 +363,8 @@ def complaint(error: OSError, run_dir: Path, step: int, state: dict) -> str:
 # --- one run at a time --------------------------------------------------------------------------------------
 
 
-def hold(run_dir: Path):
-    """Keeps other processes from writing to this run until `release`, which takes what is returned.
+def lock_folder(run_dir: Path):
+    """Keeps other processes from writing to this run until `unlock`, which takes what is returned.
 
     Raises UsageError where another process trains there. The system drops the lock with its process, however
     that ends. Windows has another kind of locks, and there nothing is held.
@@ -382,7 +383,7 @@ def hold(run_dir: Path):
     return file
 
 
-def release(lock) -> None:
+def unlock(lock) -> None:
     if lock:
         lock.close()
 

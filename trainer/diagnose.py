@@ -1,6 +1,5 @@
 """What is wrong when a number is not finite: which records, which layers, which weights.
-
-A reader of the loop may skip this file.
+A reader may skip this file.
 """
 
 import math

@@ -1,4 +1,5 @@
 """Several processes that train one model together: which of them this is, and the few exchanges between them.
+A reader may skip this file.
 
 `torchrun` starts one process for each device and gives each its number, its rank, in environment variables.
 Without torchrun there is one process, and every function here returns at once.

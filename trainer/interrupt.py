@@ -1,6 +1,5 @@
 """Stopping a run in good order, by a signal or by the clock, and the command that goes on after it.
-
-A reader of the loop may skip this file.
+A reader may skip this file.
 """
 
 import ctypes

@@ -16,7 +16,7 @@ from common.device import autocast, choose_dtype, to_device
 from common.errors import UsageError
 from model.held_out import mean_loss
 from trainer.batches import Batches
-from trainer.checkpoint import hold, release, resume_or_begin, save, settings_of
+from trainer.checkpoint import lock_folder, resume_or_begin, save, settings_of, unlock
 from trainer.diagnose import diagnose, refuse_too_many
 from trainer.distributed import Ranks, full_tensor, leave_ranks, parallelise
 from trainer.interrupt import command_to_resume, ignore_interrupts, stop_requests
@@ -42,7 +42,6 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
     batches: batches[n] -> (micro-batches, number of units, number of tokens), such as trainer/batches.py.
     loss: loss(model, micro-batch) -> (sum over units, {name: another sum}), see trainer/losses.py.
     eval_batches: the validation data, or None. args: the flags of trainer/args.py; they are only read.
-
     Returns the report for training.json. Raises UsageError where a checkpoint or --max_seq_len does not fit,
     RunError where the run cannot go on, and SystemExit after a signal or --max_minutes (with a checkpoint).
     """
@@ -56,7 +55,8 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         model.compile()  # in place, so the names of parameters stay as they are
-    # Through the replica all processes train together. FSDP replaces parameters, so optimizers come later.
+    # All processes train together if forward passes go through `replica` (DDP or FSDP: distributed.py). FSDP
+    # replaces the parameters, so the optimizers are built after it.
     replica = parallelise(model, args.parallel, dtype, ranks)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = build_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
@@ -64,7 +64,7 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
     # float16 loses gradients below 6e-8, so the loss is multiplied up and the gradients are divided again.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    lock = hold(args.run_dir) if ranks.is_main else None  # no second process shall train in this folder
+    lock = lock_folder(args.run_dir) if ranks.is_main else None  # no other process trains here now
     run = resume_or_begin(args.run_dir, args.resume, settings, model, optimizers, scaler, ranks)
     tracker = Tracker(args.run_dir, ranks, run, max_steps, args.use_wandb, args.wandb_project, settings)
     data = f"{batches.description()}, {max_steps:,} steps of {args.batch_size} rows"
@@ -73,7 +73,7 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
                              num_workers=args.num_workers, worker_init_fn=ignore_interrupts,
                              pin_memory=device.type == "cuda"))
     began = time.perf_counter() - run.seconds  # as if a resumed run had never stopped
-    skipped = 0  # batches in a row
+    skipped = 0  # consecutive batches whose gradient was not finite
 
     with stop_requests(args.max_minutes) as stop_requested:
         while run.step < max_steps:
@@ -89,14 +89,14 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
             torch.manual_seed((args.seed * 1_000_003 + run.batch) * ranks.world_size + ranks.rank)
             means = {}
             for i, batch in enumerate(micro_batches):
-                # DDP exchanges gradients in the last backward pass of a step, FSDP in every one.
-                wait = i < len(micro_batches) - 1 and isinstance(replica, DistributedDataParallel)
-                with replica.no_sync() if wait else nullcontext():
+                # DDP exchanges gradients in the last backward pass of a step alone, FSDP in every one.
+                no_exchange = i < len(micro_batches) - 1 and isinstance(replica, DistributedDataParallel)
+                with replica.no_sync() if no_exchange else nullcontext():
                     with autocast(device, dtype):
                         loss_sum, named_sums = loss(replica, to_device(batch, device))
                     part = loss_sum / max(1, num_units)
-                    # This multiplies by 1. If the loss is infinite, it multiplies by NaN (0 * infinity), so
-                    # that the gradient becomes NaN too, and the check below finds it.
+                    # An infinite loss can have a finite gradient. The check below sees gradients alone, so
+                    # this makes the gradient NaN: 0 * infinity is NaN. A finite loss is multiplied by 1.
                     part = part * (1 + 0 * part.detach())
                     # DDP and FSDP take the mean of the processes' gradients. The factor makes it their sum.
                     scaler.scale(part * ranks.world_size).backward()
@@ -109,28 +109,28 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
                 scaler.unscale_(optimizer)
             grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf))
             is_finite = math.isfinite(grad_norm)  # the same in all processes; here the CPU waits for the GPU
+            skipped = 0 if is_finite else skipped + 1
             if is_finite:
                 for optimizer in optimizers:
                     scaler.step(optimizer)
-                run.step, run.tokens, skipped = run.step + 1, run.tokens + num_tokens, 0
+                run.step += 1
+                run.tokens += num_tokens
                 tracker.add(means)
             else:  # no optimizer may step, not even one whose own gradients are finite
-                skipped += 1
-                if not scaler.is_enabled():  # float16 finds its loss scale by skipping batches
+                if not scaler.is_enabled():  # in float16 too large gradients are expected: see GradScaler
                     tracker.say(f"warning: step {run.step + 1}: batch {run.batch - 1} is skipped: "
                                 + diagnose(model, batches, run.batch - 1, loss, dtype, ranks))
                 refuse_too_many(skipped, run.step, scaler.is_enabled(), args.run_dir)
             scaler.update()
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            model.zero_grad()
 
-            # 4. Log, validate and save after a step, and not after a skipped batch; stop after both
+            # 4. Log, validate and save: not after a skipped batch, unless the run is asked to stop
             run.seconds = time.perf_counter() - began
             if is_finite and run.is_due(args.log_interval, max_steps):
                 tracker.log_step(run, args.learning_rate * factor, grad_norm.item())
             if is_finite and eval_batches and run.is_due(args.eval_interval or max_steps, max_steps):
                 tracker.log_evaluation(run, evaluate(model, eval_batches, dtype, ranks))
-                run.logged_seconds += time.perf_counter() - began - run.seconds  # this is not training time
+                run.logged_seconds += time.perf_counter() - began - run.seconds  # tokens/s leaves this out
             stop = int(ranks.max(stop_requested()))  # the exit code of a requested stop, or 0
             save_now = is_finite and run.is_due(args.save_interval, max_steps)
             if save_now or (stop and run.step > 0):
@@ -143,5 +143,5 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
                 raise SystemExit(stop)
 
     tracker.finish()
-    release(lock)
+    unlock(lock)
     return run.result(settings)

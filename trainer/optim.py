@@ -18,9 +18,11 @@ MAX_NUMBERS_AT_ONCE = 2**27  # Muon's batches of matrices hold at most so many n
 
 
 def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, schedule: str = "cosine") -> float:
-    """The factor of the peak learning rate at `step` (0, 1, ...). A linear warm-up comes first, and then
+    """The factor of the peak learning rate at `step` (0, 1, ...). First it rises linearly: the warm-up.
 
-    cosine  half a cosine
+    After the warm-up the factor follows the schedule:
+
+    cosine  half a cosine, from 1 down to 0
     wsd     1 until the middle, then a straight line down (warm-up, stable, decay: Hu et al. 2024,
             arXiv:2404.06395)
 
@@ -29,7 +31,7 @@ def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, schedul
     cosine  step 0 -> 0.5, 1 -> 1, 51 -> 0.5, 99 -> 0.0003
     wsd     step 0 -> 0.5, 1 -> 1, 50 -> 1, 75 -> 0.5, 99 -> 0.02
 
-    It is above 0 at the first step and at the last, so both of them learn something.
+    The factor is above 0 at the first step and at the last, so both steps change the model.
     """
     warmup = round(max_steps * warmup_ratio)
     if step < warmup:
@@ -42,21 +44,21 @@ def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, schedul
 class Muon(Optimizer):
     """W <- W - lr * (decay * W + 0.2 * sqrt(max(rows, columns)) * orthogonalise(momentum))
 
-    A matrix stretches vectors in some directions more than in others; the factors are its singular values.
-    In a gradient a few directions dominate. Muon replaces the momentum by the nearest matrix whose singular
-    values are all about one, so that the other directions are learned as fast. The factor 0.2 *
-    sqrt(max(...)) gives the update the size of AdamW's, so both take the same learning rate (Liu et al.
-    2025).
+    A matrix stretches vectors in some directions more than in others. By how much it stretches are its
+    singular values. In a gradient a few directions dominate. The momentum is a running mean of gradients.
+    Muon replaces it by the nearest matrix whose singular values are all about one, so that all directions
+    are learned equally fast. The factor 0.2 * sqrt(max(...)) gives the update the size of AdamW's, so both
+    take the same learning rate (Liu et al. 2025).
 
     The updates are those of torch.optim.Muon with adjust_lr_fn="match_rms_adamw". But `orthogonalise` takes
     matrices of one shape as one batch, which for small models is twice as fast on a CPU. Where several
     processes train together, all have the same gradients at this point, and each computes a part of the
     batch.
 
-    dtype: the type in which `orthogonalise` computes. bfloat16 is fast, and exact enough to learn. But it
-    enlarges differences: if two gradients differ in the last digit, because another number of processes
-    added them up in another order, the updates differ a thousand times more. So a run in float32 uses
-    float32 here too.
+    dtype: the type in which `orthogonalise` computes. bfloat16 is fast, and exact enough to learn. But
+    bfloat16 enlarges differences. Two and four processes add gradients up in different orders, so these
+    differ in their last digit. In bfloat16 the updates then differ a thousand times more. So a run in
+    float32 uses float32 here too.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95,
@@ -72,7 +74,8 @@ class Muon(Optimizer):
                 if parameter.grad is not None:
                     same_shape.setdefault(parameter.shape, []).append(parameter)
             for (rows, columns), weights in same_shape.items():
-                at_once = max(world_size(), MAX_NUMBERS_AT_ONCE // (rows * columns))  # one for each process
+                # At least one for each process, however large a matrix is
+                at_once = max(world_size(), MAX_NUMBERS_AT_ONCE // (rows * columns))
                 for i in range(0, len(weights), at_once):
                     self.update(weights[i:i + at_once], group)
 
@@ -86,7 +89,7 @@ class Muon(Optimizer):
         # lerp(a, b, t) is a + t (b - a). So with m = group["momentum"], a momentum becomes
         # m * momentum + (1 - m) * gradient.
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        # Nesterov's variant uses the momentum as one more such step would make it.
+        # Nesterov's variant looks one step ahead: it repeats that sum with the new momentum, in a copy.
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
         whole = [full_tensor(matrix) for matrix in ahead]  # with FSDP each process holds a part of a matrix
         batch = torch.stack(whole).to(self.dtype)  # (n, rows, columns)
@@ -105,8 +108,9 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     that range.
     """
     tall = matrices.size(1) > matrices.size(2)
-    x = matrices.mT if tall else matrices  # wide, so that the products below are (rows, rows)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is larger than this norm
+    x = matrices.mT if tall else matrices  # with fewer rows than columns, `gram` below is the smaller product
+    # No singular value is larger than this norm, so now all are at most 1, where the polynomial works.
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)  # -4.775 g + 2.0315 g @ g
@@ -124,11 +128,12 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
     few and must be free to have any size. It also leaves out the embedding, a table in which each word has
     a row: the rows of words that a stage never meets would shrink to nothing.
 
-    Each group carries its `ratio` to the learning rate. The ratio is 1, or lora_plus_ratio for the matrix B
-    of LoRA (model/lora.py). B starts at zero and has to grow, and in wide layers it grows too slowly if it
-    learns at the rate of A (LoRA+: Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
+    A group of parameters learns at learning_rate times its `ratio`. The ratio is stored in the group, since
+    the loop sets the rate anew in each step. It is 1, or lora_plus_ratio for LoRA's matrix B
+    (model/lora.py). B starts at zero and has to grow, and in wide layers it grows too slowly if it learns
+    at the rate of A (LoRA+: Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
 
-    dtype: of the forward pass. Raises UsageError where "adamw8bit" cannot run.
+    dtype: the type of the forward pass. Raises UsageError where "adamw8bit" cannot run.
     """
     groups: dict[tuple, list[nn.Parameter]] = {}
     for key, parameter in model.named_parameters():
@@ -151,10 +156,10 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
         settings = {"lr": learning_rate, "betas": (0.9, 0.99)}
         if "8bit" in name:
             optimizers.append(adamw_8bit(name, device)(for_adamw, **settings))
-        else:  # fused: one kernel for a whole group
+        else:  # fused: faster, all parameters of a group in one call of compiled code
             optimizers.append(AdamW(for_adamw, **settings, fused=device in ("cpu", "cuda")))
     if for_muon:
-        # GPUs that train in float16 have no fast bfloat16, and float16 would lose small gradients.
+        # GPUs that train in float16 have no fast bfloat16. float16 itself would lose small gradients.
         iteration_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         optimizers.append(Muon(for_muon, learning_rate, weight_decay, dtype=iteration_dtype))
     return optimizers

@@ -1,8 +1,9 @@
 """Does fine-tuning forget? Old data is measured before and after it, and may be replayed during it.
+A reader may skip this file.
 
 A part of the old data is held out: it is measured and never replayed. So "after" shows what the model still
 knows, and not what it has just rehearsed. Without --replay the same part is held out, so that two runs can be
-compared. A reader of the stages may skip this file.
+compared.
 """
 
 import hashlib

@@ -34,13 +34,14 @@ def is_finished(run_dir: Path, resume: bool, overwrite: bool, ranks: Ranks) -> b
     if states and not (resume or overwrite):
         raise UsageError(f"{run_dir} holds an unfinished run ({states[-1].name}): give --resume to go "
                          f"on with it, another --name, or --overwrite to drop it")
+    # Not checkpoints(run_dir), which are in this folder: it exists as soon as a run begins.
     finished = resume and (run_dir / "training.json").exists() and not (run_dir / "checkpoints").exists()
-    # All processes wait here for each other. They meet through process 0: if it ended now, a process that
-    # starts more slowly could not join any more.
+    # In `same` all processes wait for each other. That is needed here: where the run is finished, process 0
+    # would end at once, and a process that starts more slowly could not connect to it any more.
     if not ranks.same(finished):
         raise UsageError(f"--resume: hosts see different files in {run_dir}, which must be shared")
     if finished and ranks.is_main:
-        drop_checkpoints(run_dir)  # an interrupted removal leaves a folder of another name
+        drop_checkpoints(run_dir)  # renames the folder, then removes it: perhaps this was interrupted
         print(f"{run_dir} is finished already; without --resume it is trained anew")
     return finished
 
@@ -59,12 +60,12 @@ def load_weights(folder: Path):
     return model, tokenizer
 
 
-def add_lora(model, ranks: Ranks, /, *, lora_rank, lora_alpha, lora_dropout, lora_rslora, lora_init,
+def add_lora(model, ranks: Ranks, *, lora_rank, lora_alpha, lora_dropout, lora_rslora, lora_init,
              target_modules, quantize, dtype, seed, **other_flags) -> None:
     """Adds adapters in float32 to the model, whose own weights (the base) are frozen.
 
     The base is held in 4 bits (--quantize nf4), or in the type that the forward pass computes in. The caller
-    passes all flags by name, as **vars(args); those that nobody needs here are other_flags.
+    passes all flags by name, as **vars(args). other_flags takes those that are not needed here.
     """
     if quantize == "nf4":
         quantize_model(model)
@@ -89,15 +90,19 @@ def what_trains(model) -> str:
 def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, eval_fraction, world,
               retain_data_path, replay, strict, max_seq_len, batch_size, micro_batch_size, packing, seed,
               **other_flags) -> tuple[Batches, Batches | None, Batches | None]:
-    """Batches for training, for validation, and of old data (--retain_data_path), to see what is forgotten.
+    """Returns three Batches: training data, validation data, and what is measured of old data.
 
-    kind: the dataset class. Flags are passed as in add_lora. world: which built-in data
-    (dataset/synthetic.py) serves where there is no --data_path. Validation data is --eval_data_path, else
-    that of the built-in data, else --eval_fraction of the training data. Process 0 tokenises, and the
-    others read its token cache.
+    Old data (--retain_data_path) is what the model learned before; trainer/retention.py measures how much of
+    it is forgotten. The second and the third may be None.
+
+    kind: the dataset class. Flags are passed as in add_lora; `/` is there because `tokenizer` is also the
+    name of a flag. world: which file of the built-in data (dataset/synthetic.py) is read if there is no
+    --data_path. Validation data is --eval_data_path, or the part --eval_fraction of the training data.
+    Without these flags it is the validation file of the built-in data, or 0.01 of the training data.
+    Process 0 tokenises, and the others read its token cache.
     """
     if not data_path:
-        from dataset.synthetic import ensure_world  # imported here, because this import reads files
+        from dataset.synthetic import ensure_world  # here, because this import reads the files of the world
 
         with ranks.main_first():
             files = ensure_world(ROOT / "out" / "world")
@@ -113,7 +118,7 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_seq_len": max_seq_len,
             "packing": packing, "seed": seed, "pad_token_id": pad}
-    # Order(n) is the numbers 0 to n - 1 as they are; split and hold_out shuffle them by the seed.
+    # Samples are arrays of numbers. Order(n) is 0, 1, ... n - 1, not shuffled; split and hold_out shuffle.
     if eval_set is not None:
         train_samples, eval_samples = Order(len(train_set)), Order(len(eval_set))
     else:
@@ -124,9 +129,10 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
     if old_set is not None:
         old_samples, measured_samples = hold_out(old_set, seed)
         retained = Batches(old_set, measured_samples, ranks, **rows)
-        if replay:
-            replayed = len(train_set) + old_samples  # in TwoDatasets old samples come last
-            train_set = TwoDatasets(train_set, old_set)
+        # In TwoDatasets the old samples have the last numbers. Its `identity` names both files, even without
+        # --replay: a run that is resumed with other old data would measure something else.
+        replayed = len(train_set) + old_samples if replay else None
+        train_set = TwoDatasets(train_set, old_set)
     batches = Batches(train_set, train_samples, ranks, replayed=replayed, replay=replay, **rows)
     return batches, eval_batches, retained
 

@@ -1,6 +1,5 @@
 """What a run reports: a line on the terminal, metrics.jsonl, loss.png and, if asked, Weights & Biases.
-
-A reader of the loop may skip this file.
+A reader may skip this file.
 """
 
 import json

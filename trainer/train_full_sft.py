@@ -3,8 +3,8 @@
     python trainer/train_full_sft.py                # built-in chats; reads out/pretrain, writes out/full_sft
     python trainer/train_full_sft.py --data_path my_chats.jsonl --load_from out/pretrain --epochs 2
 
-The folder also gets metrics.jsonl and loss.png. `torchrun --nproc_per_node 2` in the place of `python` is
-the same run on two processes. After a stop the same command with --resume goes on.
+The folder that is written also gets metrics.jsonl and loss.png. `torchrun --nproc_per_node 2` in the place of
+`python` is the same run on two processes. After a stop the same command with --resume goes on.
 """
 
 import sys
@@ -16,7 +16,7 @@ from trainer import args as flags
 
 
 def main(args):
-    # Imported here and not above, so that --help and a mistyped flag answer at once.
+    # Imported here and not above, so that --help and the complaint about a mistyped flag come at once.
     from dataset.lm_dataset import SFTDataset
     from model.weights import save_model
     from trainer import stage
@@ -34,11 +34,11 @@ def main(args):
     batches, eval_batches, retained = stage.load_data(SFTDataset, tokenizer, ranks, **vars(args))
     if ranks.is_main:
         print(stage.what_trains(model))
-    # With --retain_data_path: what the model knows of old data, before and after
+    # With --retain_data_path old data is measured before and after; without it both lines do nothing.
     before = measure(model, eval_batches, retained, args.dtype, ranks)
     result = train(model, batches, cross_entropy, eval_batches, args, ranks)
     result |= compare(before, measure(model, eval_batches, retained, args.dtype, ranks), ranks)
-    gather_weights(model, ranks)
+    gather_weights(model, ranks)  # under FSDP each process holds slices; they become whole weights again
     if ranks.is_main:
         with stage.last_save(args.run_dir):
             save_model(model, args.run_dir, tokenizer, training=stage.describe(args, result))

@@ -1,10 +1,10 @@
 """LoRA fine-tuning: a chat model learns something new in small adapters. Its own weights stay as they are.
 
-    python trainer/train_lora.py          # built-in chats about ill plants; reads out/full_sft
+    python trainer/train_lora.py          # reads out/full_sft; built-in chats of a clinic for plants
     python trainer/train_lora.py --data_path my_chats.jsonl --name lora_mine --lora_rank 16
 
-The folder also gets metrics.jsonl and loss.png. `torchrun --nproc_per_node 2` in the place of `python` is
-the same run on two processes. After a stop the same command with --resume goes on.
+The folder that is written also gets metrics.jsonl and loss.png. `torchrun --nproc_per_node 2` in the place of
+`python` is the same run on two processes. After a stop the same command with --resume goes on.
 """
 
 import sys
@@ -16,7 +16,7 @@ from trainer import args as flags
 
 
 def main(args):
-    # Imported here and not above, so that --help and a mistyped flag answer at once.
+    # Imported here and not above, so that --help and the complaint about a mistyped flag come at once.
     from dataset.lm_dataset import SFTDataset
     from model.lora import save_lora
     from trainer import stage
@@ -35,11 +35,11 @@ def main(args):
     batches, eval_batches, retained = stage.load_data(SFTDataset, tokenizer, ranks, **vars(args))
     if ranks.is_main:
         print(stage.what_trains(model))
-    # With --retain_data_path: what the model knows of old data, before and after
+    # With --retain_data_path old data is measured before and after; without it both lines do nothing.
     before = measure(model, eval_batches, retained, args.dtype, ranks)
     result = train(model, batches, cross_entropy, eval_batches, args, ranks)
     result |= compare(before, measure(model, eval_batches, retained, args.dtype, ranks), ranks)
-    gather_weights(model, ranks)
+    gather_weights(model, ranks)  # under FSDP each process holds slices; they become whole weights again
     if ranks.is_main:
         with stage.last_save(args.run_dir):
             save_lora(model, args.run_dir, base=args.load_from, training=stage.describe(args, result))

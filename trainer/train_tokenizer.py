@@ -166,7 +166,7 @@ def parse_args():
     args = parser.parse_args()
     files = args.data_path or []
     if args.weights and len(args.weights) != len(files):
-        parser.error(f"--weights needs --data_path: {len(args.weights)} numbers for {len(files)} files")
+        parser.error(f"--weights needs one number for each file of --data_path, which are {len(files)}")
     if args.out_dir.exists() and not args.out_dir.is_dir():
         parser.error(f"--out_dir {args.out_dir} is no folder")
     if (args.out_dir / "config.json").exists():

@@ -7,6 +7,7 @@ what is read here.
 import csv
 import re
 from collections import namedtuple
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +21,40 @@ BETWEEN_ITEMS = {"en": ", ", "zh": "、"}  # of a list
 # ------------------------------------------------------------------------------------------ reading the files
 
 
+def read_text(file):
+    """The text of a file in this folder."""
+    try:
+        return (WORLD_FOLDER / file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"dataset/world/{file} can't be read: {error}; it must be a text in UTF-8") from None
+
+
+def row_class(name, header):
+    """The named tuple for the rows of a table. A column that it lacks is a mistake in its file."""
+    try:
+        columns = namedtuple("Columns", [*header, "table"])
+    except ValueError as error:
+        raise DataError(f"dataset/world/{name}.csv: the first line must name the columns: {error}") from None
+
+    class Row(columns):
+        __slots__ = ()
+
+        def __getattr__(self, column):
+            if column.startswith("_"):  # Python itself asks for such names
+                raise AttributeError(column)
+            raise DataError(f"dataset/world/{name}.csv has no column {column!r}")
+
+    return Row
+
+
 def read_table(name, **references):
     """The rows of NAME.csv as named tuples, whose fields are the columns and `table`, the NAME.
 
     Each further argument says that a column holds names of another table's rows. With home=PLACES the text
     "farm" in the column "home" becomes that row of PLACES, so that animal.home.where_en is "on the farm".
     """
-    with open(WORLD_FOLDER / f"{name}.csv", encoding="utf-8-sig", newline="") as file:
-        header, *lines = csv.reader(file)
-    Row = namedtuple("Row", [*header, "table"])
-    rows = []
+    header, *lines = list(csv.reader(StringIO(read_text(f"{name}.csv")))) or [[]]
+    Row, rows = row_class(name, header), []
     for number, cells in enumerate(lines, start=2):
         if not cells:
             continue
@@ -40,6 +65,8 @@ def read_table(name, **references):
         for column, table in references.items():
             row = row._replace(**{column: find(getattr(row, column), table)})
         rows.append(row)
+    if not rows:
+        raise DataError(f"dataset/world/{name}.csv holds no row")
     return rows
 
 
@@ -51,10 +78,18 @@ def find(name_en, rows):
     raise DataError(f"dataset/world/{rows[0].table}.csv has no row whose name_en is {name_en!r}")
 
 
+class Sections(dict):
+    """What read_sections returns."""
+
+    def __missing__(self, section):
+        raise DataError(f"dataset/world/{self.file} has no section [{section}]")
+
+
 def read_sections(name):
     """{section: its lines} of NAME.txt, where [section] stands above its lines and # starts a comment."""
-    sections = {}
-    for line in (WORLD_FOLDER / f"{name}.txt").read_text(encoding="utf-8-sig").splitlines():
+    sections = Sections()
+    sections.file = f"{name}.txt"
+    for line in read_text(sections.file).splitlines():
         if line.startswith("["):
             lines = sections[line.strip("[] ")] = []
         elif line.strip() and not line.startswith("#"):
@@ -66,7 +101,10 @@ def read_sections(name):
 
 def read_words(name):
     """{section: its words} of NAME.txt, where spaces and ends of lines separate the words."""
-    return {section: " ".join(lines).split() for section, lines in read_sections(name).items()}
+    sections = read_sections(name)
+    for section, lines in sections.items():
+        sections[section] = " ".join(lines).split()
+    return sections
 
 
 COLOURS = read_table("colours")
@@ -149,11 +187,18 @@ class Slots(dict):
 
 def fill(template, **slots):
     """The template with its slots filled in."""
-    return template.format_map(Slots(slots))
+    try:
+        return template.format_map(Slots(slots))
+    except DataError:
+        raise
+    except (ValueError, IndexError) as error:  # such as a brace that is not closed
+        raise DataError(f"dataset/world: {template!r} can't be filled in: {error}") from None
 
 
 def say(family, kind, lang, /, **slots):
     """A sentence of sentences.csv: say("counting", "items", "en", count=3) is "There are 3." """
+    if (family, kind) not in SENTENCES:
+        raise DataError(f"dataset/world/sentences.csv has no row of family {family!r} and kind {kind!r}")
     return fill(cell(SENTENCES[family, kind], "sentence", lang), **slots)
 
 

@@ -145,6 +145,18 @@ def test_a_mistake_in_a_file_is_named(edited):
         dataset.world.read_wordings(dataset.world.read_sections("wordings"))
     with pytest.raises(DataError, match="uses the slot {hat}; it may use hero, friend"):
         dataset.world.fill("{Hero} has a {hat}.", hero="the fox", friend="Mia")
+    with pytest.raises(DataError, match="'{hero has' can't be filled in"):
+        dataset.world.fill("{hero has", hero="the fox")
+    with pytest.raises(DataError, match=r"names.txt has no section \[people\]"):
+        dataset.world.read_words("names")["people"]
+    edited("seasons.csv", "name_en", "name")
+    with pytest.raises(DataError, match="seasons.csv has no column 'name_en'"):
+        dataset.world.find("spring", dataset.world.read_table("seasons"))
+    for content, complaint in ((b"", "holds no row"), (b"name_en,name_en\n", "must name the columns"),
+                               (b"\xff\n", "must be a text in UTF-8")):
+        (dataset.world.WORLD_FOLDER / "seasons.csv").write_bytes(content)
+        with pytest.raises(DataError, match=f"seasons.csv.* {complaint}"):
+            dataset.world.read_table("seasons")
     edited("stories.txt", "# The parts", "The parts")
     with pytest.raises(DataError, match="stories.txt: 'The parts .*' stands above the first \\[section\\]"):
         dataset.world.read_sections("stories")

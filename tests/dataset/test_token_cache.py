@@ -29,7 +29,7 @@ def test_pages_that_were_read_are_given_back(tmp_path):
     before, most = resident(), 0.0
     for start in np.random.default_rng(0).integers(0, 50 << 20, 5000):
         assert cache.tokens[start : start + 100].sum() == 0
-        cache.was_read()
+        cache.count_read()
         most = max(most, resident() - before)
     assert most < 40
 

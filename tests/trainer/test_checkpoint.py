@@ -25,8 +25,8 @@ from trainer.checkpoint import (
     Progress,
     begin_anew,
     checkpoints,
-    hold,
     load_checkpoint,
+    lock_folder,
     restore,
     save_checkpoint,
 )
@@ -553,13 +553,13 @@ def test_keep_last_and_order(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="nothing is locked on Windows")
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
-    code = "import sys; from trainer.checkpoint import Path, hold; hold(Path(sys.argv[1]))"
+    code = "import sys; from trainer.checkpoint import Path, lock_folder; lock_folder(Path(sys.argv[1]))"
 
     def other():
         command = [sys.executable, "-c", code, str(tmp_path)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
-    lock = hold(tmp_path)
+    lock = lock_folder(tmp_path)
     begin_anew(tmp_path)  # the lock outlives what it drops
     assert "another process trains there" in other().stderr
     lock.close()

@@ -257,6 +257,18 @@ def test_table_and_exact_resume(stage, workshop, old, tmp_path, read_log):
     assert read_log(tmp_path / "cut" / stage) == read_log(tmp_path / "whole" / stage)
 
 
+def test_other_old_data_is_noticed_even_where_none_is_replayed(workshop, old, tmp_path):
+    changing = workshop.write("changing.jsonl", [json.loads(line) for line in old.read_text().splitlines()])
+    flags = workshop.flags("lora", tmp_path, retain_data_path=[changing], max_steps=12, save_interval=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.loop, "learning_rate_factor", interrupted_at(6))
+        with pytest.raises(RuntimeError):
+            workshop.run("lora", *flags)
+    changing.write_text("".join(old.read_text().splitlines(keepends=True)[:8]))
+    ended = workshop.run("lora", *flags, "--resume")
+    assert ended.code == 2 and "and old data of 10 samples" in ended.error and "not" in ended.error
+
+
 def interrupted_at(number):
     real = trainer.loop.learning_rate_factor
 
