@@ -21,7 +21,7 @@ from common.cli import ROOT
 MAX_DISTANCE = 1e-5  # of a loss or a weight from that of one process: what rounding may do in 50 steps
 TIMEOUT = 20  # seconds of the collectives, where a host falls silent
 # Steps enough to be killed among, and a learning rate at which other numbers of processes give the same loss.
-LONG = {"max_steps": 60, "learning_rate": 1e-3}
+LONG_RUN = {"max_steps": 60, "learning_rate": 1e-3}
 
 
 # --- one result for any number of processes -----------------------------------------------------------------
@@ -118,9 +118,9 @@ class Torchrun:
 
 
 def ranks(bench: Bench) -> None:
-    reference = run_on(bench, "pretrain", 2, LONG)
-    dying_ranks(bench, LONG, reference)
-    dying_ranks(bench, LONG | runs.FSDP, run_on(bench, "pretrain", 2, LONG | runs.FSDP))
+    reference = run_on(bench, "pretrain", 2, LONG_RUN)
+    dying_ranks(bench, LONG_RUN, reference)
+    dying_ranks(bench, LONG_RUN | runs.FSDP, run_on(bench, "pretrain", 2, LONG_RUN | runs.FSDP))
     restarts(bench, reference)
     building_caches(bench)
     uneven_data(bench)
@@ -151,7 +151,7 @@ def restarts(bench: Bench, reference: Path) -> None:
     problems = []
     for number in range(max(1, bench.trials // 10)):
         out_dir = bench.fresh()
-        job = Torchrun(bench, out_dir, "--max-restarts=3", resume=True, **LONG)
+        job = Torchrun(bench, out_dir, "--max-restarts=3", resume=True, **LONG_RUN)
         for lines in (2, 9):
             job.wait_for_lines(lines)
             job.kill_rank((number + lines) % 2)
@@ -201,7 +201,7 @@ def uneven_data(bench: Bench) -> None:
 
 def other_numbers(bench: Bench) -> None:
     problems, distances = [], []
-    changes = LONG | {"log_interval": 1, "max_steps": 50}
+    changes = LONG_RUN | {"log_interval": 1, "max_steps": 50}
     one = run_on(bench, "pretrain", 1, changes)
     for before, after in ((1, 2), (2, 1), (4, 2)):
         out_dir = bench.fresh()
@@ -253,7 +253,7 @@ class Host:
             # By default torchrun does not tell a host that joins later about the store, and that host waits
             # in vain.
             env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": self.cable,
-                 "TIMEOUT": str(TIMEOUT)}, resume=True, **LONG)
+                 "TIMEOUT": str(TIMEOUT)}, resume=True, **LONG_RUN)
 
 
 def hosts(bench: Bench) -> None:
@@ -264,7 +264,7 @@ def hosts(bench: Bench) -> None:
     if reason:
         bench.skip(promise, reason)
         return
-    reference = run_on(bench, "pretrain", 2, LONG)
+    reference = run_on(bench, "pretrain", 2, LONG_RUN)
     one, two = Host(1), Host(2)
     try:
         one.ip("link", "add", one.cable, "type", "veth", "peer", "name", two.cable, "netns",

@@ -167,7 +167,7 @@ LLAMA3 = ModelConfig(4096, 32, 32, 8, 14336, vocab_size=128256, tie_word_embeddi
 METHODS = {"AdamW": "adamw", "Muon": "muon", "8-bit AdamW": "adamw8bit", "LoRA, rank 16": "lora",
            "QLoRA, rank 16": "qlora"}
 PEAK_FLOPS, SHARE_OF_FLOPS = 989e12, 0.4  # FLOP/s of an H100 SXM in dense bfloat16; what training reaches
-MEMORY, SHARE_OF_MEMORY = 80e9, 0.9  # bytes of an H100; the rest is CUDA's, NCCL's, lost between tensors
+GPU_BYTES, SHARE_OF_MEMORY = 80e9, 0.9  # bytes of an H100; the rest is CUDA's, NCCL's, lost between tensors
 NVLINK, INFINIBAND = 450e9, 8 * 50e9  # bytes/s one way: of a GPU in its node, of a node's eight cards
 SHARE_OF_NETWORK = 0.8  # what rings reach of it
 CLUSTERS = [(model, gpus, engine) for model in MODELS for gpus, engine in (
@@ -209,7 +209,7 @@ def cost(config: ModelConfig, gpus: int, engine: str) -> dict[str, float] | None
     """
     for checkpointing, rows in ROWS_AT_ONCE:
         sizes = per_gpu(config, gpus, engine, rows, checkpointing)
-        if sizes["peak"] <= SHARE_OF_MEMORY * MEMORY:
+        if sizes["peak"] <= SHARE_OF_MEMORY * GPU_BYTES:
             break
     else:
         return None

@@ -42,7 +42,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, is_allowed: Callable, says: str) -> Callable[[str], float]:
-    """For add_argument(type=...): a finite number that is_allowed. says: "at least 1", for the message."""
+    """A type for add_argument: a finite number for which is_allowed(number) is true.
+
+    says: what is allowed, such as "at least 1", for the message.
+    """
     def parse(text: str):
         value = kind(text)
         if not is_allowed(value) or abs(value) == math.inf:  # a comparison with NaN is never true

@@ -74,9 +74,9 @@ def publish(temporary: Path, path: Path, last: tuple[str, ...] = ()) -> None:
     """Puts the file or folder `temporary` in the place of `path`, after all of it is on the disk.
 
     A folder that does not exist yet appears in one rename. A folder that exists keeps its other files, and
-    the new files move into it one by one, those named in `last` at the end and in that order. The first of
-    these says that the folder is complete, so the old one is removed before anything moves: a process killed
-    in between leaves a folder that is visibly incomplete, and never a mixture of old and new.
+    the new files move into it one by one, those named in `last` at the end and in that order. last[0] is the
+    file without which the folder counts as incomplete. The old last[0] is removed before anything moves. So a
+    process that is killed in between leaves a folder that is visibly incomplete, and never a mixture.
     """
     # If `temporary` is itself a file, this list is empty.
     files = [file.relative_to(temporary) for file in temporary.rglob("*") if file.is_file()]

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 from common.errors import DataError
 from common.files import one_line
-from dataset.foreign_chat import NO_TOKEN, CannotEncode, ForeignTemplate, Piece, unknown_id
+from dataset.foreign_chat import HAS_NO_TOKEN, CannotEncode, ForeignTemplate, Piece, unknown_id
 from dataset.messages import ROLES
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -133,12 +133,12 @@ class PlainEncoder:
         except (TypeError, UnicodeEncodeError):  # half of a surrogate pair, which a terminal can deliver
             return self.encode_batch([text.encode("utf-8", "replace").decode("utf-8") for text in texts])
         except Exception as error:  # the library raises plain Exceptions
-            raise CannotEncode(f"{NO_TOKEN} ({one_line(error)})") from None
+            raise CannotEncode(f"{HAS_NO_TOKEN} ({one_line(error)})") from None
         batch = [encoding.ids for encoding in encodings]
         for ids in batch:
             if not self.forbidden.isdisjoint(ids):
                 if self.unknown in ids:
-                    raise CannotEncode(NO_TOKEN)
+                    raise CannotEncode(HAS_NO_TOKEN)
                 raise DataError("this tokenizer makes control tokens of ordinary text, which is not safe")
         return batch
 

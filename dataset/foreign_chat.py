@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 from common.errors import DataError
 from common.files import one_line
 
-TAKEN = "this model would take it for a control token"
-NO_TOKEN = "this tokenizer has no token for a character in it"
+READ_AS_CONTROL = "this model would take it for a control token"
+HAS_NO_TOKEN = "this tokenizer has no token for a character in it"
 MARK = re.compile("\ue000(\\d+)\ue001")  # of Unicode's private use area: no template or tokenizer knows them
 Piece = tuple[str, bool, bool]  # (text, is a control token, is supervised), as in dataset/chat.py
 
@@ -76,7 +76,7 @@ class ForeignTemplate:
         for content in contents:
             found = self.control.search(content) or self.control.search(self.normalize(content))
             if found:
-                raise DataError(f"{found[0]!r} in a message: {TAKEN}")
+                raise DataError(f"{found[0]!r} in a message: {READ_AS_CONTROL}")
         marks = [f"\ue000{number}\ue001" if content else "" for number, content in enumerate(contents)]
         marked = [dict(message, content=mark) for message, mark in zip(messages, marks, strict=True)]
         parts = MARK.split(self._write(tokenizer, marked, add_generation_prompt))  # text, number, text, ...
@@ -84,7 +84,7 @@ class ForeignTemplate:
         spans = find_words(parts, contents, text)
         for found in self.control.finditer(text):  # half of it in a message, half in the text beside it
             if any(found.start() < end and start < found.end() for _, start, end, _ in spans):
-                raise DataError(f"{found[0]!r} at the edge of a message: {TAKEN}")
+                raise DataError(f"{found[0]!r} at the edge of a message: {READ_AS_CONTROL}")
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if [number for number, *_ in spans if number in answers] != [n for n in answers if contents[n]]:
             raise DataError("this model's chat template leaves out, or moves, what the assistant said")
@@ -112,14 +112,14 @@ class ForeignTemplate:
         try:
             encodings = self.backend.encode_batch(texts)
         except Exception as error:  # tokenizers has no other kind
-            raise CannotEncode(f"{NO_TOKEN} ({one_line(error)})") from None
+            raise CannotEncode(f"{HAS_NO_TOKEN} ({one_line(error)})") from None
         result = []
         for pieces, text, encoding in zip(conversations, texts, encodings, strict=True):
             ids, offsets = encoding.ids, encoding.offsets
             for index, (start, end) in zip(ids, offsets, strict=True):
                 # The template itself may write the token for the unknown, as a control token.
                 if index == self.unknown and not self.control.fullmatch(text[start:end].strip()):
-                    raise CannotEncode(NO_TOKEN)
+                    raise CannotEncode(HAS_NO_TOKEN)
             supervised = []  # for each character: whether it is
             for part, _, is_supervised in pieces:
                 supervised += [is_supervised] * len(part)

@@ -1,6 +1,6 @@
-"""Records out of data files of any size, a line number for every complaint. A reader may skip this file.
+"""Reads data files of any size, and complains with a line number. A reader may skip this file.
 
-Formats: .jsonl (one JSON object a line; any other ending is read in the same way), .json (an array of
+Formats: .jsonl (one JSON object a line; a file with an unknown ending is taken for one), .json (an array of
 objects, objects one after the other, or JSONL under another name), .csv (first row: the field names), each
 also as .gz, and .parquet (needs pyarrow). Files are streamed: memory does not grow with their size.
 

@@ -1,7 +1,7 @@
 """Tokens on disk, written at the first start and mapped at every later one. A reader may skip this file.
 
-dataset/lm_dataset.py says what a record becomes, and this file does so for whole data files. A second start
-tokenises nothing, and the processes of a machine share the pages. Memory does not grow with the data.
+dataset/lm_dataset.py says how a record becomes tokens. This file does that with whole data files. A second
+start tokenises nothing, and the processes of a machine share the pages. Memory does not grow with the data.
 
 A cache is never deleted, as another run may be using it. While no run goes on, out/cache may be removed.
 """
@@ -30,7 +30,7 @@ CACHE_DIR = Path(__file__).resolve().parents[1] / "out" / "cache"
 MAX_RECORDS_OF_BATCH, MAX_CHARACTERS_OF_BATCH = 1024, 2 << 20
 READS_PER_RELEASE = 16  # after so many reads mapped pages are given back; a read may bring 2 MB into memory
 # The name of a cache depends on these files, too: an edited chat.py must not meet the caches it wrote before.
-CODE = ("records", "messages", "foreign_chat", "chat", "token_cache", "lm_dataset")
+MODULES = ("records", "messages", "foreign_chat", "chat", "token_cache", "lm_dataset")
 
 # --- the name of a cache ------------------------------------------------------------------------------------
 
@@ -52,7 +52,7 @@ def file_stamps(paths: list[str]) -> list[list]:
 
 def cache_key(paths: list[str], **settings) -> str:
     """Names what these files become under these settings; another path, size or time gives another name."""
-    code = [hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).hexdigest() for name in CODE]
+    code = [hashlib.sha256(Path(__file__).with_name(f"{n}.py").read_bytes()).hexdigest() for n in MODULES]
     parts = json.dumps([file_stamps(paths), settings, code], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
@@ -174,7 +174,7 @@ class CacheWriter:
 def cached_tokens(dataset, tokenizer, strict: bool, cache_dir=None) -> TokenCache:
     """The cache of a TokenDataset (dataset/lm_dataset.py), which is built here where there is none yet.
 
-    What was wrong with the data is said at every start. Raises DataError where that is fatal.
+    Complaints about the data are repeated at every start. Raises DataError where that is fatal.
     """
     encoder = plain_encoder(tokenizer)
     vocabulary = [encoder.config, encoder.control, end_of_text(tokenizer), tokenizer.chat_template]

@@ -33,7 +33,7 @@ from inference.chat_model import ChatModel, Sampling
 from model.held_out import mean_loss
 
 MAX_TOKENS_OF_RECORD = 2048  # the tokens of a record after these do not enter the loss
-SPARE_TOKENS_OF_ANSWER = 8  # an answer may have twice as many tokens as the longest right answer, and these
+SPARE_TOKENS_OF_ANSWER = 8  # a tested answer may have 2 n + 8 tokens, where the longest right one has n
 
 
 @dataclass

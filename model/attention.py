@@ -86,8 +86,8 @@ def visible_keys(config, input_ids, document_ids=None, cache=None) -> torch.Tens
         raise ModelError("document_ids and a cache don't go together: give each document a row")
     if cache is not None and past + length > cache.max_length:
         raise ModelError(f"the KV cache holds {cache.max_length} tokens, too few for {past + length}")
-    # PyTorch's causal mask takes the first query for the neighbour of the first key, so it serves an empty
-    # cache only. One new token needs no mask at all.
+    # PyTorch's causal mask assumes that queries and keys begin at the same token, which is so where the cache
+    # is empty. One new token needs no mask at all.
     in_order = past == 0 or length == 1
     if document_ids is None and pads is None and config.sliding_window is None and in_order:
         return None

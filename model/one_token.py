@@ -25,7 +25,7 @@ MAX_FLOAT32_ROWS = 64  # with more rows of x, PyTorch's own product is faster th
 
 
 class Product:
-    """Layers that read the same x (B, in) as one layer: their outputs, one after the other (B, out).
+    """Computes several layers that read the same x (B, in) at once: their outputs side by side, (B, out).
 
         W x = the sum of the columns of W, each times one number of x
 

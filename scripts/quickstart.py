@@ -36,18 +36,19 @@ from common.files import json_text, read_json, read_json_if_there, write_whole
 DEFAULT_MINUTES = 6.0  # the steps and seconds below are for so many; --minutes scales the steps
 
 # stage: its script, steps, seconds that they take on 2 CPU cores, and its flags
-ROWS = "--max_seq_len 128 --log_interval 20 --eval_interval 1000 --batch_size"
-MUON = "--optimizer muon --learning_rate"  # these two end with a flag whose value each stage gives
-ADAPTER = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {ROWS} 8"
+ROW_FLAGS = "--max_seq_len 128 --log_interval 20 --eval_interval 1000 --batch_size"
+MUON_FLAGS = "--optimizer muon --learning_rate"  # these two end with a flag whose value each stage gives
+ADAPTER_FLAGS = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {ROW_FLAGS} 8"
 STAGES = {
-    "pretrain": ("train_pretrain.py", 300, 30, f"--preset tiny {MUON} 1e-2 {ROWS} 8 --lr_schedule cosine"),
-    "full_sft": ("train_full_sft.py", 1750, 205, f"{MUON} 7e-3 {ROWS} 16"),
-    "lora_identity": ("train_lora.py", 420, 30, ADAPTER),
-    "lora_clinic": ("train_lora.py", 800, 52, ADAPTER),
+    "pretrain": ("train_pretrain.py", 300, 30,
+                 f"--preset tiny {MUON_FLAGS} 1e-2 {ROW_FLAGS} 8 --lr_schedule cosine"),
+    "full_sft": ("train_full_sft.py", 1750, 205, f"{MUON_FLAGS} 7e-3 {ROW_FLAGS} 16"),
+    "lora_identity": ("train_lora.py", 420, 30, ADAPTER_FLAGS),
+    "lora_clinic": ("train_lora.py", 800, 52, ADAPTER_FLAGS),
 }
 ADAPTERS = ("lora_identity", "lora_clinic")
 PARENT = {"full_sft": "pretrain", "lora_identity": "full_sft", "lora_clinic": "full_sft"}
-DATA = {"full_sft": "sft"}  # the file of the world; the other stages have a file with their own name
+DATA_OF_STAGE = {"full_sft": "sft"}  # the file of the world; the other stages have a file with their own name
 TESTS = {"pretrain": ["sft"], "full_sft": ["sft", *ADAPTERS],  # the test files that a stage answers
          "lora_identity": ["sft", "lora_identity"], "lora_clinic": ["sft", "lora_clinic"]}
 SCORED_AFTER_PRETRAIN = 200  # questions of a test: a model that never saw a chat answers none of them
@@ -102,7 +103,7 @@ def plan(out: Path, minutes: float) -> list[Task]:
 
 def training_command(out: Path, stage: str, scale: float) -> list[str]:
     script, steps, _, flags = STAGES[stage]
-    data = out / "world" / DATA.get(stage, stage)
+    data = out / "world" / DATA_OF_STAGE.get(stage, stage)
     command = [f"{ROOT / 'trainer' / script}", "--data_path", f"{data}.jsonl"]
     if stage not in ADAPTERS:
         command += ["--eval_data_path", f"{data}_eval.jsonl"]

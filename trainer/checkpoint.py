@@ -60,10 +60,12 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0  # of training
     metrics: dict = field(default_factory=dict)  # the newest value of each
-    logged_step: int = 0  # the step of the last log line, and how far the run was then
+    # At the last log line:
+    logged_step: int = 0
     logged_tokens: int = 0
     logged_seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)  # since that line: the loss of each step, added up
+    # Since that line: the loss, and whatever else the loss function names, summed over steps
+    sums: dict[str, float] = field(default_factory=dict)
 
     def is_due(self, interval: int, max_steps: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens after this step."""
@@ -180,7 +182,7 @@ def save_checkpoint(run_dir: Path, step: int, state: dict, keep_last: int,
         sums = checksums([*sorted(temporary.glob("*.safetensors")), temporary / "state.pt"])
         lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
         (temporary / "state.pt.sha256").write_text(lines, encoding="ascii", newline="\n")
-        # A whole checkpoint of this step is kept: a run has one state at each step, so it holds the same.
+        # An undamaged checkpoint of this step stays. It holds the same, since equal runs have equal states.
         if not target.exists() or damage(target):
             remove(target)
             publish(temporary, target)

@@ -26,8 +26,8 @@ class Tracker:
         """ranks: trainer.distributed.Ranks. run: trainer.checkpoint.Progress, to which log lines write."""
         self.active, self.path, self.wandb = ranks.is_main, run_dir / "metrics.jsonl", None
         self.ranks, self.max_steps = ranks, max_steps
-        # In float64 float32 losses add up to the same in any order; MPS has no float64. The sums of a resumed
-        # run are those of all processes already, so the main process alone carries them on.
+        # Losses are float32. Summed in float64 they give the same in any order, but MPS has no float64. After
+        # a resume run.sums belongs to all processes together, so the main process alone carries it on.
         self.sum_dtype = torch.float32 if ranks.device.type == "mps" else torch.float64
         self.sums = {name: value if ranks.is_main else 0.0 for name, value in run.sums.items()}
         if not self.active:

@@ -143,7 +143,7 @@ def test_a_change_with_the_old_date_put_back_is_noticed(tmp_path):
 
 
 def test_the_key_follows_the_code_that_tokenises():
-    """Every file of dataset/ that takes part in the making of a sample is listed in CODE."""
+    """Every file of dataset/ that takes part in the making of a sample is listed in MODULES."""
     folder, found, open_ends = Path(token_cache.__file__).parent, set(), ["lm_dataset"]
     while open_ends:
         name = open_ends.pop()
@@ -151,7 +151,7 @@ def test_the_key_follows_the_code_that_tokenises():
         text = (folder / f"{name}.py").read_text(encoding="utf-8")
         names = re.findall(r"^from dataset import (.+)$|^from dataset\.(\w+) import", text, re.M)
         open_ends += {one for many, single in names for one in (many or single).split(", ")} - found
-    assert found == set(token_cache.CODE)
+    assert found == set(token_cache.MODULES)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full, a disk without room, is Linux's")

@@ -184,13 +184,21 @@ def test_no_such_device(name):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
 def test_a_gpu_that_is_not_there(name):
-    with pytest.raises(UsageError, match="no such device here; there is cpu"):
+    with pytest.raises(UsageError, match="there is no cuda:[01] here, only cpu"):
         choose_device(name)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == torch.device("cuda:1") and choose_device("cpu:0").type == "cpu"
+    with pytest.raises(UsageError, match="--device auto: there is no cuda:2 here, only cuda:0, cuda:1, cpu"):
+        choose_device("auto", 2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_too_many():
-    with pytest.raises(UsageError, match="no such device here; there is cuda:0"):
+    with pytest.raises(UsageError, match="there is no cuda:99 here, only cuda:0"):
         choose_device("cuda:99")
 
 

@@ -309,7 +309,7 @@ def test_a_stage_before_its_turn_names_the_command(stage, command, complaint, tm
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_gpu_flag_without_a_gpu(stage, complaint):
-    assert "no such device here; there is cpu" in complaint(stage, device="cuda")
+    assert "--device cuda: there is no cuda:0 here, only cpu" in complaint(stage, device="cuda")
 
 
 def test_shapes(complaint, workshop):
