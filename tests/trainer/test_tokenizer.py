@@ -271,7 +271,7 @@ def test_script_trains_reports_and_holds_out(tmp_path):
     ("arguments", "message"),
     [
         (["--data_path", "no_such_file.jsonl"], "no_such_file.jsonl"),
-        (["--data_path", "a.jsonl", "--weights", "1", "2"], "number for each file of --data_path, which are 1"),
+        (["--data_path", "a.jsonl", "--weights", "1", "2"], "each file of --data_path, which are 1"),
         (["--weights", "1"], "each file of --data_path, which are 0"),
         (["--data_path", "a.jsonl", "--vocab_size", "100"], "--vocab_size must be at least 272"),
         (["--data_path", "a.jsonl", "--eval_fraction", "1"], "--eval_fraction"),
