@@ -41,7 +41,7 @@ TOOLS_PREAMBLE = "You may call these tools by name, with JSON arguments:\n<tools
 
 def write_chat(tokenizer, messages: list[dict], tools=None, add_generation_prompt=False) -> list[Piece]:
     """A conversation as pieces, in our format or in that of the tokenizer's template. Raises DataError."""
-    for message in messages:  # Checked because a role is written as it is, and might contain control tokens.
+    for message in messages:  # An unknown role is refused: it might contain control tokens.
         if message["role"] not in ROLES.values():
             raise DataError(f"the role {str(message['role'])[:30]!r} is not system, user, assistant or tool")
     if template := plain_encoder(tokenizer).template:
@@ -125,12 +125,12 @@ class PlainEncoder:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Texts -> ids, on all cores.
 
-        Raises CannotEncode for a text with an unknown character, and DataError where ids include a control
-        token all the same.
+        Raises CannotEncode for a text with an unknown character, and DataError if the result has a control
+        token in it.
         """
         try:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):  # half of a surrogate pair, which a terminal can deliver
+        except (TypeError, UnicodeEncodeError):  # an invalid character, as from a wrongly set terminal
             return self.encode_batch([text.encode("utf-8", "replace").decode("utf-8") for text in texts])
         except Exception as error:  # the library raises plain Exceptions
             raise CannotEncode(f"{HAS_NO_TOKEN} ({one_line(error)})") from None
@@ -174,10 +174,10 @@ def encode_pieces(tokenizer, conversations: list[list[Piece]]) -> list[tuple[lis
         if token not in encoder.control:
             raise DataError(f"the tokenizer has no {token} token, which chat needs (model/tokenizer has it)")
     ids_of = {(text, True): [index] for text, index in encoder.control.items()}  # (text, is_control) -> ids
-    different = {(text, control) for conversation in conversations for text, control, _ in conversation}
-    # All but the control tokens of this tokenizer is text. In some <think> is no token, and then text, too.
-    texts = [piece for piece in different if piece not in ids_of]
-    ids_of.update(zip(texts, encoder.encode_batch([text for text, _ in texts]), strict=True))
+    pieces = {(text, control) for conversation in conversations for text, control, _ in conversation}
+    # What is left are texts. (<think> is left, too, if this tokenizer has no such token.)
+    left = [piece for piece in pieces if piece not in ids_of]
+    ids_of.update(zip(left, encoder.encode_batch([text for text, _ in left]), strict=True))
     result = []
     for conversation in conversations:
         ids, mask = [], []

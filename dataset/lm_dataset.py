@@ -30,7 +30,7 @@ class TokenDataset(torch.utils.data.Dataset):
     """What both datasets share: samples from a token cache on disk.
 
     dataset/token_cache.py builds the cache at the first start. For that it calls the methods `prepare`,
-    `encode` and `cut` of the two classes below. Later starts only map the cache. Bad records are counted and
+    `encode` and `cut` of the two classes below. Later starts open the cache. Bad records are counted and
     skipped, and the first few are shown with path:line; with strict they are fatal. Raises DataError for a
     file that is missing or empty, or without a single usable record.
     """
@@ -53,23 +53,23 @@ class TokenDataset(torch.utils.data.Dataset):
         labels[0] = -100
         if self.cache.mask is not None:
             labels[self.cache.mask[start:end] == 0] = -100
-        self.cache.count_read()  # after some reads their memory is given back
+        self.cache.count_read()  # after some reads the pages that were read leave this process's memory
         return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
     @property
     def identity(self) -> str:
-        """A line about the content. If a file changes in any way, its line changes."""
+        """A text with a checksum of the data: it changes if any sample changes."""
         tokens, sha256 = int(self.lengths.sum()), self.cache.meta["sha256"]
         return f"{len(self):,} samples of {tokens:,} tokens, sha256 {sha256[:16]}"
 
     def where(self, sample: int) -> str:
         """The record that a sample was made of, such as "data.jsonl:17"."""
         sample = range(len(self))[sample]  # as above
-        file = bisect_right(self.cache.meta["first_samples"], sample) - 1  # the last that begins before it
+        file = bisect_right(self.cache.meta["first_samples"], sample) - 1  # the sample's file
         return f"{self.paths[file]}:{self.cache.lines[sample]}"
 
-    # Arrays with a number for each sample. They are properties and no attributes: a DataLoader would copy
-    # attributes into each of its worker processes. (Of the cache only the path is copied.)
+    # Arrays with a number for each sample. They are read from the cache each time. If they were stored in
+    # this object, a DataLoader would copy them into each of its worker processes.
     lengths = property(lambda self: self.cache.lengths)  # tokens, int32
     num_targets = property(lambda self: self.cache.num_targets)  # supervised tokens, int32
     num_bytes = property(lambda self: self.cache.num_bytes)  # UTF-8 bytes of supervised tokens, int64
@@ -151,6 +151,7 @@ def collate(dataset, rows: list[list[int]], pad_token_id: int) -> dict:
         document_ids.append(torch.arange(len(row)).repeat_interleave(lengths))
     if not rows:
         input_ids, labels = [torch.tensor([pad_token_id])], [torch.tensor([-100])]
+    # If `rows` is empty this is True, and document_ids become None.
     one_each = all(len(row) == 1 for row in rows)
     return {"input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100),

@@ -51,7 +51,7 @@ class ModelConfig:
             raise ModelError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.qk_norm and self.attention_bias:
-            raise ModelError("no class of transformers has both qk_norm and attention_bias: choose one")
+            raise ModelError("qk_norm and attention_bias: Hugging Face has no class with both; choose one")
         if not isinstance(self.rope_scaling, dict | None):
             raise ModelError(f"rope_scaling must be an object or null, not {self.rope_scaling!r}")
         frequency, scale = rope_frequencies(self, "cpu")  # raises for unknown or incomplete settings
@@ -81,8 +81,8 @@ def rope_frequencies(config: ModelConfig, device) -> tuple[torch.Tensor, float]:
     linear   all angles divided by `factor`, to reach further than the training did (arXiv:2306.15595)
     llama3   the angles of slow pairs are divided, those of fast pairs are kept, and between slow and fast the
              divisor falls gradually to 1 (arXiv:2407.21783)
-    yarn     the same with other limits of slow and fast. cos and sin are also multiplied by a factor above 1,
-             which makes attention scores larger (arXiv:2309.00071)
+    yarn     like llama3, but slow and fast are defined in another way. cos and sin are also multiplied by a
+             factor above 1, which makes attention scores larger (arXiv:2309.00071)
 
     Raises ModelError for unknown or incomplete settings.
     """
@@ -99,7 +99,7 @@ def rope_frequencies(config: ModelConfig, device) -> tuple[torch.Tensor, float]:
         if kind == "llama3":
             factor, low, high = (scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
             turns = original_length * frequency / (2 * math.pi)  # how often a pair turns in that length
-            kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the old angle: 0 slow, 1 fast
+            kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0 for slow pairs, 1 for fast pairs
             return frequency * (kept + (1 - kept) / factor), 1.0
         if kind == "yarn":
             return yarn_frequencies(config, frequency, original_length)
@@ -112,26 +112,28 @@ def yarn_frequencies(config: ModelConfig, frequency, original_length) -> tuple[t
     """YaRN (Peng et al. 2023, arXiv:2309.00071): the same two results as rope_frequencies.
 
     A pair that turns more than beta_fast times within the original length keeps its angle. A pair that turns
-    less than beta_slow times has its angle divided by `factor`. The pairs between get a mean of both,
-    weighted by their number.
+    less than beta_slow times has its angle divided by `factor`. The angles of the pairs between go gradually
+    from the one to the other.
     """
     dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     factor = scaling.get("factor") or config.max_position_embeddings / original_length
 
-    # Pair i has the angle theta^(-2i/D), so it turns original_length * theta^(-2i/D) / (2 pi) times within
-    # the original length. This equation, solved for i:
+    # Pair i turns by theta^(-2i/D) at each position, which is original_length * theta^(-2i/D) / (2 pi) whole
+    # turns within the original length. The function solves "whole turns = times" for i.
     def pair_that_turns(times):
         return dim * math.log(original_length / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    # The paper has the weight 1. The settings of some models have other weights: mscale, mscale_all_dim.
+    # In the paper weight is 1. DeepSeek's models set two weights, mscale and mscale_all_dim. cos and sin then
+    # get the quotient of the two factors, as in the library transformers.
     def score_factor(weight):
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    first = pair_that_turns(scaling.get("beta_fast") or 32)  # the last pair that keeps its angle
-    last = pair_that_turns(scaling.get("beta_slow") or 1)  # the first pair whose angle is divided
+    # Pairs up to `first` keep their angle, pairs from `last` on have it divided.
+    first = pair_that_turns(scaling.get("beta_fast") or 32)
+    last = pair_that_turns(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dim - 1)  # there are only dim / 2 pairs; the authors' code has dim
+    first, last = max(first, 0), min(last, dim - 1)  # dim and not dim / 2, as in the authors' code
     if first == last:
         last += 0.001  # against a division by zero
     pair = torch.arange(dim // 2, dtype=torch.float32, device=frequency.device)

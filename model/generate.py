@@ -53,7 +53,7 @@ def generate(model: CausalLM, input_ids: torch.Tensor, max_new_tokens: int, temp
              eos_token_id: int | list[int] | None = None, prompt_lengths=None) -> Iterator[torch.Tensor]:
     """Continues the prompts input_ids (B, T): yields the next ids (B,), at most max_new_tokens times.
 
-    temperature: 0 takes the likeliest token. top_k 0 and top_p 1 rule no token out.
+    temperature: 0 takes the likeliest token. With top_k 0 and top_p 1 every token may be chosen.
     repetition_penalty: above 1, tokens that have occurred, also in the prompt, become less likely.
     seed: the same seed gives the same text. Without one, torch's global random state decides.
     eos_token_id: tokens that end a row. An ended row repeats the first of these tokens, and decoding stops
@@ -138,7 +138,7 @@ def choose_token(logits, temperature: float, top_k: int, top_p: float, generator
 
 
 def penalize(logits, seen, penalty: float):
-    """Divides positive logits by the penalty, and multiplies negative ones, where `seen` is True: all (B, V).
+    """Divides positive logits (B, V) by the penalty, and multiplies negative ones, where `seen` is True.
 
     As in Keskar et al. 2019 (arXiv:1909.05858) and in the library transformers, it does not matter how
     often a token has occurred.
@@ -161,12 +161,11 @@ def filter_logits(logits, temperature: float = 1.0, top_k: int = 0, top_p: float
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
         ascending, order = logits.sort(dim=-1)
-        # Here the sums begin at the least likely token, and each includes the token itself. All tokens have
-        # the sum 1, so "all likelier ones have at least p" is "this one and all less likely ones have at
-        # most 1 - p".
+        # A token goes if all likelier tokens have at least p. The others (this token and all less likely
+        # ones) then have at most 1 - p, and this sum is computed here, from the least likely token on.
         ruled_out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
         ruled_out[:, -1] = False  # the likeliest always stays
-        # From the ascending order back to the order of ids. (`scatter` makes a new tensor.)
-        ruled_out = ruled_out.scatter(1, order, ruled_out)
+        # `ruled_out` is in ascending order. Here each of its values goes back to the id that it belongs to.
+        ruled_out = torch.empty_like(ruled_out).scatter(1, order, ruled_out)
         logits = logits.masked_fill(ruled_out, -torch.inf)
     return logits

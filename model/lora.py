@@ -51,10 +51,10 @@ class LoRA(nn.Module):
         nn.init.normal_(self.A.weight, std=0.02)
         nn.init.zeros_(self.B.weight)  # B alone is zero: if A were zero too, neither would get a gradient
         self.enabled = True  # changed by set_lora in model/adapters.py
-        # While the update is merged into W, this holds the W without it. As a plain attribute, and no buffer,
-        # it is never saved.
+        # merge_lora adds the update to W and keeps the old W here. It is no buffer, so it is never saved.
         self.original = None
-        # In PiSSA (model/low_rank.py) neither A nor B starts at zero. A0 and B0 then hold their first values.
+        # With init="pissa" (model/low_rank.py) A and B start from other values than here, and B A is not
+        # zero at the start. A0 and B0 then keep these first values, so that `factors` can subtract B0 A0.
         self.register_buffer("A0", None, persistent=False)
         self.register_buffer("B0", None, persistent=False)
 
@@ -66,7 +66,8 @@ class LoRA(nn.Module):
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """B (out, r) and A (r, in) of the update, r = rank.
 
-        With PiSSA the update is B A - B0 A0: the product of [B, -B0] and [A; A0], with twice the rank.
+        With PiSSA the update is B A - B0 A0. It is one product too, with twice the rank: B and -B0 side by
+        side, times A on top of A0.
         """
         b, a = self.B.weight, self.A.weight
         if self.B0 is not None:
@@ -82,8 +83,8 @@ class LoRA(nn.Module):
 class WithLoRA:
     """The forward pass of every linear layer with a child `lora`: y = W x + bias + (alpha / rank) B A x.
 
-    The classes below inherit from this class first and from a layer's own class second. So super().forward is
-    that of the layer, and gives W x + bias.
+    The classes below inherit from this class first and from a layer's own class second. So in this class
+    super().forward is the layer's own forward pass, W x + bias.
     """
 
     def forward(self, x):
@@ -101,7 +102,9 @@ class LoRALinear(WithLoRA, nn.Linear):
         return lora_linear(x, self.weight, self.bias, a, b, self.lora.scaling)  # the same in fewer steps
 
     def can_be_fast(self) -> bool:
-        """Whether W is frozen, nothing drops out, and `lora` is a LoRA (no RowLoRA of model/adapters.py)."""
+        """Whether W is frozen, nothing drops out, and `lora` is a LoRA. (model/adapters.py has another
+        class.)
+        """
         lora = self.lora
         if not lora.active or not isinstance(lora, LoRA):
             return False
@@ -117,7 +120,7 @@ class LoRANF4Linear(WithLoRA, NF4Linear):
 
 
 class LoRAInt8Linear(WithLoRA, Int8Linear):
-    """A layer with its weight in 8 bits, for answering alone: in 8 bits nothing trains."""
+    """A layer with its weight in 8 bits. It can only answer: over 8 bits no adapter is trained."""
 
     bits = 8
 
@@ -132,8 +135,8 @@ def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dro
                init: str = "gaussian") -> list[str]:
     """Gives layers of any model an adapter, in place; no output changes. Returns the names of the layers.
 
-    target_modules, one or a list: "all-linear" (all but lm_head), "square" (in = out, which the project
-    MiniMind adapts), the end of a name ("q_proj"), or a regular expression for the whole name. alpha: None
+    target_modules, one or a list: "all-linear" (all but lm_head), "square" (layers with in = out, as in the
+    project MiniMind), the end of a name ("q_proj"), or a regular expression for the whole name. alpha: None
     means rank, so that the factor alpha / rank is 1. rslora: see LoRA. init: "gaussian", or "pissa", where
     A and B start as the largest singular vectors of W and outputs stay the same apart from rounding
     (model/low_rank.py). Raises ModelError if rank, alpha or dropout is out of range, a target matches
@@ -149,13 +152,12 @@ def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dro
         raise ModelError(f"LoRA init must be gaussian or pissa, not {init!r}")
     if adapted_layers(model, required=False):
         raise ModelError("the model has LoRA already: call remove_lora first")
-    # All names are collected before the first layer changes. A is a linear layer too: a walk that adapts
-    # layers as it meets them would adapt A, then the A of that adapter, and would never end.
     layers = linear_layers(model)
     names = select_layers(layers, target_modules)
     widths = [min(layers[name].in_features, layers[name].out_features) for name in names]
-    # A matrix has as many singular vectors as its smaller side is long. PiSSA takes `rank` of them in every
-    # layer, so the narrowest layer is its limit. Otherwise a rank above the widest layer would be a waste.
+    # The width of a layer is here its smaller side. No matrix has more singular vectors than that, and PiSSA
+    # takes `rank` of them in every layer. The other init works with any rank, but above the largest width no
+    # layer could use it.
     max_rank = min(widths) if init == "pissa" else max(widths)
     if rank > max_rank:
         raise ModelError(f"LoRA rank {rank} is above the width of the layers, {max_rank}")
@@ -247,8 +249,9 @@ def merge_lora(model: nn.Module) -> None:
     """W <- W + (alpha / rank) B A: the adapted model becomes as fast as the base.
 
     A second call changes nothing. The old W is kept, because subtracting B A again would not give back the
-    same bits. Raises ModelError, and merges nothing, where a W is quantized, or where a W is shared: an
-    adapted lm_head may be tied to the embedding, and both would change.
+    same bits. Raises ModelError, and merges nothing, where a W is quantized, where each row of a batch has
+    its own adapter (use_rows in adapters.py), or where a W is shared: an adapted lm_head may be tied to the
+    embedding, and both would change.
     """
     adapted = adapted_layers(model)
     for name, layer in adapted.items():
@@ -259,8 +262,8 @@ def merge_lora(model: nn.Module) -> None:
             raise ModelError(f"LoRA can't be merged into a shared weight: {' = '.join(shared)}")
     for layer in adapted.values():
         lora = layer.lora
-        b, a = lora.factors()  # raises ModelError if each row of a batch has another adapter (adapters.py)
-        lora.enabled = True  # a merged adapter takes part in the result, so it counts as switched on
+        b, a = lora.factors()
+        lora.enabled = True  # an adapter that was switched off (set_lora in adapters.py) is on when merged
         if lora.original is None:
             lora.original = layer.weight.detach().clone()
             layer.weight.copy_(layer.weight.float() + lora.scaling * b @ a)  # same Parameter
@@ -323,7 +326,7 @@ def load_lora(model: nn.Module, path: str | Path) -> LoRAReport:
             mine = adapted[name].lora
             b = lora.B.weight * (lora.scaling / mine.scaling)
             mine.load_state_dict({"A.weight": lora.A.weight, "B.weight": b})
-            mine.A0 = mine.B0 = None  # B A of a file is the whole update: PiSSA's B0 A0 is not subtracted
+            mine.A0 = mine.B0 = None  # a file holds the whole update, from which nothing is subtracted
     else:
         inject(model, loras)
     return report_layers(adapted_layers(model))

@@ -58,8 +58,8 @@ def token_positions(input_ids, document_ids=None, cache=None) -> torch.Tensor:
     past = cache.length if cache is not None else 0
     positions = torch.arange(past, past + input_ids.size(1), device=input_ids.device)[None]  # (1, T)
     if document_ids is not None:
-        # Where a document begins, its position is kept, elsewhere there is 0. The running maximum of this is,
-        # for each token, the position at which its own document begins. (Position 0 need not be marked.)
+        # Where a document begins, its position is kept; everywhere else there is 0. The running maximum of
+        # these numbers is, for each token, the position at which its own document begins.
         is_new = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))  # (B, T)
         first = torch.where(is_new, positions, 0).cummax(dim=1).values  # (B, T)
         positions = positions - first
@@ -71,10 +71,9 @@ def token_positions(input_ids, document_ids=None, cache=None) -> torch.Tensor:
 def rope_tables(config: ModelConfig, positions: torch.Tensor, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The cos and the sin for `rotate` (below): positions (B or 1, T) -> two tables (B or 1, T, 1, D).
 
-    Each angle serves two places of a head, so it is there twice; the first sin of the two has a minus sign.
+    Both numbers of a pair are turned by one angle, so each angle is in a table twice: at i and at i + D/2.
     Angles are computed in float32, since bfloat16 cannot represent every position beyond 256, and only the
-    tables become `dtype`. This is done in each forward pass, or once for a KVCache. Tables stored in the
-    model would lose their digits in model.to(bfloat16).
+    tables become `dtype`. The model does not store the tables: model.to(bfloat16) would round them.
     """
     frequency, scale = rope_frequencies(config, positions.device)
     angle = positions[:, :, None, None].float() * frequency  # (B or 1, T, 1, D/2)
@@ -180,7 +179,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids, document_ids=None, cache=None, recompute=False):
         x = self.embed_tokens(input_ids)  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # blocks add small results to x: 16 bits, as of a frozen embedding, would lose them
+            x = x.float()  # blocks add small numbers to x, which 16 bits would round away
         # Rotation and mask are the same in every block, so they are made once.
         dtype = matmul_dtype(x)
         positions = token_positions(input_ids, document_ids, cache)
@@ -191,8 +190,8 @@ class Decoder(nn.Module):
             rope = cache.rope_at(positions, dtype)
         for block in self.layers:
             if recompute:
-                # With use_reentrant=True a block whose input has no gradient would train nothing. That is so
-                # in LoRA (model/lora.py), where the embedding is frozen.
+                # use_reentrant=True would train no block whose input needs no gradient. In LoRA
+                # (model/lora.py) the embedding is frozen, so the input of the first block needs none.
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
@@ -221,8 +220,8 @@ class Output:
     @property
     def logits(self) -> torch.Tensor:
         """(B, T, V)"""
-        weight = getattr(self.head, "weight", None)  # None: an Int8Linear, which accepts every type
-        # Autocast may have ended before the logits are asked for, so the cast is made here.
+        # hidden may be in bfloat16 and the head in float32. A head in 8 bits (model/int8.py) has no `weight`.
+        weight = getattr(self.head, "weight", None)
         return self.head(self.hidden if weight is None else self.hidden.to(weight.dtype))
 
 
@@ -278,8 +277,8 @@ class CausalLM(nn.Module):
             targets  -100  -100  -100     4   <end>        the state at "=" must predict 4
         """
         states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # (N, C), (N,)
-        # On a CPU only tokens with a label go through the costly head. On a GPU the program would have to
-        # wait until the GPU has counted these tokens. A compiled model needs shapes that stay the same.
+        # On a CPU only tokens with a label go through the costly head. A GPU would have to tell the CPU first
+        # how many there are, and waiting costs more. A compiled model needs shapes that stay the same.
         select = states.device.type == "cpu" and not torch.compiler.is_compiling()
         if select:
             places = (targets != -100).nonzero().squeeze(1)

@@ -16,17 +16,17 @@ class Batches(Dataset):
 
     There is no last batch: after len(self) batches, which are one epoch, the next epoch begins.
 
-    batches[n] is a tuple: this process's micro-batches (the rows of one forward pass each), and two numbers
-    over all processes: supervised tokens, and all tokens. Every process knows the rows of every batch, so
-    none has to ask the others for these numbers. A batch follows from its number and the seed alone, so a
-    resumed run reads what the first run would have read.
+    batches[n] is (micro-batches, supervised tokens, all tokens). A micro-batch holds the rows of one
+    forward pass of this process. The two numbers of tokens are those of all processes together. Every
+    process knows the rows of every batch, so none has to ask the others for these numbers. A batch follows
+    from its number and the seed alone, so a resumed run reads what the first run would have read.
 
         6 rows in a batch, 2 processes, micro_batch_size 2
         process 0   rows 0 2 4   in two forward passes: [0 2] [4]
         process 1   rows 1 3 5   in two forward passes: [1 3] [5]
 
-    replayed: the sample numbers of old data. Then `replay` of the rows of each epoch are old data: 90 rows of
-    new data and a replay of 0.1 make epochs of 100 rows, 10 of them old.
+    replayed: the sample numbers of old data. replay: which part of the rows of each epoch is old data. 90
+    rows of new data and a replay of 0.1 make epochs of 100 rows, 10 of them old.
     """
 
     def __init__(self, dataset, samples: np.ndarray, ranks: Ranks, *, batch_size: int, max_seq_len: int,
@@ -37,7 +37,7 @@ class Batches(Dataset):
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.pad_token_id, self.seed = pad_token_id, seed
 
-        # A row is a list of samples. It holds places in `numbers`: if numbers[3] is 17, a 3 means sample 17.
+        # The rows hold places in `numbers`, and no sample numbers: if numbers[3] is 17, a 3 means sample 17.
         def fill_rows(numbers):
             if packing:
                 return pack_rows(dataset.lengths, max_seq_len, seed, numbers)
@@ -47,7 +47,7 @@ class Batches(Dataset):
         self.num_old = 0  # rows of old data in each epoch
         if replayed is not None:
             self.old_rows = fill_rows(replayed)
-            # From old / (new + old) = replay follows old = new * replay / (1 - replay).
+            # This solves old / (new + old) = replay for old.
             self.num_old = max(1, round(len(self.rows) * replay / (1 - replay)))
         self.epoch = -1  # the epoch for which begin_epoch has prepared an order; -1: none yet
 
@@ -82,8 +82,8 @@ class Batches(Dataset):
         self.epoch = epoch
         self.order = Order(len(self.rows) + self.num_old, [self.seed, epoch])
         if self.num_old:
-            first = epoch * self.num_old
-            self.old_in_epoch = shuffled_again(len(self.old_rows), first, self.num_old, self.seed)
+            used = epoch * self.num_old  # old rows in all epochs before
+            self.old_in_epoch = shuffled_again(len(self.old_rows), used, self.num_old, self.seed)
 
     def row(self, index: int) -> np.ndarray:
         """The sample numbers in one row of the epoch. New rows have the first indices, old rows the last."""
@@ -106,7 +106,7 @@ class Batches(Dataset):
         return f"{len(self.rows):,}{old} rows"
 
     def identity(self) -> str:
-        """A line about the content of the data. If a file changes in any way, its line changes."""
+        """A text with a checksum of the data: it changes if any sample changes."""
         return self.dataset.identity
 
     def num_bytes(self) -> int:

@@ -72,7 +72,7 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(run.batch, 2**62),  # without an end
                              num_workers=args.num_workers, worker_init_fn=ignore_interrupts,
                              pin_memory=device.type == "cuda"))
-    began = time.perf_counter() - run.seconds  # as if a resumed run had never stopped
+    began = time.perf_counter() - run.seconds  # a resumed run goes on from its seconds
     skipped = 0  # consecutive batches whose gradient was not finite
 
     with stop_requests(args.max_minutes) as stop_requested:
@@ -89,16 +89,16 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
             torch.manual_seed((args.seed * 1_000_003 + run.batch) * ranks.world_size + ranks.rank)
             means = {}
             for i, batch in enumerate(micro_batches):
-                # DDP exchanges gradients in the last backward pass of a step alone, FSDP in every one.
+                # DDP exchanges gradients in the last backward pass of a step only, FSDP in every one.
                 no_exchange = i < len(micro_batches) - 1 and isinstance(replica, DistributedDataParallel)
                 with replica.no_sync() if no_exchange else nullcontext():
                     with autocast(device, dtype):
                         loss_sum, named_sums = loss(replica, to_device(batch, device))
                     part = loss_sum / max(1, num_units)
-                    # An infinite loss can have a finite gradient. The check below sees gradients alone, so
-                    # this makes the gradient NaN: 0 * infinity is NaN. A finite loss is multiplied by 1.
+                    # A finite loss is multiplied by 1. An infinite loss is multiplied by NaN (0 * infinity):
+                    # then its gradient is NaN, too, and the check of the gradients below finds it.
                     part = part * (1 + 0 * part.detach())
-                    # DDP and FSDP take the mean of the processes' gradients. The factor makes it their sum.
+                    # DDP and FSDP take the mean of all gradients. Times world_size it is their sum.
                     scaler.scale(part * ranks.world_size).backward()
                 for name, value in {"loss": loss_sum, **named_sums}.items():
                     means[name] = means.get(name, 0.0) + value.detach() / max(1, num_units)
@@ -117,20 +117,20 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
                 run.tokens += num_tokens
                 tracker.add(means)
             else:  # no optimizer may step, not even one whose own gradients are finite
-                if not scaler.is_enabled():  # in float16 too large gradients are expected: see GradScaler
+                if not scaler.is_enabled():  # GradScaler, for float16, produces some on purpose
                     tracker.say(f"warning: step {run.step + 1}: batch {run.batch - 1} is skipped: "
                                 + diagnose(model, batches, run.batch - 1, loss, dtype, ranks))
                 refuse_too_many(skipped, run.step, scaler.is_enabled(), args.run_dir)
             scaler.update()
             model.zero_grad()
 
-            # 4. Log, validate and save: not after a skipped batch, unless the run is asked to stop
+            # 4. Log, validate and save, but not after a skipped batch. If asked to, save and stop in any case
             run.seconds = time.perf_counter() - began
             if is_finite and run.is_due(args.log_interval, max_steps):
                 tracker.log_step(run, args.learning_rate * factor, grad_norm.item())
             if is_finite and eval_batches and run.is_due(args.eval_interval or max_steps, max_steps):
                 tracker.log_evaluation(run, evaluate(model, eval_batches, dtype, ranks))
-                run.logged_seconds += time.perf_counter() - began - run.seconds  # tokens/s leaves this out
+                run.logged_seconds += time.perf_counter() - began - run.seconds  # no part of tokens/s
             stop = int(ranks.max(stop_requested()))  # the exit code of a requested stop, or 0
             save_now = is_finite and run.is_due(args.save_interval, max_steps)
             if save_now or (stop and run.step > 0):

@@ -14,7 +14,7 @@ from common.fast_start import AdamW, Optimizer
 from trainer.adamw_8bit import adamw_8bit
 from trainer.distributed import full_tensor, shard_like, share_out, world_size
 
-MAX_NUMBERS_AT_ONCE = 2**27  # Muon's batches of matrices hold at most so many numbers, which bounds memory
+MAX_NUMBERS_AT_ONCE = 2**27  # of a batch of Muon's matrices, to bound its memory
 
 
 def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, schedule: str = "cosine") -> float:
@@ -44,10 +44,10 @@ def learning_rate_factor(step: int, max_steps: int, warmup_ratio: float, schedul
 class Muon(Optimizer):
     """W <- W - lr * (decay * W + 0.2 * sqrt(max(rows, columns)) * orthogonalise(momentum))
 
-    A matrix stretches vectors in some directions more than in others. By how much it stretches are its
-    singular values. In a gradient a few directions dominate. The momentum is a running mean of gradients.
-    Muon replaces it by the nearest matrix whose singular values are all about one, so that all directions
-    are learned equally fast. The factor 0.2 * sqrt(max(...)) gives the update the size of AdamW's, so both
+    A matrix stretches vectors in some directions more than in others. Its singular values say how much. In a
+    gradient a few directions dominate. Muon keeps a running mean of the gradients, the momentum, and replaces
+    the momentum by the nearest matrix whose singular values are all about one. So all directions are learned
+    equally fast. The factor 0.2 * sqrt(max(...)) gives the update the size of AdamW's, so both
     take the same learning rate (Liu et al. 2025).
 
     The updates are those of torch.optim.Muon with adjust_lr_fn="match_rms_adamw". But `orthogonalise` takes
@@ -55,10 +55,10 @@ class Muon(Optimizer):
     processes train together, all have the same gradients at this point, and each computes a part of the
     batch.
 
-    dtype: the type in which `orthogonalise` computes. bfloat16 is fast, and exact enough to learn. But
-    bfloat16 enlarges differences. Two and four processes add gradients up in different orders, so these
-    differ in their last digit. In bfloat16 the updates then differ a thousand times more. So a run in
-    float32 uses float32 here too.
+    dtype: the type in which `orthogonalise` computes. bfloat16 is fast, and exact enough to learn. But it
+    enlarges small differences. The gradients of a run on two processes and of the same run on four differ in
+    their last digit, because they are summed in another order. In bfloat16 the updates differ a thousand
+    times as much as these gradients. So a run in float32 uses float32 here too.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95,
@@ -74,7 +74,7 @@ class Muon(Optimizer):
                 if parameter.grad is not None:
                     same_shape.setdefault(parameter.shape, []).append(parameter)
             for (rows, columns), weights in same_shape.items():
-                # At least one for each process, however large a matrix is
+                # Every process gets a matrix to compute, even if these matrices exceed the limit.
                 at_once = max(world_size(), MAX_NUMBERS_AT_ONCE // (rows * columns))
                 for i in range(0, len(weights), at_once):
                     self.update(weights[i:i + at_once], group)
@@ -89,7 +89,7 @@ class Muon(Optimizer):
         # lerp(a, b, t) is a + t (b - a). So with m = group["momentum"], a momentum becomes
         # m * momentum + (1 - m) * gradient.
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        # Nesterov's variant looks one step ahead: it repeats that sum with the new momentum, in a copy.
+        # Nesterov's variant does the same once more, in a copy: m * momentum + (1 - m) * gradient.
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
         whole = [full_tensor(matrix) for matrix in ahead]  # with FSDP each process holds a part of a matrix
         batch = torch.stack(whole).to(self.dtype)  # (n, rows, columns)
@@ -104,11 +104,11 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Matrices (n, rows, columns) with their singular vectors kept, and all their singular values near one.
 
     Five steps of a Newton-Schulz iteration, in the matrices' own dtype. A step sends each singular value s to
-    3.4445 s - 4.775 s^3 + 2.0315 s^5. Small values more than triple, and values from 0.7 to 1.2 stay in
+    3.4445 s - 4.775 s^3 + 2.0315 s^5. Small values more than triple, and values from 0.68 to 1.2 stay in
     that range.
     """
     tall = matrices.size(1) > matrices.size(2)
-    x = matrices.mT if tall else matrices  # with fewer rows than columns, `gram` below is the smaller product
+    x = matrices.mT if tall else matrices  # x has no more rows than columns, so x @ x.mT is small
     # No singular value is larger than this norm, so now all are at most 1, where the polynomial works.
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
@@ -159,7 +159,7 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
         else:  # fused: faster, all parameters of a group in one call of compiled code
             optimizers.append(AdamW(for_adamw, **settings, fused=device in ("cpu", "cuda")))
     if for_muon:
-        # GPUs that train in float16 have no fast bfloat16. float16 itself would lose small gradients.
+        # A run in float16 computes this in float32: such GPUs have no fast bfloat16.
         iteration_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         optimizers.append(Muon(for_muon, learning_rate, weight_decay, dtype=iteration_dtype))
     return optimizers

@@ -34,14 +34,14 @@ def is_finished(run_dir: Path, resume: bool, overwrite: bool, ranks: Ranks) -> b
     if states and not (resume or overwrite):
         raise UsageError(f"{run_dir} holds an unfinished run ({states[-1].name}): give --resume to go "
                          f"on with it, another --name, or --overwrite to drop it")
-    # Not checkpoints(run_dir), which are in this folder: it exists as soon as a run begins.
+    # From its beginning to its end a run has the folder "checkpoints", even without a checkpoint in it.
     finished = resume and (run_dir / "training.json").exists() and not (run_dir / "checkpoints").exists()
-    # In `same` all processes wait for each other. That is needed here: where the run is finished, process 0
-    # would end at once, and a process that starts more slowly could not connect to it any more.
+    # ranks.same makes all processes wait for each other. Otherwise process 0 of a finished run would end at
+    # once, and a process that starts more slowly could not connect to it any more.
     if not ranks.same(finished):
         raise UsageError(f"--resume: hosts see different files in {run_dir}, which must be shared")
     if finished and ranks.is_main:
-        drop_checkpoints(run_dir)  # renames the folder, then removes it: perhaps this was interrupted
+        drop_checkpoints(run_dir)  # for what is left if the first run was killed while dropping them
         print(f"{run_dir} is finished already; without --resume it is trained anew")
     return finished
 
@@ -90,16 +90,16 @@ def what_trains(model) -> str:
 def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, eval_fraction, world,
               retain_data_path, replay, strict, max_seq_len, batch_size, micro_batch_size, packing, seed,
               **other_flags) -> tuple[Batches, Batches | None, Batches | None]:
-    """Returns three Batches: training data, validation data, and what is measured of old data.
+    """Returns three Batches: of training data, of validation data, and of held-out old data.
 
     Old data (--retain_data_path) is what the model learned before; trainer/retention.py measures how much of
     it is forgotten. The second and the third may be None.
 
-    kind: the dataset class. Flags are passed as in add_lora; `/` is there because `tokenizer` is also the
-    name of a flag. world: which file of the built-in data (dataset/synthetic.py) is read if there is no
-    --data_path. Validation data is --eval_data_path, or the part --eval_fraction of the training data.
-    Without these flags it is the validation file of the built-in data, or 0.01 of the training data.
-    Process 0 tokenises, and the others read its token cache.
+    kind: the dataset class. Flags are passed as in add_lora. (`tokenizer` is also the name of a flag. Because
+    of `/` that flag goes to other_flags and does not collide with the parameter.) world: which file of the
+    built-in data (dataset/synthetic.py) is read if there is no --data_path. Validation data is the first of
+    these that exists: --eval_data_path; the part --eval_fraction of the training data; the validation file of
+    the built-in data; 0.01 of the training data. Process 0 tokenises, and the others read its token cache.
     """
     if not data_path:
         from dataset.synthetic import ensure_world  # here, because this import reads the files of the world
@@ -118,7 +118,8 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_seq_len": max_seq_len,
             "packing": packing, "seed": seed, "pad_token_id": pad}
-    # Samples are arrays of numbers. Order(n) is 0, 1, ... n - 1, not shuffled; split and hold_out shuffle.
+    # Samples are numbers in an array, or in an Order, which is one without memory. Order(n) is 0, 1, ... n
+    # - 1.
     if eval_set is not None:
         train_samples, eval_samples = Order(len(train_set)), Order(len(eval_set))
     else:
@@ -129,9 +130,9 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
     if old_set is not None:
         old_samples, measured_samples = hold_out(old_set, seed)
         retained = Batches(old_set, measured_samples, ranks, **rows)
-        # In TwoDatasets the old samples have the last numbers. Its `identity` names both files, even without
-        # --replay: a run that is resumed with other old data would measure something else.
-        replayed = len(train_set) + old_samples if replay else None
+        # One dataset of both; old samples have the last numbers. It is made without --replay, too: its
+        # `identity` names both, and --resume refuses another identity. So nobody measures other old data.
+        replayed = (len(train_set) + old_samples) if replay else None
         train_set = TwoDatasets(train_set, old_set)
     batches = Batches(train_set, train_samples, ranks, replayed=replayed, replay=replay, **rows)
     return batches, eval_batches, retained

@@ -3,7 +3,7 @@
     python trainer/train_lora.py          # reads out/full_sft; built-in chats of a clinic for plants
     python trainer/train_lora.py --data_path my_chats.jsonl --name lora_mine --lora_rank 16
 
-The folder that is written also gets metrics.jsonl and loss.png. `torchrun --nproc_per_node 2` in the place of
+metrics.jsonl and loss.png lie beside the weights. `torchrun --nproc_per_node 2` in the place of
 `python` is the same run on two processes. After a stop the same command with --resume goes on.
 """
 
@@ -35,11 +35,11 @@ def main(args):
     batches, eval_batches, retained = stage.load_data(SFTDataset, tokenizer, ranks, **vars(args))
     if ranks.is_main:
         print(stage.what_trains(model))
-    # With --retain_data_path old data is measured before and after; without it both lines do nothing.
+    # `measure` and `compare` show how much old data is forgotten, or do nothing without --retain_data_path.
     before = measure(model, eval_batches, retained, args.dtype, ranks)
     result = train(model, batches, cross_entropy, eval_batches, args, ranks)
     result |= compare(before, measure(model, eval_batches, retained, args.dtype, ranks), ranks)
-    gather_weights(model, ranks)  # under FSDP each process holds slices; they become whole weights again
+    gather_weights(model, ranks)  # --parallel fsdp cut the weights into slices
     if ranks.is_main:
         with stage.last_save(args.run_dir):
             save_lora(model, args.run_dir, base=args.load_from, training=stage.describe(args, result))

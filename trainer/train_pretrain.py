@@ -42,14 +42,14 @@ def main(args):
     else:
         tokenizer = load_tokenizer(args.tokenizer)
         shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
-        torch.manual_seed(args.seed)  # a head keeps the preset's width (head_dim), however many there are
+        torch.manual_seed(args.seed)
         model = CausalLM(replace(preset(args.preset), vocab_size=len(tokenizer), **shape))
     # The data: plain text, every token of which is predicted
     batches, eval_batches, _ = stage.load_data(PretrainDataset, tokenizer, ranks, **vars(args))
     if ranks.is_main:
         print(stage.what_trains(model))
     result = train(model, batches, cross_entropy, eval_batches, args, ranks)
-    gather_weights(model, ranks)  # under FSDP each process holds slices; they become whole weights again
+    gather_weights(model, ranks)  # --parallel fsdp cut the weights into slices
     if ranks.is_main:
         with stage.last_save(args.run_dir):
             save_model(model, args.run_dir, tokenizer, training=stage.describe(args, result))
@@ -65,7 +65,7 @@ if __name__ == "__main__":
     shape.add_argument("--tokenizer", type=Path, default=flags.ROOT / "model" / "tokenizer", metavar="DIR",
                        help="the model's tokenizer")
     # With these settings a model learns most from few tokens: docs/speedrun.md compares them with others.
-    # world: which file of the built-in data is read where no --data_path is given.
+    # world: without --data_path this file of the built-in data, a small world, is read.
     parser.set_defaults(stage="pretrain", world="pretrain", name="pretrain", optimizer="muon",
                         learning_rate=5e-3, lr_schedule="wsd", batch_size=16, max_seq_len=256)
     args = flags.parse_args(parser)
