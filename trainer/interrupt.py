@@ -2,7 +2,6 @@
 A reader may skip this file.
 """
 
-import ctypes
 import os
 import shlex
 import signal
@@ -71,6 +70,8 @@ def end_with_torchrun() -> None:
     would find the folder occupied.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        import ctypes  # here, because --help does not need it
+
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
 
 
