@@ -126,7 +126,8 @@ def explain(error: Exception, advice: Callable[[str], str] | None = None) -> tup
     # A token cache that cannot be written raises a DataError whose context is the error of the disk.
     disk_error = error.__context__ if isinstance(error, DataError) else error
     disk_is_full = isinstance(disk_error, OSError) and disk_error.errno in DISK_IS_FULL
-    if disk_is_full or isinstance(error, RunError) or "SafetensorError" in repr(error):  # full
+    # safetensors has an error of its own for a file that it cannot write.
+    if disk_is_full or isinstance(error, RunError) or "SafetensorError" in repr(error):
         return 1, f"error: {error}"
     # When a worker of the DataLoader is killed, its parent notices, or the socket between the two closes.
     connection_lost = isinstance(error, ConnectionError)

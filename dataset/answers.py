@@ -1,4 +1,4 @@
-"""When an answer is right. Scoring asks here, and so shall all code that has to know.
+"""When an answer is right. All code that has to know asks here.
 A reader may skip this file.
 
     test = answer_test({"question": "What is 2 + 3?", "answer": "2 + 3 = 5\\n#### 5"})

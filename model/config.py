@@ -63,7 +63,7 @@ def check_size(name: str, value: int) -> None:
     """Raises ModelError unless `value` is a possible value of the field `name`, such as hidden_size.
 
     The limits are far above every model there is. A config.json that exceeds them is damaged or hostile. It
-    is refused here, before anybody takes memory for it.
+    is refused here, before memory is taken for it.
     """
     limit = {"num_hidden_layers": 10_000, "head_dim": 2**16}.get(name, 2**31)
     if not isinstance(value, int) or not 0 < value < limit:

@@ -72,7 +72,7 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(run.batch, 2**62),  # without an end
                              num_workers=args.num_workers, worker_init_fn=ignore_interrupts,
                              pin_memory=device.type == "cuda"))
-    began = time.perf_counter() - run.seconds  # a resumed run goes on from its seconds
+    began = time.perf_counter() - run.seconds  # so that a resumed run counts on
     skipped = 0  # consecutive batches whose gradient was not finite
 
     with stop_requests(args.max_minutes) as stop_requested:
@@ -98,7 +98,7 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
                     # A finite loss is multiplied by 1. An infinite loss is multiplied by NaN (0 * infinity):
                     # then its gradient is NaN, too, and the check of the gradients below finds it.
                     part = part * (1 + 0 * part.detach())
-                    # DDP and FSDP take the mean of all gradients. Times world_size it is their sum.
+                    # DDP and FSDP average gradients over processes. Times world_size the mean is the sum.
                     scaler.scale(part * ranks.world_size).backward()
                 for name, value in {"loss": loss_sum, **named_sums}.items():
                     means[name] = means.get(name, 0.0) + value.detach() / max(1, num_units)
@@ -117,7 +117,7 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
                 run.tokens += num_tokens
                 tracker.add(means)
             else:  # no optimizer may step, not even one whose own gradients are finite
-                if not scaler.is_enabled():  # GradScaler, for float16, produces some on purpose
+                if not scaler.is_enabled():  # with GradScaler, in float16, this is normal
                     tracker.say(f"warning: step {run.step + 1}: batch {run.batch - 1} is skipped: "
                                 + diagnose(model, batches, run.batch - 1, loss, dtype, ranks))
                 refuse_too_many(skipped, run.step, scaler.is_enabled(), args.run_dir)

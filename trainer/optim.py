@@ -47,8 +47,8 @@ class Muon(Optimizer):
     A matrix stretches vectors in some directions more than in others. Its singular values say how much. In a
     gradient a few directions dominate. Muon keeps a running mean of the gradients, the momentum, and replaces
     the momentum by the nearest matrix whose singular values are all about one. So all directions are learned
-    equally fast. The factor 0.2 * sqrt(max(...)) gives the update the size of AdamW's, so both
-    take the same learning rate (Liu et al. 2025).
+    equally fast. The factor 0.2 * sqrt(max(...)) gives the update the size of AdamW's, so both take the same
+    learning rate (Liu et al. 2025).
 
     The updates are those of torch.optim.Muon with adjust_lr_fn="match_rms_adamw". But `orthogonalise` takes
     matrices of one shape as one batch, which for small models is twice as fast on a CPU. Where several
@@ -89,7 +89,7 @@ class Muon(Optimizer):
         # lerp(a, b, t) is a + t (b - a). So with m = group["momentum"], a momentum becomes
         # m * momentum + (1 - m) * gradient.
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        # Nesterov's variant does the same once more, in a copy: m * momentum + (1 - m) * gradient.
+        # Nesterov's variant does this once more, with the new momentum, and keeps the result apart.
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
         whole = [full_tensor(matrix) for matrix in ahead]  # with FSDP each process holds a part of a matrix
         batch = torch.stack(whole).to(self.dtype)  # (n, rows, columns)

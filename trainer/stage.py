@@ -118,8 +118,7 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_seq_len": max_seq_len,
             "packing": packing, "seed": seed, "pad_token_id": pad}
-    # Samples are numbers in an array, or in an Order, which is one without memory. Order(n) is 0, 1, ... n
-    # - 1.
+    # Samples are numbers, in an array or in an Order, which takes no memory. Order(3) holds 0, 1 and 2.
     if eval_set is not None:
         train_samples, eval_samples = Order(len(train_set)), Order(len(eval_set))
     else:
@@ -131,7 +130,7 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
         old_samples, measured_samples = hold_out(old_set, seed)
         retained = Batches(old_set, measured_samples, ranks, **rows)
         # One dataset of both; old samples have the last numbers. It is made without --replay, too: its
-        # `identity` names both, and --resume refuses another identity. So nobody measures other old data.
+        # `identity` names both, and --resume refuses another identity. So old data stays the same in a run.
         replayed = (len(train_set) + old_samples) if replay else None
         train_set = TwoDatasets(train_set, old_set)
     batches = Batches(train_set, train_samples, ranks, replayed=replayed, replay=replay, **rows)

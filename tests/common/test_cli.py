@@ -4,6 +4,7 @@ import argparse
 import errno
 
 import pytest
+from safetensors import SafetensorError
 
 from common import cli
 from common.errors import DataError, ModelError, RunError, UsageError
@@ -33,6 +34,7 @@ def test_numbers_in_their_limits(kind, good, bad, capsys):
 @pytest.mark.parametrize("error, code, says", [
     (UsageError("a flag"), 2, "error: a flag"), (DataError("a record"), 2, "error: a record"),
     (ModelError("a model"), 2, "error: a model"), (RunError("a run"), 1, "error: a run"),
+    (SafetensorError("No space left"), 1, "error: No space left"),
     (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'"),
     (OSError(errno.ENOSPC, "No space left on device"), 1, "error: [Errno 28] No space left on device"),
     (MemoryError(), 1, "error: out of memory"),
