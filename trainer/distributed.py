@@ -47,7 +47,7 @@ class Ranks:
         If the block raises in process 0, the others end without a message: one complaint is enough.
         """
         if not self.is_main and self.any(False, self.patient):
-            # No SystemExit: at the interpreter's usual end PyTorch may abort, since process 0 is gone already.
+            # No SystemExit: at the usual end of Python PyTorch may abort, since process 0 is gone already.
             os._exit(2)
         failed = True
         try:
