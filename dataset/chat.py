@@ -22,30 +22,33 @@ own. Therefore the ids of a prompt are exactly those that came before the answer
 """
 
 import json
-import re
-from functools import cached_property
-
-from tokenizers import Tokenizer
+from pathlib import Path
 
 from common.errors import DataError
-from common.files import one_line
-from dataset.foreign_chat import HAS_NO_TOKEN, CannotEncode, ForeignTemplate, Piece, unknown_id
+from dataset.encoder import Piece, PlainEncoder
+from dataset.foreign_chat import MODEL_WRITES, ForeignTemplate
 from dataset.messages import ROLES
 
 START, END = "<|im_start|>", "<|im_end|>"
-MODEL_WRITES = re.compile(r"(</?think>|</?tool_call>)")  # control tokens that an assistant's text may contain
 TOOLS_PREAMBLE = "You may call these tools by name, with JSON arguments:\n<tools>\n"
 
 # --- messages -> pieces -------------------------------------------------------------------------------------
 
 
-def write_chat(tokenizer, messages: list[dict], tools=None, add_generation_prompt=False) -> list[Piece]:
-    """A conversation as pieces, in our format or in that of the tokenizer's template. Raises DataError."""
+def write_chat(tokenizer, messages: list[dict], tools=None, add_generation_prompt=False,
+               thinking=False) -> list[Piece]:
+    """A conversation as pieces, in our format or in that of the tokenizer's template. Raises DataError.
+
+    thinking: whether a foreign template that has a switch for it lets the answer begin with a thought.
+    """
     for message in messages:  # An unknown role is refused: it might contain control tokens.
         if message["role"] not in ROLES.values():
             raise DataError(f"the role {str(message['role'])[:30]!r} is not system, user, assistant or tool")
-    if template := plain_encoder(tokenizer).template:
-        return template.pieces(tokenizer, messages, tools, add_generation_prompt)
+    encoder = plain_encoder(tokenizer)
+    template = encoder.template
+    words_alone = not tools and all(message.keys() <= {"role", "content", "trained"} for message in messages)
+    if template and not (template.writes_words_like_us and words_alone):
+        return template.pieces(messages, tools, add_generation_prompt, thinking)
     return chat_pieces(messages, tools, add_generation_prompt)
 
 
@@ -61,10 +64,11 @@ def chat_pieces(messages: list[dict], tools: list | None, add_generation_prompt:
     pieces = []
     for message in messages:
         role, content = message["role"], message["content"]
+        learnt = message.get("trained", True)  # a record may say that an answer must not be learnt
         if role == "assistant":
             # `split` also returns what it splits at: text at even places, control tokens at odd ones.
             parts = MODEL_WRITES.split(assistant_text(message))
-            body = [(part, index % 2 == 1, True) for index, part in enumerate(parts)]
+            body = [(part, index % 2 == 1, learnt) for index, part in enumerate(parts)]
         elif role == "tool":
             role = "user"  # ChatML has no header for tools, so a result comes as a message of the user
             body = [("<tool_response>", True, False), (f"\n{content}\n", False, False),
@@ -72,7 +76,7 @@ def chat_pieces(messages: list[dict], tools: list | None, add_generation_prompt:
         else:
             body = [(content, False, False)]
         pieces += [(START, True, False), (role + "\n", False, False), *body,
-                   (END, True, role == "assistant"), ("\n", False, False)]  # fmt: skip
+                   (END, True, role == "assistant" and learnt), ("\n", False, False)]  # fmt: skip
     if add_generation_prompt:
         pieces += [(START, True, False), ("assistant\n", False, False)]
     return pieces
@@ -100,98 +104,50 @@ def to_json(value: object) -> str:
 # --- pieces -> ids ------------------------------------------------------------------------------------------
 
 
-class PlainEncoder:
-    """A copy of the tokenizer that knows no control tokens, and beside it a table of these tokens.
-
-    The copy has no added tokens. Byte-pair encoding (BPE) builds long tokens out of short ones by a list of
-    pairs to merge. A pair that merges into a control token is taken off the list. `encode_batch` also checks
-    its result.
-    """
-
-    def __init__(self, tokenizer):
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise DataError("the tokenizer has no tokenizer.json (a 'fast' tokenizer is needed)")
-        self.tokenizer = tokenizer
-        self.control = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
-        self.config = json.loads(backend.to_str())
-        self.config.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        if merges := self.config["model"].get("merges"):  # Llama 2 has merges that build "</s>" from letters
-            self.config["model"]["merges"] = [pair for pair in merges if "".join(pair) not in self.control]
-        self.backend = Tokenizer.from_str(json.dumps(self.config))
-        self.unknown = unknown_id(self.config["model"], self.backend)
-        self.forbidden = {*self.control.values(), self.unknown}
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Texts -> ids, on all cores.
-
-        Raises CannotEncode for a text with an unknown character, and DataError if the result has a control
-        token in it.
-        """
-        try:
-            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):  # an invalid character, as from a wrongly set terminal
-            return self.encode_batch([text.encode("utf-8", "replace").decode("utf-8") for text in texts])
-        except Exception as error:  # the library raises plain Exceptions
-            raise CannotEncode(f"{HAS_NO_TOKEN} ({one_line(error)})") from None
-        batch = [encoding.ids for encoding in encodings]
-        for ids in batch:
-            if not self.forbidden.isdisjoint(ids):
-                if self.unknown in ids:
-                    raise CannotEncode(HAS_NO_TOKEN)
-                raise DataError("this tokenizer makes control tokens of ordinary text, which is not safe")
-        return batch
-
-    @cached_property
-    def template(self) -> ForeignTemplate | None:
-        """The tokenizer's chat template if it writes another format than ours."""
-        is_foreign = self.tokenizer.chat_template and not writes_our_format(self.tokenizer)
-        return ForeignTemplate(self.tokenizer) if is_foreign else None
-
-
 def plain_encoder(tokenizer) -> PlainEncoder:
     """The tokenizer's PlainEncoder, which is kept on the tokenizer.
 
-    A new one is made if tokens or the chat template have changed.
+    A new one is made if tokens or the chat template have changed. Its attribute `template` is what writes
+    prompts in another format than ours, or None.
     """
     state = (len(tokenizer), tokenizer.chat_template)
     kept_state, encoder = getattr(tokenizer, "_plain_encoder", (None, None))
     if kept_state != state:
-        encoder = PlainEncoder(tokenizer)
+        encoder, conversations = PlainEncoder(tokenizer), (WORDS, WORDS_AND_MORE)
+        words, more = [writes_our_format(tokenizer, *conversation) for conversation in conversations]
+        foreign = tokenizer.chat_template and not (words and more)
+        encoder.template = ForeignTemplate(tokenizer, encoder, words) if foreign else None
         tokenizer._plain_encoder = (state, encoder)
     return encoder
 
 
 def encode_pieces(tokenizer, conversations: list[list[Piece]]) -> list[tuple[list[int], list[int]]]:
-    """(ids, mask) of each conversation. The texts of all conversations go to the tokenizer as one batch.
+    """(ids, mask) of each conversation. All of them go to the tokenizer as one batch.
 
     Raises DataError where the tokenizer lacks <|im_start|> or <|im_end|> and has no template of its own.
     """
     encoder = plain_encoder(tokenizer)
-    if encoder.template:
-        return encoder.template.encode(conversations)
     for token in (START, END):
-        if token not in encoder.control:
+        if not encoder.template and token not in encoder.control:
             raise DataError(f"the tokenizer has no {token} token, which chat needs (model/tokenizer has it)")
-    ids_of = {(text, True): [index] for text, index in encoder.control.items()}  # (text, is_control) -> ids
-    pieces = {(text, control) for conversation in conversations for text, control, _ in conversation}
-    # What is left are texts. (<think> is left, too, if this tokenizer has no such token.)
-    left = [piece for piece in pieces if piece not in ids_of]
-    ids_of.update(zip(left, encoder.encode_batch([text for text, _ in left]), strict=True))
-    result = []
-    for conversation in conversations:
-        ids, mask = [], []
-        for text, control, supervised in conversation:
-            new_ids = ids_of[text, control]
-            ids += new_ids
-            mask += [int(supervised)] * len(new_ids)
-        result.append((ids, mask))
-    return result
+    return encoder.encode_pieces(conversations, cut_answers=encoder.template is None)
 
 
-def encode_chat(tokenizer, messages, tools=None, add_generation_prompt=False) -> tuple[list[int], list[int]]:
+def encode_chat(tokenizer, messages, tools=None, add_generation_prompt=False,
+                thinking=False) -> tuple[list[int], list[int]]:
     """Messages -> (ids, mask), mask 1 on the assistant's words and their <|im_end|>. Raises DataError."""
-    return encode_pieces(tokenizer, [write_chat(tokenizer, messages, tools, add_generation_prompt)])[0]
+    pieces = write_chat(tokenizer, messages, tools, add_generation_prompt, thinking)
+    return encode_pieces(tokenizer, [pieces])[0]
+
+
+def encode_continuation(tokenizer, before: str, after: str = "") -> tuple[list[int], list[int]]:
+    """Plain text -> (ids, mask), none of them a control token, but for the one that begins every text.
+
+    mask: 1 on the tokens of `after`. Both parts are encoded as one text.
+    """
+    encoder = plain_encoder(tokenizer)
+    ids, mask = encoder.encode_pieces([[(before, False, False), (after, False, True)]])[0]
+    return encoder.start + ids, [0] * len(encoder.start) + mask
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
@@ -210,15 +166,32 @@ def end_of_text(tokenizer) -> int:
 # --- models from elsewhere ----------------------------------------------------------------------------------
 
 
-def writes_our_format(tokenizer) -> bool:
-    """Whether the tokenizer's template writes two short conversations as `chat_pieces` does."""
-    user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
-    system = {"role": "system", "content": "Be"}
-    for messages, prompt in (([user, assistant, user], True), ([system, user, assistant], False)):
+USER, ANSWER = {"role": "user", "content": " Hi\n"}, {"role": "assistant", "content": "\nYo "}
+SYSTEM, CALL = {"role": "system", "content": "Be"}, {"name": "go", "arguments": {"to": "a"}}
+# Conversations that show how a template writes: messages, tools, and whether a prompt for an answer follows.
+WORDS = [([USER, ANSWER, USER], None, True), ([SYSTEM, USER, ANSWER], None, False)]
+WORDS_AND_MORE = [([USER, {**ANSWER, "tool_calls": [CALL]}, {"role": "tool", "content": "ok"}, ANSWER],
+                   [{"name": "go"}], False),
+                  ([USER, {**ANSWER, "reasoning_content": "Hm"}, USER, ANSWER], None, False)]  # fmt: skip
+
+
+def ensure_template(tokenizer) -> None:
+    """Gives our chat template to a tokenizer that has none, but the control tokens that ours needs.
+
+    Such a model is trained with our format. With the template the format is saved and used, too.
+    """
+    if not tokenizer.chat_template and {START, END} <= plain_encoder(tokenizer).control.keys():
+        tokenizer.chat_template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+
+
+def writes_our_format(tokenizer, *conversations) -> bool:
+    """Whether the tokenizer's template writes these conversations as `chat_pieces` does."""
+    for messages, tools, prompt in conversations:
         try:
-            theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            theirs = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
+                                                   add_generation_prompt=prompt)
         except Exception:  # a template may refuse a system message, for example
             return False
-        if theirs != "".join(text for text, _, _ in chat_pieces(messages, None, prompt)):
+        if theirs != "".join(text for text, _, _ in chat_pieces(messages, tools, prompt)):
             return False
     return True

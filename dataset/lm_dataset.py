@@ -96,8 +96,8 @@ class PretrainDataset(TokenDataset):
 
     def encode(self, tokenizer, texts: list[str]) -> list[list[int]]:
         """The ids of each document."""
-        end = chat.end_of_text(tokenizer)
-        return [ids + [end] for ids in chat.plain_encoder(tokenizer).encode_batch(texts)]
+        encoder, end = chat.plain_encoder(tokenizer), chat.end_of_text(tokenizer)
+        return [encoder.start + ids + [end] for ids in encoder.encode_batch(texts)]
 
     def cut(self, ids: list[int], complain: Callable) -> Iterator[tuple[np.ndarray, None]]:
         """The samples (ids, mask) of a document. A mask of None: all tokens but the first are supervised."""

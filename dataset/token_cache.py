@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common.errors import DataError
 from common.files import json_text, publish, remove, temporary_path
 from dataset.chat import end_of_text, plain_encoder
-from dataset.foreign_chat import CannotEncode
+from dataset.encoder import CannotEncode
 from dataset.records import Report, nothing_usable, read_records, reason_of
 
 CACHE_DIR = Path(__file__).resolve().parents[1] / "out" / "cache"
@@ -30,7 +30,7 @@ CACHE_DIR = Path(__file__).resolve().parents[1] / "out" / "cache"
 MAX_RECORDS_OF_BATCH, MAX_CHARACTERS_OF_BATCH = 1024, 2 << 20
 READS_PER_RELEASE = 16  # after so many reads mapped pages are given back; a read may bring 2 MB into memory
 # The name of a cache depends on these files, too: an edited chat.py must not meet the caches it wrote before.
-MODULES = ("records", "messages", "foreign_chat", "chat", "token_cache", "lm_dataset")
+MODULES = ("records", "messages", "encoder", "foreign_chat", "chat", "token_cache", "lm_dataset")
 
 # --- the name of a cache ------------------------------------------------------------------------------------
 
@@ -177,7 +177,8 @@ def cached_tokens(dataset, tokenizer, strict: bool, cache_dir=None) -> TokenCach
     Complaints about the data are repeated at every start. Raises DataError where that is fatal.
     """
     encoder = plain_encoder(tokenizer)
-    vocabulary = [encoder.config, encoder.control, end_of_text(tokenizer), tokenizer.chat_template]
+    vocabulary = [encoder.config, encoder.control, encoder.start, end_of_text(tokenizer),
+                  tokenizer.chat_template]  # fmt: skip
     key = cache_key(dataset.paths, kind=dataset.kind, max_length=dataset.max_length, tokenizer=vocabulary)
     folder = cache_folder(dataset.kind, key, cache_dir)
     cache = open_cache(folder)
@@ -260,7 +261,9 @@ def token_bytes(tokenizer) -> np.ndarray:
     sizes = np.zeros(max([*vocabulary.values(), *encoder.control.values()]) + 1, dtype=np.int64)
     byte_level = '"ByteLevel"' in json.dumps([encoder.config["pre_tokenizer"], encoder.config["decoder"]])
     for token, index in vocabulary.items():
-        if byte_level:
+        if token in encoder.ordinary:  # an added token is written as it is
+            sizes[index] = len(token.encode("utf-8"))
+        elif byte_level:
             sizes[index] = len(token)  # its alphabet has one character for each byte
         elif len(token) == 6 and token.startswith("<0x"):
             sizes[index] = 1  # sentencepiece's bytes, such as <0x0A>

@@ -19,7 +19,7 @@ from common.cli import ROOT
 from common.device import choose_decoding_dtype, choose_device
 from common.errors import ModelError
 from common.files import read_json_if_there
-from dataset.chat import encode_chat, encode_text
+from dataset.chat import encode_chat, encode_continuation, ensure_template
 from model.adapters import Adapters, report_line, report_lora
 from model.generate import generate
 from model.int8 import quantize_int8
@@ -70,6 +70,8 @@ class ChatModel:
         training = read_json_if_there(self.path / "training.json")  # models from elsewhere have no such file
         # An adapter was trained on chats, whatever model lies below it.
         is_base_model = training.get("stage") == "pretrain" and not adapters
+        if adapters:
+            ensure_template(self.tokenizer)
         self.plain = plain or is_base_model or not self.tokenizer.chat_template
         self.stop_ids = end_tokens(self.path, self.tokenizer, vocab_size)
         arguments = training.get("arguments")
@@ -131,12 +133,11 @@ class ChatModel:
 
     # --- text and tokens ----------------------------------------------------------------------------------
 
-    def encode(self, messages: list[dict], tools: list | None = None) -> list[int]:
-        """The token ids after which the answer begins."""
+    def encode(self, messages: list[dict], tools: list | None = None, thinking: bool = False) -> list[int]:
+        """The token ids after which the answer begins. thinking: as in dataset/chat.py, write_chat."""
         if not self.plain:
-            return encode_chat(self.tokenizer, messages, tools, add_generation_prompt=True)[0]
-        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = start + encode_text(self.tokenizer, "\n".join(message["content"] for message in messages))
+            return encode_chat(self.tokenizer, messages, tools, True, thinking)[0]
+        ids, _ = encode_continuation(self.tokenizer, "\n".join(message["content"] for message in messages))
         return ids or self.stop_ids[:1]  # an empty prompt: any text may follow the end of another
 
     def decode(self, ids: list[int]) -> str:

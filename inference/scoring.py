@@ -25,7 +25,7 @@ import torch
 
 from common.errors import DataError
 from dataset.answers import AnswerTest, answer_test, required
-from dataset.chat import encode_chat, encode_text
+from dataset.chat import encode_chat, encode_continuation, encode_text
 from dataset.lm_dataset import PretrainDataset, SFTDataset, collate
 from dataset.messages import to_messages
 from dataset.records import Report, read_records
@@ -143,10 +143,11 @@ def choose(chat_model: ChatModel, question: Question) -> None:
     scores, choices = [], question.test.choices  # a score is the log-likelihood of a whole choice, in nats
     for choice in choices:
         if chat_model.plain:
-            start = chat_model.encode(question.messages)
-            gap = " " if question.messages[-1]["content"][-1:].isascii() else ""  # no space after Chinese
-            ids = start + encode_text(chat_model.tokenizer, gap + choice)
-            mask = [0] * len(start) + [1] * (len(ids) - len(start))
+            asked = "\n".join(message["content"] for message in question.messages)
+            gap = " " if asked[-1:].isascii() else ""  # no space after Chinese
+            ids, mask = encode_continuation(chat_model.tokenizer, asked, gap + choice)
+            if mask[:1] == [1]:  # an empty question: the first token is predicted from a token before it
+                ids, mask = chat_model.stop_ids[:1] + ids, [0] + mask
         else:
             answered = [*question.messages, {"role": "assistant", "content": choice}]
             ids, mask = encode_chat(chat_model.tokenizer, answered)

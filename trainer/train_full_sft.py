@@ -17,6 +17,7 @@ from trainer import args as flags
 
 def main(args):
     # Imported here and not above, so that --help and the complaint about a mistyped flag come at once.
+    from dataset.chat import ensure_template
     from dataset.lm_dataset import SFTDataset
     from model.weights import save_model
     from trainer import stage
@@ -30,6 +31,7 @@ def main(args):
         return
     # The model that another stage left, and its tokenizer
     model, tokenizer = stage.load_weights(args.load_from)
+    ensure_template(tokenizer)  # if a base model has no format for chats, it learns ours
     # The data: conversations, of which only the assistant's words are predicted
     batches, eval_batches, retained = stage.load_data(SFTDataset, tokenizer, ranks, **vars(args))
     if ranks.is_main:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import DataError
 from dataset import chat
+from dataset.foreign_chat import with_standard_calls
 
 
 def template(turn: str, before: str = "", prompt: str = "") -> str:
@@ -276,3 +277,130 @@ def test_a_template_is_refused_or_right(chat_template, reason):
     else:  # an odd order is no harm
         ids, mask = chat.encode_chat(tokenizer, messages)
         assert tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on]) == "Hello<e>"
+
+
+# --- tools and thinking ------------------------------------------------------------------------------------
+
+THINKING = (  # as Qwen3: thoughts about earlier questions are dropped, and a switch turns thinking off
+    "{% set ns = namespace(last=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% set say = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% set thought = m.reasoning_content or (m.content.split('</think>')[0].split('<think>')[-1].strip('\n')"
+    " if '</think>' in m.content else '') %}"
+    "{% generation %}{% if loop.index0 > ns.last and thought %}"
+    "{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ say }}"
+    "{% for c in m.tool_calls or [] %}{{ '\n' if say or not loop.first }}<tool_call>\n"
+    "{{ '{\"name\": \"' + c.function.name + '\", \"arguments\": ' }}"
+    "{{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>{% endgeneration %}{{ '\n' }}"
+    "{% elif m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}"
+    "\n</tool_response><|im_end|>\n"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+BARE_CALLS = (  # as Llama 3.2: a call is the whole answer, and results are written as JSON
+    "<s>{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{% if m.tool_calls %}"
+    "<turn>assistant</turn>{% generation %}{{ '{\"name\": \"' + m.tool_calls[0].function.name + '\"' }}, "
+    "{{ m.tool_calls[0].function.arguments | tojson }}}<eot>{% endgeneration %}"
+    "{% elif m.role == 'assistant' %}<turn>assistant</turn>{% generation %}{{ m.content | trim }}<eot>"
+    "{% endgeneration %}{% elif m.role == 'tool' %}<turn>tool</turn>{{ m.content | tojson }}<eot>"
+    "{% else %}<turn>{{ m.role }}</turn>{{ m.content | trim }}<eot>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant</turn>{% endif %}")
+WITH_IDS = (  # as Mistral's: calls have ids of nine characters
+    "<s>{% if tools %}[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}"
+    "{% for m in messages %}{% if m.tool_calls %}{% generation %}[CALLS]["
+    "{% for c in m.tool_calls %}{{ {'name': c.function.name} | tojson }}"
+    "{{ raise_exception('an id of nine characters') if c.id is not defined or c.id | length != 9 }}{{ c.id }}"
+    "{% endfor %}]</s>{% endgeneration %}"
+    "{% elif m.role == 'tool' %}[RESULT]{{ m.content }}{{ m.tool_call_id }}[/RESULT]"
+    "{% elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content }}</s>{% endgeneration %}"
+    "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}")
+AS_TEXT = (  # as DeepSeek's: arguments are put into a string, and a message with calls has no content
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'assistant' and m.content is none %}"
+    "<|A|>{% generation %}{% for c in m.tool_calls %}<|call|>{{ c.function.name + '\n' }}"
+    "{{ '' + c.function.arguments }}<|/call|>{% endfor %}</s>{% endgeneration %}"
+    "{% elif m.role == 'assistant' %}<|A|>{% generation %}{{ m.content }}</s>{% endgeneration %}"
+    "{% elif m.role == 'tool' %}<|R|>{{ m.content }}<|/R|>"
+    "{% else %}<|U|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|A|>{% endif %}")
+TOOL_TOKENS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
+               "<s>", "</s>", "<turn>", "</turn>", "<eot>", "<|call|>", "<|/call|>", "<|A|>", "<|U|>",
+               "<|R|>", "<|/R|>", "[CALLS]", "[INST]", "[/INST]", "[TOOLS]", "[/TOOLS]", "[RESULT]",
+               "[/RESULT]"]  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}]
+ASK, RESULT = {"role": "user", "content": "Weather?"}, {"role": "tool", "content": '{"t": "3 C"}'}
+CALLS = [{"name": "weather", "arguments": {"city": "Oslo"}}]
+CALL = {"role": "assistant", "content": "", "tool_calls": CALLS}
+TOLD = {"role": "assistant", "content": "3 C."}
+
+
+def tool_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    return with_template(byte_level(TOOL_TOKENS), text)
+
+
+def agree(tokenizer, messages, tools=None, **calls) -> str:
+    """Our ids and mask are transformers'; returns what is supervised."""
+    theirs = tokenizer.apply_chat_template(with_standard_calls(messages, **calls), tools=tools, tokenize=True,
+                                           return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = chat.encode_chat(tokenizer, messages, tools)
+    assert (ids, mask) == (theirs["input_ids"], theirs["assistant_masks"])
+    return tokenizer.decode([index for index, on in zip(ids, mask, strict=True) if on])
+
+
+AS_IT_IS = {"no_content": False, "as_text": False, "with_ids": False}
+
+
+@pytest.mark.parametrize("text, calls, said", [
+    (THINKING, {}, '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
+                   "3 C.<|im_end|>"),
+    (BARE_CALLS, {}, '{"name": "weather", {"city": "Oslo"}}<eot>3 C.<eot>'),
+    (WITH_IDS, {"with_ids": True}, '[CALLS][{"name": "weather"}call00000]</s> 3 C.</s>'),
+    (AS_TEXT, {"as_text": True, "no_content": True},
+     '<|call|>weather\n{"city": "Oslo"}<|/call|></s>3 C.</s>'),
+])  # fmt: skip
+def test_calls_and_results_in_a_foreign_template(text, calls, said):
+    tokenizer = tool_tokenizer(text)
+    assert agree(tokenizer, [ASK, CALL, RESULT, TOLD], TOOLS, **AS_IT_IS | calls) == said
+    two = [ASK, CALL, RESULT, TOLD, {"role": "user", "content": "And now?"}, TOLD]
+    assert agree(tokenizer, two, TOOLS, **AS_IT_IS | calls).startswith(said)
+    as_json_text = dict(CALL, tool_calls=[{"name": "weather", "arguments": '{"city": "Oslo"}'}])
+    assert chat.encode_chat(tokenizer, [ASK, as_json_text, RESULT, TOLD], TOOLS) == chat.encode_chat(
+        tokenizer, [ASK, CALL, RESULT, TOLD], TOOLS)
+    ids, mask = chat.encode_chat(tokenizer, [ASK, dict(CALL, trained=False), RESULT, TOLD], TOOLS)
+    assert said.endswith(tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on]).strip())
+    assert 0 < sum(mask) < len(tokenizer(said)["input_ids"])
+
+
+def test_thinking_in_a_foreign_template():
+    tokenizer = tool_tokenizer(THINKING)
+    thought, inline = dict(TOLD, reasoning_content="It is\ncold."), "<think>\nIt is\ncold.\n</think>\n\n3 C."
+    said = inline + "<|im_end|>"
+    assert agree(tokenizer, [ASK, thought], **AS_IT_IS) == said
+    assert agree(tokenizer, [ASK, dict(TOLD, content=inline)], **AS_IT_IS) == said
+    for old in (thought, dict(TOLD, content=inline)):
+        assert agree(tokenizer, [ASK, old, ASK, thought], **AS_IT_IS) == "3 C.<|im_end|>" + said
+    with_call = [ASK, dict(CALL, reasoning_content="Look."), RESULT, thought]
+    said = agree(tokenizer, with_call, TOOLS, **AS_IT_IS)
+    assert said.startswith("<think>\nLook.\n</think>\n\n<tool_call>")
+    for thinking in (False, True):  # the switch, where a prompt for an answer is written
+        ids, _ = chat.encode_chat(tokenizer, [ASK], None, True, thinking)
+        assert ids == tokenizer.apply_chat_template([ASK], tokenize=True, return_dict=False,
+                                                    add_generation_prompt=True, enable_thinking=thinking)
+
+
+@pytest.mark.parametrize("messages, tools, reason", [
+    ([ASK, dict(TOLD, reasoning_content="Hm.")], None, "leaves out what the assistant thought"),
+    ([ASK, CALL, RESULT, TOLD], None, "leaves out tool calls"),
+    ([ASK, TOLD], TOOLS, "has no place for tools"),
+    ([ASK, dict(TOLD, content="</s>")], None, "'</s>' in a message"),
+    ([ASK, TOLD], [{"name": "</s>"}], "'</s>' in the tools"),
+    ([ASK, dict(CALL, tool_calls=[{"name": "f", "arguments": {"</s>": 1}}])], None, "'</s>' in a message"),
+])
+def test_what_a_foreign_template_has_no_place_for_is_named(messages, tools, reason):
+    """A template leaves out in silence what it does not know."""
+    tokenizer = tool_tokenizer(TEMPLATES["zephyr"])
+    with pytest.raises(DataError, match=reason):
+        chat.encode_chat(tokenizer, messages, tools)

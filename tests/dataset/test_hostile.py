@@ -4,6 +4,7 @@ Most of it searches: for strings that a tokenizer could turn into control tokens
 data path reads wrongly. benchmarks/data.py --fuzz is the long form.
 """
 
+import copy
 import json
 import random
 import re
@@ -18,6 +19,7 @@ from benchmarks import data as bench_data
 from common.errors import DataError
 from dataset import chat, lm_dataset
 from dataset.answers import AnswerTest
+from dataset.encoder import PlainEncoder
 from dataset.messages import to_messages
 from inference.chat_model import ChatModel
 from inference.scoring import Question, choose
@@ -32,9 +34,15 @@ def control_of(tokenizer, ids) -> list[int]:
 
 def test_no_control_token_can_be_reached_by_text(tokenizer):
     """The proof behind the search: BPE gives single characters and what its merges make, and nothing else."""
-    config = chat.plain_encoder(tokenizer).config
+    encoder = chat.plain_encoder(tokenizer)
+    config = json.loads(encoder.backend.to_str())
     model = config["model"]
-    assert config["added_tokens"] == [] and config["normalizer"] is None and model["type"] == "BPE"
+    assert config["normalizer"] is None and model["type"] == "BPE"
+    # The added tokens have names with a random number in it.
+    assert {token["content"] for token in config["added_tokens"]} == set(encoder.names.values())
+    assert len({name[1:17] for name in encoder.names.values()}) == 1 and not encoder.ordinary
+    assert chat.plain_encoder(copy.copy(tokenizer)).names == encoder.names  # kept ...
+    assert PlainEncoder(tokenizer).names != encoder.names  # ... and otherwise new
     assert not (model["ignore_merges"] or model["byte_fallback"] or model["unk_token"])
     made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]}
     reachable = {index for word, index in model["vocab"].items() if len(word) == 1 or word in made}
@@ -241,9 +249,14 @@ def test_the_fuzzer_sees_what_is_wrong(tokenizer, tmp_path, monkeypatch, real_fi
                     bench_data.check_lines(tokenizer, lines, "chat", tmp_path / folder)[1]}  # fmt: skip
 
     encode = chat.encode_pieces
-    assert problems(chat.PlainEncoder, "encode_batch",
-                    lambda self, texts: tokenizer(texts, add_special_tokens=False)["input_ids"], "a") \
-        == {"a control token from text"}  # fmt: skip
+
+    def unsafe(tokenizer, conversations):
+        encodings = [tokenizer("".join(text for text, _, _ in pieces), add_special_tokens=False)["input_ids"]
+                     for pieces in conversations]
+        masks = [mask for _, mask in encode(tokenizer, conversations)]
+        return [(ids, (mask + [0] * len(ids))[:len(ids)]) for ids, mask in zip(encodings, masks, strict=True)]
+
+    assert "a control token from text" in problems(chat, "encode_pieces", unsafe, "a")
     assert "a wrong mask" in problems(
         chat, "encode_pieces", lambda *args: [(ids, [0, *mask[:-1]]) for ids, mask in encode(*args)], "b")
     assert problems(lm_dataset, "to_messages", lambda record: 1 / 0, "c", lines[:5]) == {"traceback"}
