@@ -64,11 +64,11 @@ def chat_pieces(messages: list[dict], tools: list | None, add_generation_prompt:
     pieces = []
     for message in messages:
         role, content = message["role"], message["content"]
-        learnt = message.get("trained", True)  # a record may say that an answer must not be learnt
+        is_supervised = role == "assistant" and message.get("trained", True)
         if role == "assistant":
             # `split` also returns what it splits at: text at even places, control tokens at odd ones.
             parts = MODEL_WRITES.split(assistant_text(message))
-            body = [(part, index % 2 == 1, learnt) for index, part in enumerate(parts)]
+            body = [(part, index % 2 == 1, is_supervised) for index, part in enumerate(parts)]
         elif role == "tool":
             role = "user"  # ChatML has no header for tools, so a result comes as a message of the user
             body = [("<tool_response>", True, False), (f"\n{content}\n", False, False),
@@ -76,7 +76,7 @@ def chat_pieces(messages: list[dict], tools: list | None, add_generation_prompt:
         else:
             body = [(content, False, False)]
         pieces += [(START, True, False), (role + "\n", False, False), *body,
-                   (END, True, role == "assistant" and learnt), ("\n", False, False)]  # fmt: skip
+                   (END, True, is_supervised), ("\n", False, False)]  # fmt: skip
     if add_generation_prompt:
         pieces += [(START, True, False), ("assistant\n", False, False)]
     return pieces

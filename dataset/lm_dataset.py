@@ -12,6 +12,7 @@ of each dataset:
 The first label is always -100: nothing comes before it from which it could be predicted.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 
@@ -21,9 +22,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import DataError
 from dataset import chat
-from dataset.messages import to_messages
+from dataset.keys import FLAGS, is_learnt, name_unknown
+from dataset.messages import NothingToLearn, learnt_messages
 from dataset.records import check_paths, keys_of
 from dataset.token_cache import cached_tokens
+
+# Files of documents for other projects have these tokens in their text.
+MARKS = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>|</?s>")
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -32,14 +37,18 @@ class TokenDataset(torch.utils.data.Dataset):
     dataset/token_cache.py builds the cache at the first start. For that it calls the methods `prepare`,
     `encode` and `cut` of the two classes below. Later starts open the cache. Bad records are counted and
     skipped, and the first few are shown with path:line; with strict they are fatal. Raises DataError for a
-    file that is missing or empty, or without a single usable record.
+    file that is missing or empty, or without a single usable record; and, without allow_unusable, for a file
+    of which most records cannot be used.
     """
 
-    def __init__(self, data_path, tokenizer, max_length: int = 512, *, strict: bool = False, cache_dir=None):
+    settings: dict = {}  # of `prepare`; part of the name of the cache
+
+    def __init__(self, data_path, tokenizer, max_length: int = 512, *, strict: bool = False,
+                 allow_unusable: bool = False, cache_dir=None):
         if max_length < 2:
             raise DataError(f"max_length must be at least 2, not {max_length}")
         self.paths, self.max_length = check_paths(data_path), max_length
-        self.cache = cached_tokens(self, tokenizer, strict, cache_dir)
+        self.cache = cached_tokens(self, tokenizer, strict, allow_unusable, cache_dir)
         self.summary = self.cache.meta["summary"]  # such as "bad lines skipped: 12"; empty when all was well
 
     def __len__(self) -> int:
@@ -84,15 +93,29 @@ class PretrainDataset(TokenDataset):
 
     kind = "pretrain"
 
-    def prepare(self, tokenizer, record: dict) -> str:
-        """The text of a record. Raises DataError where there is none."""
+    def __init__(self, data_path, tokenizer, max_length: int = 512, *, split_documents=False, **settings):
+        """split_documents: text between <|im_start|> and <|im_end|> is a document of its own."""
+        self.settings = {"split_documents": split_documents}
+        super().__init__(data_path, tokenizer, max_length, **settings)
+
+    def prepare(self, tokenizer, record: dict, note: Callable) -> list[str]:
+        """The documents of a record. note(text) is called for what is not used. Raises DataError for none."""
         if "text" not in record:
             raise DataError(f"no text in it, but {keys_of(record)}")
         if not isinstance(record["text"], str):
             raise DataError("its text is not a string")
         if not record["text"].strip():
             raise DataError("its text is empty")
-        return record["text"]
+        name_unknown(record, {"text", *FLAGS}, "record", note)
+        if is_learnt(record, note) is False:
+            raise NothingToLearn("a text that is marked as not to be learnt")
+        documents = [text for text in MARKS.split(record["text"]) if text.strip()]
+        if self.settings["split_documents"] and documents:
+            return documents
+        if MARKS.search(record["text"]):
+            note("control tokens are spelled in the text, and read as text: with --split_documents what "
+                 "stands between <|im_start|> and <|im_end|>, or <s> and </s>, becomes a document")
+        return [record["text"]]
 
     def encode(self, tokenizer, texts: list[str]) -> list[list[int]]:
         """The ids of each document."""
@@ -114,9 +137,9 @@ class SFTDataset(TokenDataset):
 
     kind = "sft"
 
-    def prepare(self, tokenizer, record: dict) -> list[chat.Piece]:
-        """The pieces of a record's conversation. Raises DataError where it is no conversation."""
-        return chat.write_chat(tokenizer, *to_messages(record))
+    def prepare(self, tokenizer, record: dict, note: Callable) -> list[list[chat.Piece]]:
+        """The pieces of the one conversation of a record. Raises DataError where it is none."""
+        return [chat.write_chat(tokenizer, *learnt_messages(record, note))]
 
     def encode(self, tokenizer, conversations: list[list[chat.Piece]]) -> list[tuple[list[int], list[int]]]:
         """(ids, mask) of each conversation."""

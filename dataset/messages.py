@@ -1,111 +1,350 @@
 """A record of any known format -> messages and tools, for dataset/chat.py. A reader may skip this file.
 
 Other projects write conversations in other ways. Here is what they write, and what can be wrong in it.
+dataset/keys.py has the names that a key may have.
 """
 
 from common.errors import DataError
-from dataset.records import keys_of, parse_json
+from dataset.json_records import is_conversation, parse_cell, parse_json, rows_of, without_nulls
+from dataset.keys import (
+    ALPACA,
+    FLAGS,
+    HISTORY_FLAG,
+    NAMES,
+    Note,
+    is_empty,
+    is_learnt,
+    name_unknown,
+    no_note,
+    read_flag,
+    value_of,
+)
+from dataset.records import keys_of
 
 # The roles that the data may name -> those that we know.
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool"}  # fmt: skip
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
+         "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+         "function_call": "assistant", "tool_call": "assistant",
+         "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool",
+         "ipython": "tool"}  # fmt: skip
+CALL_ROLES = ("function_call", "tool_call")  # LLaMA-Factory's: the content is the call
+NO_ANSWER = ("", "无")  # as the last answer: MiniMind's prompts for reinforcement learning end so
+TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
+CALL_PARTS = ("tool_use", "tool_call", "function_call")
 
 
-def to_messages(record: dict) -> tuple[list[dict], list | None]:
+class NothingToLearn(DataError):
+    """A record is right, but no word in it is to be learnt."""
+
+
+def to_messages(record: dict, note: Note = no_note) -> tuple[list[dict], list | None]:
     """The messages and the tools (None: none) of a record in any format that we accept.
 
     {"conversations": [...]} or {"messages": [...]} with role/content or from/value (human, gpt), optionally
-    "system" and "tools" (a list, or a JSON string of one); {"instruction", "input", "output"}. Messages come
-    back with the keys role (system, user, assistant, tool) and content, plus tool_calls and reasoning_content
-    where there are any. Raises DataError for another format or wrong roles; the caller adds path and line.
+    "system" and "tools" (a list, or a JSON string of one); {"instruction", "input", "output"}, before which
+    the questions and answers of "history" come, which are learnt, too; {"chosen"}, of a preference pair,
+    also with "prompt". Messages come back with the keys role (system, user, assistant, tool) and content,
+    plus tool_calls and reasoning_content where there are any, and trained=False on an answer that the record
+    says must not be learnt. A last answer that is empty is left out, and so the messages are a prompt.
+
+    note(text) is called for what is not used as its author may have meant it. Raises DataError for another
+    format or wrong roles; the caller adds path and line.
     """
-    turns = record.get("conversations")
-    turns = record.get("messages") if turns is None else turns
-    if turns is None and "instruction" in record and "output" in record:
-        parts = [record["instruction"], record.get("input") or ""]
-        if not all(isinstance(part, str) for part in parts):
-            raise DataError("instruction and input must be text")
-        question = "\n".join(part for part in parts if part)
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
-    if turns is None:
-        raise DataError(f"no conversations, messages or instruction and output in it, but {keys_of(record)}")
-    if isinstance(turns, str):  # a CSV cell
-        turns = _parse(turns, "the conversation")
+    turns, known = _turns_of(record, note)
     if not isinstance(turns, list) or not turns:
         raise DataError("the conversation is not a list of messages")
-
-    messages = [_to_message(turn, f"message {number}") for number, turn in enumerate(turns, 1)]
-    system = record.get("system") or ""
-    if not isinstance(system, str):
-        raise DataError("system is not text")
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        raise DataError("a system message that is not the first message")
-    if "assistant" not in roles:
-        raise DataError("a conversation with no assistant message")
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        tools = _parse(tools, "tools") if tools.strip() else None
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError("tools is not a list of objects")
-    return messages, tools or None
+    messages = [_to_message(turn, f"message {number}", note) for number, turn in enumerate(turns, 1)]
+    _leave_out_empty_answers(messages, note)
+    _add_system(messages, value_of(record, "system"), note)
+    tools = _without_filled_nulls(messages, _tools_of(record, turns[0]), note)
+    _obey_flags(record, messages, note)
+    known = {*known, *NAMES["system"], *NAMES["tools"], *FLAGS, HISTORY_FLAG}
+    name_unknown(record, known, "record", note)
+    return messages, tools
 
 
-def _to_message(turn: object, name: str) -> dict:
+def learnt_messages(record: dict, note: Note = no_note) -> tuple[list[dict], list | None]:
+    """`to_messages` of a record to learn from. Raises NothingToLearn where it has no answer for that."""
+    messages, tools = to_messages(record, note)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise NothingToLearn("a conversation with no assistant message, or with an empty one: a prompt")
+    if not any(message.get("trained", True) for message in answers):
+        raise NothingToLearn("a conversation whose every answer is marked as not to be learnt")
+    return messages, tools
+
+
+# --- record -> turns ----------------------------------------------------------------------------------------
+
+
+def _turns_of(record: dict, note: Note) -> tuple[object, set[str]]:
+    """The turns of a record as its author wrote them, and the keys that were read for them."""
+    turns, known = value_of(record, "conversation"), {*NAMES["conversation"]}
+    chosen, prompt = (_messages_in(record.get(key)) for key in ("chosen", "prompt"))
+    is_pair = not is_empty(chosen)
+    if turns is None and "instruction" in record and ("output" in record or is_pair):
+        if not all(is_empty(record.get(key)) for key in ALPACA):
+            turns, known = _alpaca_turns(record), {*ALPACA}
+    elif turns is None and is_pair and not is_empty(prompt):
+        known = {"prompt"}
+        turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    turns = _parse(turns, "the conversation") if isinstance(turns, str) else turns
+    if isinstance(turns, dict):  # {"role": [...], "content": [...]}: datasets writes lists of objects so
+        turns = rows_of(turns) or turns
+    if is_pair:
+        known |= {"chosen", "rejected"}
+        turns = _with_chosen(turns, chosen)
+        note("a preference pair: the chosen answer is learnt, the rejected one is not used")
+    if turns is None:
+        raise DataError(f"no conversations, messages or instruction and output in it, but {keys_of(record)}")
+    return turns, known
+
+
+def _alpaca_turns(record: dict) -> list:
+    turns = []
+    history = [] if is_empty(record.get("history")) else record["history"]
+    history = _parse(history, "history") if isinstance(history, str) else history
+    for turn in history if isinstance(history, list) else [history]:
+        if isinstance(turn, list) and len(turn) == 2:
+            turns += [{"role": "user", "content": _text(turn[0], "a question of history")},
+                      {"role": "assistant", "content": _text(turn[1], "an answer of history")}]  # fmt: skip
+        elif isinstance(turn, dict):
+            turns.append(turn)  # a message
+        else:
+            raise DataError("history is not a list of [question, answer]")
+    parts = [_text(record.get(key), key) for key in ("instruction", "input")]
+    turns.append({"role": "user", "content": "\n".join(part for part in parts if part)})
+    if "output" in record:
+        turns.append({"role": "assistant", "content": _text(record["output"], "output")})
+    return turns
+
+
+def _with_chosen(turns: list | None, chosen: object) -> list:
+    """The conversation that ends with the chosen answer: a text, a message, the last messages, or all."""
+    if isinstance(chosen, str):
+        if not turns:
+            raise DataError("chosen is a text, and there is no prompt before it")
+        chosen = {"role": "assistant", "content": chosen}
+    answer = chosen if isinstance(chosen, list) else [chosen]
+    begins = value_of(answer[0], "role") if isinstance(answer[0], dict) else None
+    is_answer = isinstance(begins, str) and ROLES.get(begins) == "assistant"
+    return [*turns, *answer] if is_answer and isinstance(turns, list) else answer
+
+
+def _text(value: object, name: str) -> str:
+    """A cell as text. Tables hold numbers, and NaN where a cell is empty."""
+    if is_empty(value):
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise DataError(f"{name} must be text")
+    return str(value)
+
+
+# --- turn -> message ----------------------------------------------------------------------------------------
+
+
+def _to_message(turn: object, name: str, note: Note) -> dict:
     """One message. name: "message 3", for complaints."""
     if not isinstance(turn, dict):
         raise DataError(f"{name} is not an object with role and content")
-    role = turn.get("role", turn.get("from"))
+    role = value_of(turn, "role")
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{name} has the role {str(role)[:30]!r}; known are system, user, assistant, tool")
-    content = turn.get("content", turn.get("value"))
-    calls = turn.get("tool_calls") or []
-    if role == "function_call":  # LLaMA-Factory's spelling: the call is the content
-        calls = _parse(content, name) if isinstance(content, str) else content
-        content = ""
-    if not isinstance(calls, list):
-        calls = [calls]
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        texts = [part.get("text") for part in content]  # OpenAI's parts of a content
-        if all(isinstance(text, str) for text in texts):
-            content = "".join(texts)
-    if content is None and calls:
-        content = ""
-    if not isinstance(content, str):
-        raise DataError(f"the content of {name} is not text")
-    message = {"role": ROLES[role], "content": content}
-    if message["role"] != "assistant":
-        return message
-    if calls:
-        message["tool_calls"] = _to_calls(calls, name)
-    if thinking := turn.get("reasoning_content"):
-        if not isinstance(thinking, str):
-            raise DataError(f"the reasoning_content of {name} is not text")
-        message["reasoning_content"] = thinking
-    if not (content or calls or thinking):
-        raise DataError(f"{name}: the assistant says nothing")
+    message, content = {"role": ROLES[role]}, value_of(turn, "content")
+    known = {*NAMES["role"], *NAMES["content"], *FLAGS, "name"}
+    trained = is_learnt(turn, note)
+    if message["role"] == "assistant":
+        known |= {*NAMES["calls"], *NAMES["reasoning"]}
+        content, calls = ("", content) if role in CALL_ROLES else (content, value_of(turn, "calls"))
+        message |= _answer(content, calls, value_of(turn, "reasoning"), name, note)
+        if trained is False:
+            message["trained"] = False
+    else:
+        if message["role"] == "system":
+            known |= {*NAMES["tools"]}
+        if trained and message["role"] == "user":
+            note("a message of the user is marked as to be learnt: only answers are")
+        is_absent = content is None and (message["role"] == "system" or "" in map(turn.get, NAMES["content"]))
+        message["content"] = "" if is_absent else _content(content, name)[0]
+    name_unknown(turn, known, "message", note)
     return message
 
 
-def _to_calls(calls: list, name: str) -> list[dict]:
+def _answer(content: object, calls: object, reasoning: object, name: str, note: Note) -> dict:
+    """The content, tool_calls and reasoning_content of an assistant's message."""
+    content, thoughts, more_calls = _content("" if content is None else content, name, is_answer=True)
+    if reasoning is None:
+        reasoning = "".join(thoughts)
+    elif not isinstance(reasoning, str):
+        raise DataError(f"the reasoning_content of {name} is not text")
+    elif thoughts:
+        raise DataError(f"{name} has its reasoning among its parts and beside them")
+    if reasoning and content.lstrip().startswith("<think>"):
+        written = content.lstrip().removeprefix("<think>").partition("</think>")[0]
+        if written.strip() != reasoning.strip():
+            raise DataError(f"{name} has one reasoning in its content and another one beside it")
+        reasoning = ""
+    message = {"content": content}
+    if calls or more_calls:
+        message["tool_calls"] = _to_calls(calls or [], name, note) + _to_calls(more_calls, name, note)
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    return message
+
+
+def _content(content: object, name: str, is_answer: bool = False) -> tuple[str, list[str], list]:
+    """The text of a content, which may be a list of parts; and of an answer also its thoughts and calls."""
+    texts, thoughts, calls = [], [], []
+    if isinstance(content, dict) and "type" in content:
+        content = [content]
+    for part in content if isinstance(content, list) else [content]:
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if kind in TEXT_PARTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif is_answer and kind in THOUGHT_PARTS and isinstance(thought := _thought(part), str):
+            thoughts.append(thought)
+        elif is_answer and kind in CALL_PARTS:
+            calls.append(part)
+        else:
+            has = f": it has a part of the type {str(kind)[:20]!r}" if kind else ""
+            raise DataError(f"the content of {name} is not text{has}")
+    return "".join(texts), thoughts, calls
+
+
+def _thought(part: dict) -> object:
+    return part["text"] if isinstance(part.get("text"), str) else value_of(part, "reasoning")
+
+
+def _to_calls(calls: object, name: str, note: Note) -> list[dict]:
     """Tool calls as [{"name", "arguments"}]; arguments is an object, or JSON text (as OpenAI writes it)."""
-    result = []
-    for call in calls:
-        call = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+    calls, result = _parse(calls, f"the tool calls of {name}") if isinstance(calls, str) else calls, []
+    if isinstance(calls, dict):
+        calls = rows_of(calls) or [calls]
+    for call in calls if isinstance(calls, list) else [calls]:
+        call = _parse(call, f"a tool call of {name}") if isinstance(call, str) else call
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, str) and function.lstrip().startswith("{"):
+            function = _parse(function, f"a tool call of {name}")
+        known = {*NAMES["name"], *NAMES["arguments"]}
+        if isinstance(function, dict) and function:  # OpenAI's calls have one more level than others
+            name_unknown(call, {"function"}, "tool call", note)
+            call = function
+        elif isinstance(function, str):  # {"function": "add", "arguments": ...}
+            call, known = {"name": function} | call, {*known, "function"}
+        if not isinstance(call, dict) or not isinstance(value_of(call, "name"), str):
             raise DataError(f"{name}: a tool call without a name")
-        arguments = call.get("arguments", {})
-        if isinstance(arguments, str):
-            _parse(arguments, f"the arguments of the tool call in {name}")
-        result.append({"name": call["name"], "arguments": arguments})
+        name_unknown(call, known, "tool call", note)
+        arguments = value_of(call, "arguments")
+        if isinstance(arguments, str) and arguments.strip():
+            value = _parse(arguments, f"the arguments of the tool call in {name}")
+            arguments = value if isinstance(parse_json(arguments), DataError) else arguments
+        result.append({"name": value_of(call, "name"), "arguments": arguments or {}})
     return result
 
 
+# --- what concerns the whole conversation -------------------------------------------------------------------
+
+
+def _leave_out_empty_answers(messages: list[dict], note: Note) -> None:
+    """Removes the last answer if it is empty. Raises DataError for an empty one before it."""
+    for number, message in enumerate(messages, 1):
+        says = message.get("tool_calls") or message.get("reasoning_content")
+        if message["role"] != "assistant" or says or message["content"].strip() not in NO_ANSWER:
+            continue
+        if number == len(messages):
+            messages.pop()
+            note("the last answer is empty, or 无: the conversation is a prompt without its answer")
+        elif not message["content"].strip():
+            raise DataError(f"message {number}: the assistant says nothing")
+    if not messages:
+        raise DataError("the conversation is not a list of messages that say something")
+
+
+def _add_system(messages: list[dict], system: object, note: Note) -> None:
+    """Puts the system message of the record before its messages, unless they have one of their own."""
+    if system is not None and not isinstance(system, str):
+        raise DataError("system is not text")
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    elif system and not messages[0]["content"]:
+        messages[0]["content"] = system
+    elif system and messages[0]["content"] != system:
+        note("the system text of the record is not used: its conversation has another system message")
+    if "system" in [message["role"] for message in messages[1:]]:
+        raise DataError("a system message that is not the first message")
+
+
+def _tools_of(record: dict, first_turn: dict) -> list | None:
+    """The tools of a record, or of its system message. Raises DataError where both have some, and differ."""
+    places = [record] + [first_turn] * (ROLES[value_of(first_turn, "role")] == "system")
+    found = [_to_tools(value_of(place, "tools")) for place in places]
+    if all(found) and found[0] != found[-1]:
+        raise DataError("the tools of the record and those of its system message differ")
+    return found[0] or found[-1] or None
+
+
+def _to_tools(tools: object) -> list | None:
+    if isinstance(tools, str):
+        tools = _parse(tools, "tools") if tools.strip() else None
+    if isinstance(tools, dict) and ("name" in tools or "function" in tools):
+        tools = [tools]
+    if isinstance(tools, list):
+        tools = [_parse(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DataError("tools is not a list of objects")
+    return tools
+
+
+def _without_filled_nulls(messages: list[dict], tools: list | None, note: Note) -> list | None:
+    """The tools without nulls; and the arguments of the calls lose theirs.
+
+    In a file that datasets wrote, every call has the arguments of all calls, and null for those that are not
+    its own. A null stays only where the tool itself has an argument of that name.
+    """
+    declared = {}  # tool -> its arguments
+    for tool in tools or []:
+        tool = tool.get("function", tool)
+        schema = tool.get("parameters") if isinstance(tool, dict) else None
+        properties = schema.get("properties") if isinstance(schema, dict) else None
+        if isinstance(properties, dict) and isinstance(tool.get("name"), str):
+            declared[tool["name"]] = {key for key, value in properties.items() if value is not None}
+    for call in [call for message in messages for call in message.get("tool_calls", [])]:
+        if isinstance(call["arguments"], dict):
+            own = declared.get(call["name"], ())
+            kept = {key: without_nulls(value) for key, value in call["arguments"].items()
+                    if value is not None or key in own}  # fmt: skip
+            if kept != call["arguments"]:
+                call["arguments"] = kept
+                note("a null among the arguments of a tool call is left out, as if a table had filled it in")
+    cleaned = without_nulls(tools)
+    if cleaned != tools:
+        note("a null in the tools is left out, as if a table had filled it in")
+    return cleaned
+
+
+def _obey_flags(record: dict, messages: list[dict], note: Note) -> None:
+    """Marks the answers that the record, as a whole, says must not be learnt."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    learns_history = read_flag(record, HISTORY_FLAG, note) in (False, None)
+    unlearnt = answers[:-1] * (not learns_history)
+    if is_learnt(record, note) is False:
+        unlearnt = answers
+    for message in unlearnt:
+        message["trained"] = False
+
+
+def _messages_in(value: object) -> object:
+    """The list of messages that a cell holds as JSON text; any other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        messages = parse_cell(value)
+        return messages if is_conversation(messages) else value
+    return value
+
+
 def _parse(text: str, where: str) -> object:
-    """The JSON value in a field. Raises DataError."""
-    value = parse_json(text)
+    """The value in a field. Raises DataError."""
+    value = parse_cell(text)
     if isinstance(value, DataError):
         raise DataError(f"{where}: {value}")
     return value

@@ -23,6 +23,7 @@ from common.errors import DataError
 from common.files import json_text, publish, remove, temporary_path
 from dataset.chat import end_of_text, plain_encoder
 from dataset.encoder import CannotEncode
+from dataset.messages import NothingToLearn
 from dataset.records import Report, nothing_usable, read_records, reason_of
 
 CACHE_DIR = Path(__file__).resolve().parents[1] / "out" / "cache"
@@ -30,7 +31,8 @@ CACHE_DIR = Path(__file__).resolve().parents[1] / "out" / "cache"
 MAX_RECORDS_OF_BATCH, MAX_CHARACTERS_OF_BATCH = 1024, 2 << 20
 READS_PER_RELEASE = 16  # after so many reads mapped pages are given back; a read may bring 2 MB into memory
 # The name of a cache depends on these files, too: an edited chat.py must not meet the caches it wrote before.
-MODULES = ("records", "messages", "encoder", "foreign_chat", "chat", "token_cache", "lm_dataset")
+MODULES = ("keys", "json_records", "tables", "records", "messages", "encoder", "foreign_chat", "chat",
+           "token_cache", "lm_dataset")  # fmt: skip
 
 # --- the name of a cache ------------------------------------------------------------------------------------
 
@@ -171,15 +173,17 @@ class CacheWriter:
 # --- records -> cache ---------------------------------------------------------------------------------------
 
 
-def cached_tokens(dataset, tokenizer, strict: bool, cache_dir=None) -> TokenCache:
+def cached_tokens(dataset, tokenizer, strict: bool, allow_unusable: bool, cache_dir=None) -> TokenCache:
     """The cache of a TokenDataset (dataset/lm_dataset.py), which is built here where there is none yet.
 
-    Complaints about the data are repeated at every start. Raises DataError where that is fatal.
+    Complaints about the data are repeated at every start. Raises DataError where that is fatal, and, without
+    allow_unusable, for a file of which most records cannot be used.
     """
     encoder = plain_encoder(tokenizer)
     vocabulary = [encoder.config, encoder.control, encoder.start, end_of_text(tokenizer),
                   tokenizer.chat_template]  # fmt: skip
-    key = cache_key(dataset.paths, kind=dataset.kind, max_length=dataset.max_length, tokenizer=vocabulary)
+    key = cache_key(dataset.paths, kind=dataset.kind, max_length=dataset.max_length, tokenizer=vocabulary,
+                    **dataset.settings)  # fmt: skip
     folder = cache_folder(dataset.kind, key, cache_dir)
     cache = open_cache(folder)
     if cache is None:
@@ -187,8 +191,12 @@ def cached_tokens(dataset, tokenizer, strict: bool, cache_dir=None) -> TokenCach
         cache = TokenCache(folder)
     elif strict and cache.meta["examples"]:
         raise DataError(f"{cache.meta['examples'][0]} (fatal with --strict)")
-    if cache.meta["summary"] and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {', '.join(dataset.paths)}: {cache.meta['summary']}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        summary = [f"{', '.join(dataset.paths)}: {cache.meta['summary']}"] * bool(cache.meta["summary"])
+        for line in [*cache.meta["notes"], *summary, *cache.meta["refusals"] * allow_unusable]:
+            print(f"warning: {line}", file=sys.stderr)
+    if cache.meta["refusals"] and not allow_unusable:
+        raise DataError(f"{cache.meta['refusals'][0]}; --allow_unusable uses the others all the same")
     return cache
 
 
@@ -198,38 +206,50 @@ def build_cache(folder: Path, dataset, tokenizer, report: Report) -> None:
     if dataset.kind == "pretrain":
         del dtypes["mask"]
     stamps, first_samples = file_stamps(dataset.paths), []  # the number of the first sample of each file
+    refusals = []
     # disable=None: no bar where stderr is no terminal
     bar = tqdm(desc="tokenising", unit=" records", delay=1, disable=None, leave=False)
     with CacheWriter(folder, dtypes) as writer, bar:
         writer.write(offsets=[0])
         for path in dataset.paths:
             first_samples.append(writer.sizes["lengths"])
+            num_usable = 0
             for batch in batches(dataset, tokenizer, path, report):
+                num_skipped = report.unusable[path]
                 for line, ids, mask in samples(dataset, tokenizer, path, batch, report):
                     supervised = ids[1:] if mask is None else ids[mask == 1]
                     masks = {} if mask is None else {"mask": mask}
                     writer.write(tokens=ids, **masks, offsets=[writer.sizes["tokens"] + len(ids)],
                                  lengths=[len(ids)], num_targets=[len(supervised)],
                                  num_bytes=[bytes_of_token[supervised].sum()], lines=[line])  # fmt: skip
+                num_usable += len(batch) - (report.unusable[path] - num_skipped)
                 bar.update(len(batch))
                 if file_stamps(dataset.paths) != stamps:  # not only at the end: a log may grow for ever
                     raise DataError(f"{path}: changed while it was read; start again")
             if writer.sizes["lengths"] == first_samples[-1]:
                 raise nothing_usable(path, report)
-        writer.meta = dict(first_samples=first_samples, summary=report.summary(), examples=report.examples)
+            refusals += [refusal] if (refusal := report.refusal(path, num_usable)) else []
+        writer.meta = dict(first_samples=first_samples, summary=report.summary(), examples=report.examples,
+                           notes=report.note_lines(), refusals=refusals)  # fmt: skip
 
 
 def batches(dataset, tokenizer, path: str, report: Report) -> Iterator[list[tuple[int, str | list]]]:
     """The usable records of a file, some hundred at a time, as (line, text or pieces to encode)."""
     batch, characters = [], 0
     for _, line, record in read_records(path, report=report):
+        notes = []
         try:
-            prepared = dataset.prepare(tokenizer, record)
+            prepared = dataset.prepare(tokenizer, record, notes.append)
+        except NothingToLearn as error:
+            report.add_skipped(path, line, str(error))
+            continue
         except (DataError, RecursionError) as error:
             report.add(path, line, reason_of(error))
             continue
-        batch.append((line, prepared))
-        texts = [prepared] if isinstance(prepared, str) else [text for text, _, _ in prepared]
+        for note in dict.fromkeys(notes):  # each once
+            report.note(path, line, note)
+        batch += [(line, one) for one in prepared]
+        texts = [one if isinstance(one, str) else "".join(text for text, _, _ in one) for one in prepared]
         characters += sum(len(text) for text in texts)
         if len(batch) >= MAX_RECORDS_OF_BATCH or characters >= MAX_CHARACTERS_OF_BATCH:
             yield batch

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ROOT, Parser, run_script
+from common.errors import UsageError
 
 ROW_LENGTHS = [2**power for power in range(7, 16)]  # 128 to 32,768
 MAX_SHOWN_TOKENS = 600  # of a sample
@@ -37,8 +38,12 @@ def main(args):
 def look(args, tokenizer, folder: str) -> None:
     """Prints everything; `folder` is for the token cache."""
     dataset_class = class_for(args.data_path)
+    settings = {"split_documents": True} if args.split_documents else {}
+    if args.split_documents and dataset_class.kind != "pretrain":
+        raise UsageError("--split_documents is for plain text, and these are chats")
     # The dataset cuts nothing. `lengths_in_rows` computes below what many values of --max_seq_len would cut.
-    dataset = dataset_class(args.data_path, tokenizer, sys.maxsize, strict=args.strict, cache_dir=folder)
+    dataset = dataset_class(args.data_path, tokenizer, sys.maxsize, strict=args.strict, allow_unusable=True,
+                            cache_dir=folder, **settings)  # fmt: skip
     describe(dataset)
     print_rows(dataset, folder)
     number_shown = min(args.show, len(dataset))
@@ -143,6 +148,8 @@ def parse_args(argv=None):
     parser.add_argument("--load_from", type=Path, default=ROOT / "model" / "tokenizer", metavar="DIR",
                         help="a folder with the tokenizer: that of the model to be trained")
     parser.add_argument("--show", type=int, default=2, metavar="N", help="samples to print")
+    parser.add_argument("--split_documents", action="store_true",
+                        help="as in train_pretrain.py: <|im_start|>...<|im_end|> is a document")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad line")
     args = parser.parse_args(argv)
     if args.show < 0:

@@ -32,6 +32,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     add("--packing", action=argparse.BooleanOptionalAction, default=True,
         help="fill rows with whole documents that cannot see each other, not with one each")
     add("--strict", action="store_true", help="stop at the first bad line, do not skip it")
+    add("--allow_unusable", action="store_true", help="train though most records of a file cannot be used")
     add("--num_workers", type=any_count, default=0, metavar="N", help="processes that prepare batches ahead")
 
     add = parser.add_argument_group("the run").add_argument

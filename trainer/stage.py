@@ -88,7 +88,8 @@ def what_trains(model) -> str:
 
 
 def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, eval_fraction, world,
-              retain_data_path, replay, strict, max_seq_len, batch_size, micro_batch_size, packing, seed,
+              retain_data_path, replay, strict, allow_unusable, split_documents=False, max_seq_len,
+              batch_size, micro_batch_size, packing, seed,
               **other_flags) -> tuple[Batches, Batches | None, Batches | None]:
     """Returns three Batches: of training data, of validation data, and of held-out old data.
 
@@ -111,7 +112,9 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
             eval_data_path = [files[f"{world}_eval"]]
 
     def read(paths):
-        return kind(paths, tokenizer, max_seq_len, strict=strict) if paths else None
+        settings = {"strict": strict, "allow_unusable": allow_unusable}
+        settings |= {"split_documents": True} if split_documents else {}  # a flag of pretraining alone
+        return kind(paths, tokenizer, max_seq_len, **settings) if paths else None
 
     with ranks.main_first():
         train_set, eval_set, old_set = read(data_path), read(eval_data_path), read(retain_data_path)

@@ -15,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer import args as flags
 
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "intermediate_size")
+SHAPE = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size".split()
 
 
 def main(args):
@@ -58,6 +57,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = flags.training_parser(__doc__)
+    parser.add_argument("--split_documents", action="store_true", help="<|im_start|>..<|im_end|>: a document")
     shape = parser.add_argument_group("the model's shape (later stages inherit it from the weights)")
     shape.add_argument("--preset", default="tiny", help="tiny, 26m, 64m or 104m")
     for name in SHAPE:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError
-from dataset import records
+from dataset import json_records, tables
 from dataset.records import Report, read_records
 
 RECORDS = [{"text": "one\u2028still one"}, {"text": "二 \U0001f431"}, {"text": 'quote " comma , \n line'}]
@@ -28,6 +28,11 @@ def write(path, content):
 
 def read(path, **kwargs):
     return [(line, record) for _, line, record in read_records(path, **kwargs)]
+
+
+def set_max_record_bytes(monkeypatch, size):
+    for module in (json_records, tables):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", size)
 
 
 def as_csv():
@@ -171,7 +176,7 @@ def test_missing_file_and_folder_are_found_before_anything_is_read(tmp_path):
 
 
 def test_line_longer_than_the_limit(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 20)
+    set_max_record_bytes(monkeypatch, 1 << 20)
     path = write(tmp_path / "a.jsonl", '{"x": 1}\n{"x": "' + "a" * (3 << 20) + '"}\n{"x": 2}\n')
     assert [line for line, _ in read(path)] == [1, 3]
     assert "a.jsonl:2: the line is longer than 1 MiB" in capsys.readouterr().err
@@ -180,7 +185,7 @@ def test_line_longer_than_the_limit(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.jsonl"])
 def test_a_bomb_fills_no_memory(tmp_path, monkeypatch, name):
     """A line of 100 MiB, which gzip makes a file of 100 kB, is told in one line and never held whole."""
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 20)
+    set_max_record_bytes(monkeypatch, 1 << 20)
     path = tmp_path / name
     with (gzip.open if name.endswith("gz") else open)(path, "wb") as file:
         file.write(b"text\n" if "csv" in name else b'{"text": "a"}\n')
@@ -367,7 +372,7 @@ def test_a_first_row_with_wrong_quotes(tmp_path):
 
 def test_unclosed_quotes_in_a_long_file_take_little_memory_and_time(tmp_path, monkeypatch):
     """Each of these lines begins a row that ends nowhere: reading all of them again each time is bounded."""
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 16)
+    set_max_record_bytes(monkeypatch, 1 << 16)
     path = write(tmp_path / "a.csv", "text\n" + 'a,"' + "b" * 200 + "\n" + "plain\n" * 50_000)
     report = Report()
     tracemalloc.start()
@@ -376,7 +381,7 @@ def test_unclosed_quotes_in_a_long_file_take_little_memory_and_time(tmp_path, mo
     tracemalloc.stop()
     assert report.counts == {"bad lines skipped": 1} and "64 KiB" not in report.examples[0]
     assert "longer than" in report.examples[0] and "quote" in report.examples[0] and peak < 8 << 20
-    monkeypatch.setattr(records, "MAX_CHARACTERS_READ_AGAIN", 1 << 20)
+    monkeypatch.setattr(tables, "MAX_CHARACTERS_READ_AGAIN", 1 << 20)
     path = write(tmp_path / "b.csv", "text\nfirst\n" + 'x","\n' * 20_000)
     report = Report(shown=100)
     assert len(list(read_records(path, report=report))) == 1
