@@ -8,6 +8,7 @@ A reader may skip this file.
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.errors import DataError
@@ -21,17 +22,19 @@ class AnswerTest:
     number: str | None = None  # the final number of a right answer, as final_number writes it
     contains: tuple[str, ...] = ()  # a right answer holds all of these texts
     answers: tuple[str, ...] = ()  # a right answer is one of these texts
+    calls: tuple[dict, ...] | None = None  # ... and calls these tools, in this order; None: any or none
     choices: tuple[str, ...] = ()  # a multiple choice, of which `answers` holds the right one
     right_choice: int | None = None  # the index of the right one in `choices`
 
-    def is_right(self, answer: str) -> bool | None:
-        """None where the record does not say what is right."""
+    def is_right(self, answer: str, calls: Sequence[dict] = ()) -> bool | None:
+        """calls: the tool calls beside the answer. None where the record does not say what is right."""
         if self.number is not None:
             return final_number(answer) == self.number
         if self.contains:
             return all(part in answer for part in self.contains)
         if self.answers:
-            return answer.strip() in [right.strip() for right in self.answers]
+            is_called = self.calls is None or same_json(list(self.calls), list(calls))
+            return is_called and answer.strip() in [right.strip() for right in self.answers]
         return None
 
 
@@ -124,10 +127,19 @@ def chinese_number(numeral: str) -> int:
     return -(total + section + digit) if numeral[0] == "负" else total + section + digit
 
 
-def answer_test(record: dict, last_turn: str | None = None) -> AnswerTest:
+def same_json(one: object, other: object) -> bool:
+    """Whether two JSON values are the same: 1 and 1.0 are, 1 and true are not. Keys have no order."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_json(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_json, one, other))
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def answer_test(record: dict, last_turn: str | None = None, calls: Sequence[dict] = ()) -> AnswerTest:
     """The test that the keys of a record ask for; inference/scoring.py lists these keys.
 
-    last_turn: what the assistant says at the end, if the record is a conversation.
+    last_turn, calls: what the assistant says at the end, and calls there, if the record is a conversation.
     Raises DataError, with the reason alone, for a key with an unusable value.
     """
     if "choices" in record:
@@ -143,8 +155,8 @@ def answer_test(record: dict, last_turn: str | None = None) -> AnswerTest:
         return AnswerTest(reference, number=number)
     contains = tuple(required(record, "contains", list)) if "contains" in record else ()
     answers = tuple(required(record, "answers", list)) if "answers" in record else ()
-    if last_turn and not contains and not answers:
-        answers = (last_turn,)
+    if (last_turn or calls) and not contains and not answers:
+        return AnswerTest(last_turn, answers=(last_turn,), calls=tuple(calls))
     return AnswerTest(last_turn, contains=contains, answers=answers)
 
 

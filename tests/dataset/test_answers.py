@@ -28,7 +28,7 @@ SPELLINGS = [
     # What stands around a number: punctuation, markup, currencies, units, counters.
     ("42.", "42"), ("**42**", "42"), ("__42__", "42"), ("$42$", "42"), ("42 apples", "42"), ("12km", "12"),
     ("$1,234.50", "1234.5"), ("¥12", "12"), ("USD5", "5"), ("第3", "3"), ("5th", "5"), ("5%", "5"),
-    # Groups of three digits. A comma before three digits is no decimal comma: English and Chinese write it so.
+    # Groups of three digits: as in English and Chinese, a comma before three digits is no decimal comma.
     ("1,234", "1234"), ("1,23,456", "123456"), ("1 234", "1234"), ("1\u2009234\u202f567", "1234567"),
     ("1'234", "1234"), ("1{,}234", "1234"),
     # A comma that cannot group is a decimal comma; several commas separate a list.
@@ -50,7 +50,8 @@ SPELLINGS = [
     # Words of size belong to the number.
     ("5 million", "5000000"), ("12万", "120000"), ("1.5亿元", "150000000"),
     # Full-width digits; Chinese numerals where there are no digits. English words are not read.
-    ("３４", "34"), ("１２．５", "12.5"), ("四十二", "42"), ("答案是一百零五。", "105"), ("一亿二千万", "120000000"),
+    ("３４", "34"), ("１２．５", "12.5"), ("四十二", "42"), ("答案是一百零五。", "105"),
+    ("一亿二千万", "120000000"),
     ("二〇二六年", "2026"), ("负五", "-5"), ("四十二个在一起", "42"), ("7个一组", "7"),
     ("two hundred", None), ("no digits", None), ("", None),
     ("12345678901", "12345678901"),  # two large numbers that differ stay different

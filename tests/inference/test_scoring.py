@@ -114,12 +114,13 @@ def test_questions_too_long_for_the_model_are_wrong_and_do_not_stop_the_rest(hom
     data = write(tmp_path / "t.jsonl", turns("word " * 300, "b"), turns("a", "b"))
     score(ChatModel(home / "chat"), [data], GREEDY)
     got = capsys.readouterr()
-    assert "1 questions are too long" in got.err and "0.000" in got.out
+    assert f"{data}:1: a prompt of 313 tokens is too long" in got.err and "0.000" in got.out
 
 
 def test_a_choice_too_long_for_the_model_is_wrong(home, capsys, tmp_path):
     long = {"question": "word " * 200, "choices": ["a", "b"], "answer": 0}
     short = {"question": "a?", "choices": ["a", "a"], "answer": 0}
-    score(ChatModel(home / "chat"), [write(tmp_path / "q.jsonl", long, short)], GREEDY)
+    data = write(tmp_path / "q.jsonl", long, short)
+    score(ChatModel(home / "chat"), [data], GREEDY)
     shown = capsys.readouterr()
-    assert "too long" in shown.err and "0.500" in shown.out
+    assert f"{data}:1: a choice is too long" in shown.err and "0.500" in shown.out
