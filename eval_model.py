@@ -90,6 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--system has no effect with --plain or --data_path")
     if args.temperature is None:
         args.temperature = 0.0 if args.data_path else 0.7
+    if args.max_new_tokens is None and not args.data_path:  # scoring knows how long right answers are
+        args.max_new_tokens = 256
     if "" in args.lora:
         parser.error("--lora needs the name of an adapter, not an empty one")
     if args.load_from is None:
@@ -139,16 +141,20 @@ def say(chat_model, ids: list[int], sampling, in_chat: bool = False) -> dict:
     """
     if len(ids) > chat_model.context:
         note(f"(a prompt of {len(ids)} tokens; the model was trained to see {chat_model.context})")
-    began, reply, tokens, shown = time.perf_counter(), chat_model.new_reply(ids), 0, None
+    began, reply, tokens, shown, gap = time.perf_counter(), chat_model.new_reply(ids), 0, None, ""
     dim, normal = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
     try:
         for part, text, tokens in chat_model.stream(ids, sampling, reply):  # noqa: B007 (used below)
-            if part != shown and len(reply.parts) > 1:  # the line breaks between thinking and words
-                text = text.lstrip("\n")
-            if part == "call" or not text:
+            if part == "call":  # shown as a whole, below
+                continue
+            if part != shown and len(reply.parts) > 1:
+                text, gap = text.lstrip("\n"), ""
+            # Line breaks at the end of a part are not shown.
+            text, gap = (gap + text).rstrip("\n"), (gap + text)[len((gap + text).rstrip("\n")):]
+            if not text:
                 continue
             if shown == "reasoning" != part:
-                note("\n")
+                note("")
             shown = part
             if part == "reasoning":
                 print(f"{dim}{text}{normal}", end="", file=sys.stderr, flush=True)

@@ -140,14 +140,15 @@ def answer_test(record: dict, last_turn: str | None = None, calls: Sequence[dict
     """The test that the keys of a record ask for; inference/scoring.py lists these keys.
 
     last_turn, calls: what the assistant says at the end, and calls there, if the record is a conversation.
+        The keys of other kinds of records have no meaning then.
     Raises DataError, with the reason alone, for a key with an unusable value.
     """
-    if "choices" in record:
+    if last_turn is None and "choices" in record:
         choices, index = tuple(required(record, "choices", list)), required(record, "answer", int)
         if not 0 <= index < len(choices):
             raise DataError(f"answer {index} is no index of {len(choices)} choices")
         return AnswerTest(choices[index], answers=(choices[index],), choices=choices, right_choice=index)
-    if "question" in record:
+    if last_turn is None and "question" in record:
         reference = required(record, "answer", str)
         number = final_number(reference)
         if number is None:

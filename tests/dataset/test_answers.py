@@ -100,6 +100,19 @@ def test_a_choice_is_known_by_its_index_and_its_text():
     assert test.is_right("no") and not test.is_right("yes") and test.reference == "no"
 
 
+def test_tool_calls_are_compared_as_values_and_in_order():
+    one, other = {"name": "a", "arguments": {"n": 1, "of": ["x", None]}}, {"name": "b", "arguments": {}}
+    test = answer_test({}, last_turn="", calls=[one, other])
+    assert test.is_right("", [{"arguments": {"of": ["x", None], "n": 1.0}, "name": "a"}, other])
+    for calls in ([], [one], [other, one], [one, other, other], [one, {"name": "b", "arguments": {"n": 1}}],
+                  [{"name": "a", "arguments": {"n": True, "of": ["x", None]}}, other],
+                  [{"name": "a", "arguments": {"n": "1", "of": ["x", None]}}, other]):
+        assert test.is_right("", calls) is False
+    assert test.is_right("words", [one, other]) is False
+    assert answer_test({}, last_turn="Hi").is_right("Hi", [one]) is False
+    assert answer_test({"answers": ["Hi"]}, last_turn="Hi").is_right("Hi", [one])  # only words are asked for
+
+
 def test_where_nothing_says_what_is_right_nobody_can_say():
     for test in (AnswerTest(), answer_test({"prompt": "?"}), answer_test({"tools": []}, last_turn="")):
         assert test.is_right("x") is None and test.is_right("") is None
@@ -109,7 +122,7 @@ def test_where_nothing_says_what_is_right_nobody_can_say():
 @pytest.mark.parametrize("value", [[5], ["a", ""], [["a"]]])
 def test_what_an_answer_is_compared_with_must_be_texts(name, value):
     with pytest.raises(DataError, match=f"'{name}' must be a list of texts"):
-        answer_test({name: value}, last_turn="b")
+        answer_test({name: value}, last_turn=None if name == "choices" else "b")
 
 
 @pytest.mark.parametrize(("record", "words"), [
@@ -123,4 +136,4 @@ def test_what_an_answer_is_compared_with_must_be_texts(name, value):
 ])
 def test_an_unusable_value_is_named(record, words):
     with pytest.raises(DataError, match=words):
-        answer_test(record, last_turn="b")
+        answer_test(record, last_turn="b" if "contains" in record else None)
