@@ -177,7 +177,8 @@ def cached_tokens(dataset, tokenizer, strict: bool, cache_dir=None) -> TokenCach
     Complaints about the data are repeated at every start. Raises DataError where that is fatal.
     """
     encoder = plain_encoder(tokenizer)
-    vocabulary = [encoder.config, encoder.control, end_of_text(tokenizer), tokenizer.chat_template]
+    end = end_of_text(tokenizer) if dataset.kind == "pretrain" else None  # chats need no such token
+    vocabulary = [encoder.config, encoder.control, end, tokenizer.chat_template]
     key = cache_key(dataset.paths, kind=dataset.kind, max_length=dataset.max_length, tokenizer=vocabulary)
     folder = cache_folder(dataset.kind, key, cache_dir)
     cache = open_cache(folder)

@@ -27,7 +27,7 @@ from model.generate import generate
 from model.int8 import quantize_int8
 from model.one_token import prepare_to_decode
 from model.quantize import count_parameters
-from model.weights import load_model, load_tokenizer
+from model.weights import count_ids, load_model, load_tokenizer
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -76,9 +76,9 @@ class ChatModel:
         prepare_to_decode(self.model)
         self.num_parameters = count_parameters(self.model)
         self.tokenizer = load_tokenizer(self.path)
-        vocabulary, vocab_size = self.tokenizer.get_vocab(), self.model.config.vocab_size
-        if max(vocabulary.values()) >= vocab_size:
-            raise ModelError(f"{path}: its tokenizer has {len(vocabulary)} entries, the model {vocab_size}")
+        needed, vocab_size = count_ids(self.tokenizer), self.model.config.vocab_size
+        if needed > vocab_size:
+            raise ModelError(f"{path}: its tokenizer needs {needed:,} entries, the model has {vocab_size:,}")
         training = read_json_if_there(self.path / "training.json")  # models from elsewhere have no such file
         # An adapter was trained on chats, whatever model lies below it.
         is_base_model = training.get("stage") == "pretrain" and not adapters

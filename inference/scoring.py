@@ -284,8 +284,8 @@ def score(chat_model: ChatModel, paths: list[Path], sampling: Sampling, limit=No
     speed = answer_all(chat_model, to_answer, sampling, batch_size, report) if to_answer else None
     if report.counts:
         print(f"warning: {report.summary()}", file=sys.stderr)
-    if all(question.skipped for question in questions):
-        reason = questions[0].skipped
+    if not losses and all(question.skipped or question.kind == "text" for question in questions):
+        reason = next(iter(report.first.values()))
         raise DataError(f"none of {len(questions)} records can be scored (first problem: {reason})")
 
     thoughts = [question.reasoning is not None for question in to_answer if not question.skipped]
