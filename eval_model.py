@@ -68,7 +68,8 @@ def build_parser() -> Parser:
     add("--batch_size", type=count, default=32, metavar="N", help="answers decoded together")
     add("--json", type=Path, metavar="FILE", help="write the scores and every answer here")
     add = parser.add_argument_group("choosing words").add_argument
-    add("--max_new_tokens", type=count, default=256, metavar="N", help="of the longest answer")
+    add("--max_new_tokens", type=count, metavar="N",
+        help="of an answer; scoring: more where the right answer is longer (default: 256)")
     add("--temperature", type=temperature, metavar="X", help="0 = greedy (default: 0.7; scoring: 0)")
     add("--top_p", type=share, default=0.9, metavar="P", help="only the likeliest that make up P")
     add("--top_k", type=any_count, default=0, metavar="K", help="only the K likeliest; 0 = all")
@@ -89,6 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--system has no effect with --plain or --data_path")
     if args.temperature is None:
         args.temperature = 0.0 if args.data_path else 0.7
+    if args.max_new_tokens is None and not args.data_path:  # scoring knows how long right answers are
+        args.max_new_tokens = 256
     if "" in args.lora:
         parser.error("--lora needs the name of an adapter, not an empty one")
     if args.load_from is None:
@@ -126,29 +129,49 @@ def chat(chat_model, sampling, system: list[dict]) -> None:
                 if sampling.seed is not None:
                     sampling.seed += 1  # a question that is asked again may get another answer
                 answer = say(chat_model, chat_model.encode(system + asked), sampling, in_chat=True)
-                turns = [*asked, {"role": "assistant", "content": answer}]
+                turns = [*asked, answer]
         except (DataError, ModelError) as error:
             note(f"error: {error}")
 
 
-def say(chat_model, ids: list[int], sampling, in_chat: bool = False) -> str:
-    """Prints an answer as it comes, and its speed on stderr. In a chat Ctrl-C ends only the answer."""
+def say(chat_model, ids: list[int], sampling, in_chat: bool = False) -> dict:
+    """Prints an answer as it comes. Its thinking and its speed go to stderr. Returns the message.
+
+    In a chat Ctrl-C ends only the answer.
+    """
     if len(ids) > chat_model.context:
         note(f"(a prompt of {len(ids)} tokens; the model was trained to see {chat_model.context})")
-    began, text, tokens = time.perf_counter(), "", 0
+    began, reply, tokens, shown, gap = time.perf_counter(), chat_model.new_reply(ids), 0, None, ""
+    dim, normal = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
     try:
-        for piece, tokens in chat_model.stream(ids, sampling):  # noqa: B007 (the last count is printed below)
-            text += piece
-            print(piece, end="", flush=True)
+        for part, text, tokens in chat_model.stream(ids, sampling, reply):  # noqa: B007 (used below)
+            if part == "call":  # shown as a whole, below
+                continue
+            if part != shown and len(reply.parts) > 1:
+                text, gap = text.lstrip("\n"), ""
+            # Line breaks at the end of a part are not shown.
+            text, gap = (gap + text).rstrip("\n"), (gap + text)[len((gap + text).rstrip("\n")):]
+            if not text:
+                continue
+            if shown == "reasoning" != part:
+                note("")
+            shown = part
+            if part == "reasoning":
+                print(f"{dim}{text}{normal}", end="", file=sys.stderr, flush=True)
+            else:
+                print(text, end="", flush=True)
     except KeyboardInterrupt:
         if not in_chat:
             raise
         print(" ...", end="")
+        reply.end()
     print(flush=True)
-    dim, normal = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    for part, text in reply.parts:
+        if part == "call":
+            print(f"tool call: {text.strip()}", flush=True)
     speed = tokens / max(1e-9, time.perf_counter() - began)
     note(f"{dim}{tokens} tokens, {speed:.0f} tokens/s{normal}")
-    return text
+    return reply.turn(chat_model.tokenizer)
 
 
 def note(text: str) -> None:
@@ -271,7 +294,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    for pipe in (sys.stdin, sys.stdout, sys.stderr):
-        pipe.reconfigure(encoding="utf-8", errors="replace")  # Windows; half characters
-    run_script(main, arguments)
+    run_script(main, parse_args())

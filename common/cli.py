@@ -74,6 +74,20 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help if hidden else f"{action.help} (default: %(default)s)"
 
 
+def make_streams_safe() -> None:
+    """From now on no character can end a run because it cannot be printed.
+
+    A terminal keeps its encoding, and so does a stream for which PYTHONIOENCODING names one. A file or a pipe
+    gets UTF-8: on Windows it would get a code page, in which most languages cannot be written. A character
+    that the encoding lacks, such as 文 in cp1252, is written as \\u6587.
+    """
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"),
+                           (sys.stderr, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):  # a test or a notebook may have put another object there
+            keeps_encoding = stream.isatty() or os.environ.get("PYTHONIOENCODING", "").partition(":")[0]
+            stream.reconfigure(encoding=None if keeps_encoding else "utf-8", errors=errors)
+
+
 def run_script(main: Callable, args: argparse.Namespace, advice: Callable[[str], str] | None = None) -> None:
     """Runs `main(args)`. An error becomes one line on stderr and an exit code (common/errors.py).
 
@@ -83,6 +97,7 @@ def run_script(main: Callable, args: argparse.Namespace, advice: Callable[[str],
     def terminate(number, frame):
         raise Terminated
 
+    make_streams_safe()
     handler_before = signal.signal(signal.SIGTERM, terminate)
     try:
         main(args)

@@ -180,8 +180,8 @@ def cached_tokens(dataset, tokenizer, strict: bool, allow_unusable: bool, cache_
     allow_unusable, for a file of which most records cannot be used.
     """
     encoder = plain_encoder(tokenizer)
-    vocabulary = [encoder.config, encoder.control, encoder.start, end_of_text(tokenizer),
-                  tokenizer.chat_template]  # fmt: skip
+    end = end_of_text(tokenizer) if dataset.kind == "pretrain" else None  # chats need no such token
+    vocabulary = [encoder.config, encoder.control, encoder.start, end, tokenizer.chat_template]
     key = cache_key(dataset.paths, kind=dataset.kind, max_length=dataset.max_length, tokenizer=vocabulary,
                     **dataset.settings)  # fmt: skip
     folder = cache_folder(dataset.kind, key, cache_dir)

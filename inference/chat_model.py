@@ -3,8 +3,8 @@ A reader may skip this file.
 
     chat_model = ChatModel("out/full_sft", adapters=["lora_clinic"])
     ids = chat_model.encode([{"role": "user", "content": "Who are you?"}])
-    for text, num_tokens in chat_model.stream(ids, Sampling(temperature=0.7)):
-        print(text, end="")
+    for piece in chat_model.stream(ids, Sampling(temperature=0.7)):
+        print(piece.text, end="")
 
 Nothing in this file prints.
 """
@@ -12,6 +12,7 @@ Nothing in this file prints.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,12 +21,15 @@ from common.device import choose_decoding_dtype, choose_device
 from common.errors import ModelError
 from common.files import read_json_if_there
 from dataset.chat import encode_chat, encode_continuation, ensure_template
+from dataset.replies import MARKS, Reply, mark_ids
 from model.adapters import Adapters, report_line, report_lora
 from model.generate import generate
 from model.int8 import quantize_int8
 from model.one_token import prepare_to_decode
 from model.quantize import count_parameters
-from model.weights import load_model, load_tokenizer
+from model.weights import count_ids, load_model, load_tokenizer
+
+DEFAULT_NEW_TOKENS = 256
 
 
 @dataclass
@@ -36,8 +40,16 @@ class Sampling:
     top_p: float = 0.9
     top_k: int = 0
     repetition_penalty: float = 1.0
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None  # None: DEFAULT_NEW_TOKENS
     seed: int | None = None
+
+
+class Piece(NamedTuple):
+    """The next part of an answer."""
+
+    part: str  # what the text belongs to: reasoning, content or call (dataset/replies.py)
+    text: str
+    num_tokens: int  # of the answer so far
 
 
 class ChatModel:
@@ -64,15 +76,16 @@ class ChatModel:
         prepare_to_decode(self.model)
         self.num_parameters = count_parameters(self.model)
         self.tokenizer = load_tokenizer(self.path)
-        vocabulary, vocab_size = self.tokenizer.get_vocab(), self.model.config.vocab_size
-        if max(vocabulary.values()) >= vocab_size:
-            raise ModelError(f"{path}: its tokenizer has {len(vocabulary)} entries, the model {vocab_size}")
+        needed, vocab_size = count_ids(self.tokenizer), self.model.config.vocab_size
+        if needed > vocab_size:
+            raise ModelError(f"{path}: its tokenizer needs {needed:,} entries, the model has {vocab_size:,}")
         training = read_json_if_there(self.path / "training.json")  # models from elsewhere have no such file
         # An adapter was trained on chats, whatever model lies below it.
         is_base_model = training.get("stage") == "pretrain" and not adapters
         if adapters:
             ensure_template(self.tokenizer)
         self.plain = plain or is_base_model or not self.tokenizer.chat_template
+        self.marks = {} if self.plain else mark_ids(self.tokenizer)  # token -> <think> and such
         self.stop_ids = end_tokens(self.path, self.tokenizer, vocab_size)
         arguments = training.get("arguments")
         trained_length = arguments.get("max_seq_len") if isinstance(arguments, dict) else None
@@ -155,27 +168,54 @@ class ChatModel:
             raise ModelError(f"a prompt of {longest} tokens: the model has room for {limit}, answer included")
         padded = [self.stop_ids[:1] * (longest - len(ids)) + ids for ids in prompts]
         lengths = torch.tensor([len(ids) for ids in prompts])  # (B,)
-        options = asdict(sampling) | {"max_new_tokens": min(sampling.max_new_tokens, limit - longest)}
+        wanted = DEFAULT_NEW_TOKENS if sampling.max_new_tokens is None else sampling.max_new_tokens
+        options = asdict(sampling) | {"max_new_tokens": min(wanted, limit - longest)}
         return generate(self.model, torch.tensor(padded), **options, eos_token_id=self.stop_ids,
                         prompt_lengths=lengths if lengths.min() < longest else None)
 
-    def stream(self, ids: list[int], sampling: Sampling) -> Iterator[tuple[str, int]]:
-        """The answer to one prompt in pieces: (a piece of text, the number of tokens so far).
+    def new_reply(self, prompt: list[int]) -> Reply:
+        """What sorts the answer to a prompt into thinking, words and calls."""
+        if self.plain:
+            return Reply()
+        spelled = [mark for mark in MARKS if mark not in self.marks.values()]
+        # Some templates write the <think> that the model's answer begins with, and a line break after it.
+        end = self.tokenizer.decode(prompt[-16:], clean_up_tokenization_spaces=False).rstrip()
+        return Reply(spelled, in_thought=end.endswith("<think>"))
 
-        A piece can be several tokens: 猫 is three bytes, which may be two tokens.
+    def read(self, prompt: list[int], ids: list[int]) -> Reply:
+        """A whole answer, its end token apart."""
+        reply, start = self.new_reply(prompt), 0
+        for end in [place for place, token in enumerate(ids) if token in self.marks] + [len(ids)]:
+            reply.add(self.decode(ids[start:end]))
+            if end < len(ids):
+                reply.add_mark(self.marks[ids[end]])
+            start = end + 1
+        reply.end()
+        return reply
+
+    def stream(self, ids: list[int], sampling: Sampling, reply: Reply | None = None) -> Iterator[Piece]:
+        """The answer to one prompt in pieces, without the marks between thinking, words and calls.
+
+        A piece can be several tokens: 猫 is three bytes, which may be two tokens. reply: gets all of it.
         """
+        reply = self.new_reply(ids) if reply is None else reply
         tokens: list[int] = []
         before, shown = 0, 0  # tokens[before:shown] are the last piece shown
         for token in self.generate([ids], sampling):
             if token.item() in self.stop_ids:
                 break
             tokens.append(token.item())
-            text = self._text_after(tokens[before:], shown - before)
-            if not text.endswith("\ufffd"):  # half a character waits for its other half
-                yield text, len(tokens)
+            mark = self.marks.get(tokens[-1])
+            text = self._text_after(tokens[before:len(tokens) - bool(mark)], shown - before)
+            if mark or not text.endswith("\ufffd"):  # half a character waits for its other half
+                yield from (Piece(*piece, len(tokens)) for piece in reply.add(text))
                 before, shown = shown, len(tokens)
-        if shown < len(tokens):
-            yield self._text_after(tokens[before:], shown - before), len(tokens)
+            if mark:
+                yield from (Piece(*piece, len(tokens)) for piece in reply.end())
+                reply.add_mark(mark)
+                before = shown
+        rest = self._text_after(tokens[before:], shown - before)
+        yield from (Piece(*piece, len(tokens)) for piece in reply.add(rest) + reply.end())
 
     def _text_after(self, ids: list[int], count: int) -> str:
         """The text of ids[count:]. Some tokenizers drop a space at the start of what they decode, so the ids

@@ -6,11 +6,12 @@
 Shapes: B batch, T tokens of the prompt, S tokens stored, K key/value heads, D head dim, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 
-from common.errors import ModelError
+from common.errors import ModelError, RunError
 from model.config import ModelConfig
 from model.transformer import CausalLM, rope_tables
 
@@ -61,7 +62,8 @@ def generate(model: CausalLM, input_ids: torch.Tensor, max_new_tokens: int, temp
     prompt_lengths (B,): the caller pads prompts of unequal length on the left, and gives their lengths
         without pads. Then each row gets the tokens that it would get alone.
 
-    Put the model in eval() first. Raises ModelError for senseless values.
+    Put the model in eval() first. Raises ModelError for senseless values, and RunError where the model's
+    numbers are not finite.
     """
     shape = tuple(input_ids.shape)
     for wrong, message in (
@@ -107,7 +109,7 @@ def _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sa
     if one_token and not one_token.get_ready(batch_size):  # it cannot serve this batch
         one_token = None
     new = input_ids  # the whole prompt in one pass, then one token at a time
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         if cache.length and one_token:
             logits = one_token(new[:, 0], cache)  # (B, V)
         else:
@@ -117,16 +119,32 @@ def _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sa
             logits = output.logits[:, 0].float()  # (B, V)
         if seen is not None:
             logits = penalize(logits, seen, repetition_penalty)
+        highest = logits.amax()  # of all rows; NaN if any logit is NaN
         token = choose_token(logits, **sampling, generator=generator)  # (B,)
         if eos:
             token = torch.where(ended, eos_ids[0], token)
             ended |= torch.isin(token, eos_ids)
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
+        is_last = step == max_new_tokens - 1 or bool(eos and ended.all())
+        # A GPU works on while this program goes ahead, until a value is read. `ended` was read just now, so
+        # this value is there, too. Without eos nothing is read in between: the cache keeps a NaN to the end.
+        if (eos or step == 0 or is_last) and not math.isfinite(highest.item()):
+            raise RunError(f"token {step + 1} of the answer: {why_not_finite(model)}")
         yield token
-        if eos and ended.all():
+        if is_last:
             return
         new = token[:, None]  # (B, 1)
+
+
+def why_not_finite(model: CausalLM) -> str:
+    """One line about a model that computes NaN or infinity, and what to do."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            return f"the weight {name} holds numbers that are not finite: take an earlier checkpoint"
+    dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
+    advice = "use weights in float32 (--dtype float32)" if dtype != "float32" else "its weights are too large"
+    return f"the model's numbers are not finite in {dtype}, though its weights are: {advice}"
 
 
 def choose_token(logits, temperature: float, top_k: int, top_p: float, generator=None) -> torch.Tensor:
@@ -134,6 +152,7 @@ def choose_token(logits, temperature: float, top_k: int, top_p: float, generator
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
+    probabilities = probabilities.nan_to_num(nan=1.0)  # On a GPU a NaN here would end the process.
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
 

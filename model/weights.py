@@ -274,6 +274,12 @@ def load_tokenizer(path):
         raise ModelError(f"the tokenizer in {path} can't be read: {files.one_line(error)}") from None
 
 
+def count_ids(tokenizer) -> int:
+    """The rows of an embedding that has one for every token. The ids may have gaps, so len(tokenizer) may be
+    smaller."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 # --- writing --------------------------------------------------------------------------------------------
 
 

@@ -158,6 +158,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # Windows
     run_script(main, parse_args())

@@ -205,7 +205,7 @@ def test_chat_remembers_and_forgets(home, capsys, monkeypatch):
 
     def say(chat_model, ids, sampling, in_chat):
         seen.append(chat_model.tokenizer.decode(ids))
-        return "fine"
+        return {"role": "assistant", "content": "fine"}
 
     monkeypatch.setattr(eval_model, "say", say)
     monkeypatch.setattr(
@@ -253,8 +253,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(home):
     code = (
         "import sys, time, eval_model\nfrom inference.chat_model import ChatModel\n"
         "stream = ChatModel.stream\n"
-        "def slow(self, ids, sampling):\n"
-        "    for x in stream(self, ids, sampling):\n        time.sleep(0.05); yield x\n"
+        "def slow(*arguments):\n"
+        "    for x in stream(*arguments):\n        time.sleep(0.05); yield x\n"
         "ChatModel.stream = slow\neval_model.main(eval_model.parse_args(sys.argv[1:]))"
     )
     process = subprocess.Popen(
@@ -315,8 +315,13 @@ def test_scoring_counts_what_the_model_answers(home, capsys, tmp_path):
     assert result["answers"][-1] == {
         "prompt": questions[0],
         "reference": None,
+        "reference_tool_calls": [],
         "answer": own[0],
+        "reasoning": None,
+        "tool_calls": [],
         "ok": None,
+        "skipped": None,
+        "line": 1,
         "family": "samples",
         "file": str(samples),
     }

@@ -16,7 +16,7 @@ from common.errors import RunError, UsageError
 from dataset.packing import Order
 from model.lora import apply_lora, cast_frozen, count_line, freeze_all_but_lora
 from model.quantize import count_parameters, memory_line, quantize_model
-from model.weights import load_model, load_tokenizer
+from model.weights import count_ids, load_model, load_tokenizer
 from trainer.batches import Batches, split
 from trainer.checkpoint import checkpoints, drop_checkpoints
 from trainer.distributed import Ranks
@@ -54,9 +54,9 @@ def load_weights(folder: Path):
         raise UsageError(f"--load_from {folder}: there is no such folder"
                          + (f"; make it first: python {script}" if is_ours else ""))
     tokenizer, model = load_tokenizer(folder), load_model(folder)
-    if len(tokenizer) > model.config.vocab_size:
-        raise UsageError(f"--load_from {folder}: its tokenizer has {len(tokenizer):,} entries, its weights "
-                         f"have {model.config.vocab_size:,}: they do not belong together")
+    if count_ids(tokenizer) > model.config.vocab_size:
+        raise UsageError(f"--load_from {folder}: its tokenizer needs {count_ids(tokenizer):,} entries, its "
+                         f"weights have {model.config.vocab_size:,}: they do not belong together")
     return model, tokenizer
 
 
@@ -118,9 +118,8 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
 
     with ranks.main_first():
         train_set, eval_set, old_set = read(data_path), read(eval_data_path), read(retain_data_path)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_seq_len": max_seq_len,
-            "packing": packing, "seed": seed, "pad_token_id": pad}
+            "packing": packing, "seed": seed, "pad_token_id": tokenizer.pad_token_id or 0}  # any id will do
     # Samples are numbers, in an array or in an Order, which takes no memory. Order(3) holds 0, 1 and 2.
     if eval_set is not None:
         train_samples, eval_samples = Order(len(train_set)), Order(len(eval_set))

@@ -26,7 +26,7 @@ def main(args):
 
     from dataset.lm_dataset import PretrainDataset
     from model.transformer import CausalLM, preset
-    from model.weights import load_tokenizer, save_model
+    from model.weights import count_ids, load_tokenizer, save_model
     from trainer import stage
     from trainer.distributed import gather_weights, join_ranks, leave_ranks
     from trainer.loop import train
@@ -42,7 +42,7 @@ def main(args):
         tokenizer = load_tokenizer(args.tokenizer)
         shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
         torch.manual_seed(args.seed)
-        model = CausalLM(replace(preset(args.preset), vocab_size=len(tokenizer), **shape))
+        model = CausalLM(replace(preset(args.preset), vocab_size=count_ids(tokenizer), **shape))
     # The data: plain text, every token of which is predicted
     batches, eval_batches, _ = stage.load_data(PretrainDataset, tokenizer, ranks, **vars(args))
     if ranks.is_main:

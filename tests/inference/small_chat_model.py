@@ -32,6 +32,7 @@ def make_home(folder: Path) -> Path:
 
 
 def write(path: Path, *records: dict) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
     return path
 

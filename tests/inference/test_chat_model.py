@@ -11,7 +11,7 @@ GREEDY = Sampling(temperature=0, max_new_tokens=8)
 
 def ask(chat_model, text="Hi", sampling=GREEDY):
     ids = chat_model.encode([{"role": "user", "content": text}])
-    return "".join(piece for piece, _ in chat_model.stream(ids, sampling))
+    return "".join(piece.text for piece in chat_model.stream(ids, sampling))
 
 
 def test_loading_and_answering_print_nothing(home, capsys):
@@ -65,11 +65,11 @@ def test_streaming_shows_no_half_characters(home, monkeypatch):
         return list(chat_model.stream([1], Sampling()))
 
     pieces = stream([*ids, chat_model.stop_ids[0], 7])
-    assert "".join(piece for piece, _ in pieces) == text
-    assert not any("\ufffd" in piece for piece, _ in pieces)
-    assert pieces[-1][1] == len(ids)  # tokens without the one that ends the answer
+    assert "".join(piece.text for piece in pieces) == text
+    assert not any("\ufffd" in piece.text for piece in pieces)
+    assert pieces[-1].num_tokens == len(ids)  # tokens without the one that ends the answer
     # An answer that ends anywhere: nothing is lost.
-    assert "".join(piece for piece, _ in stream(ids[:-6])) == chat_model.decode(ids[:-6])
+    assert "".join(piece.text for piece in stream(ids[:-6])) == chat_model.decode(ids[:-6])
 
 
 def test_a_batch_gives_the_answers_of_its_rows(home):

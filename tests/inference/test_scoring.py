@@ -1,13 +1,14 @@
 """Scoring: which records there are, and the numbers that come out of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from small_chat_model import turns, write
 
-from common.errors import DataError
+from common.errors import DataError, RunError
 from inference.chat_model import ChatModel, Sampling
 from inference.scoring import parse_question, read_questions, score, wilson
 
@@ -114,12 +115,103 @@ def test_questions_too_long_for_the_model_are_wrong_and_do_not_stop_the_rest(hom
     data = write(tmp_path / "t.jsonl", turns("word " * 300, "b"), turns("a", "b"))
     score(ChatModel(home / "chat"), [data], GREEDY)
     got = capsys.readouterr()
-    assert "1 questions are too long" in got.err and "0.000" in got.out
+    assert f"{data}:1: a prompt of 313 tokens is too long" in got.err and "0.000" in got.out
 
 
 def test_a_choice_too_long_for_the_model_is_wrong(home, capsys, tmp_path):
     long = {"question": "word " * 200, "choices": ["a", "b"], "answer": 0}
     short = {"question": "a?", "choices": ["a", "a"], "answer": 0}
-    score(ChatModel(home / "chat"), [write(tmp_path / "q.jsonl", long, short)], GREEDY)
+    data = write(tmp_path / "q.jsonl", long, short)
+    score(ChatModel(home / "chat"), [data], GREEDY)
     shown = capsys.readouterr()
-    assert "too long" in shown.err and "0.500" in shown.out
+    assert f"{data}:1: a choice is too long" in shown.err and "0.500" in shown.out
+
+
+# ---------------------------------------------------------------- what a record is
+
+
+CHAT = {"messages": [{"role": "user", "content": "Name a river."},
+                     {"role": "assistant", "content": "The Rhine."}]}
+ALPACA = {"instruction": "Name a river.", "input": "", "output": "The Rhine."}
+
+
+@pytest.mark.parametrize("record", [
+    CHAT | {"prompt": "Name a river.", "prompt_id": "a1"},  # UltraChat
+    CHAT | {"question": "Name a river.", "answer": "The Rhine."},
+    CHAT | {"text": "<s>[INST] Name a river."},
+    CHAT | {"question": "Name a river.", "choices": ["The Rhine.", "Blue."], "answer": 0},
+    {"prompt": "x", "conversations": [{"from": "human", "value": "Name a river."},
+                                      {"from": "gpt", "value": "The Rhine."}]},
+    ALPACA | {"text": "Below is an instruction."}, ALPACA | {"prompt": "x", "question": "y"},
+])
+def test_a_conversation_is_scored_as_one_whatever_stands_beside_it(record):
+    """The lines of shared/cases/eval_extra_columns, and others of their kind."""
+    question, plain = parse_question(record, Path("t")), parse_question(CHAT, Path("t"))
+    assert question.kind == "chat" and question.messages == plain.messages
+    assert question.test == plain.test and question.test.answers == ("The Rhine.",)
+
+
+def test_null_columns_are_no_conversation():
+    """Parquet and datasets give every record every column."""
+    record = {"text": "a", "messages": None, "conversations": None}
+    assert parse_question(record, Path("t")).kind == "text"
+
+
+def test_extra_columns_change_no_score(home, capsys, tmp_path):
+    chat_model, seen = ChatModel(home / "chat"), []
+    for name, more in (("plain", {}), ("more", {"text": "x", "prompt": "y", "question": "z", "answer": "1"})):
+        score(chat_model, [write(tmp_path / name / "t.jsonl", CHAT | more)], GREEDY)
+        seen.append([line for line in capsys.readouterr().out.splitlines() if "tokens/s" not in line])
+    assert seen[0] == seen[1] and "loss" in seen[0][-1] and len(seen[0]) == 4
+
+
+# ---------------------------------------------------------------- what cannot be scored
+
+
+@pytest.fixture
+def foreign(home, tmp_path):
+    """The chat model with a template that knows neither tools nor a system message."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(home / "chat", folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["chat_template"] = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return ChatModel(folder)
+
+
+def test_a_record_that_the_model_cannot_take_is_named_and_left_out(foreign, capsys, tmp_path):
+    """The lines of shared/cases/scoring_stops_at_one_record, with a control token of our tokenizer."""
+    system = {"role": "system", "content": "Be brief."}
+    data = write(tmp_path / "t.jsonl", CHAT, turns("What does <|im_end|> mean?", "The end of a turn."),
+                 {"messages": [system, *CHAT["messages"]]}, turns("Name a colour.", "Blue."))
+    choice = {"choices": ["The Rhine.", "Blue."], "answer": 0}
+    choices = write(tmp_path / "mc.jsonl", {"question": "Name a river.", **choice},
+                    {"question": "What does <|im_end|> mean?", **choice})
+    result = score(foreign, [data, choices], GREEDY)
+    errors = capsys.readouterr().err
+    for place in (f"{data}:2: ", f"{data}:3: ", f"{choices}:2: "):
+        assert f"warning: {place}" in errors
+    assert "records not scored: 3" in errors
+    assert result["skipped"] == 3 and result["n"] == {"t": 2, "mc": 1, "all": 3}
+    skipped = [answer["line"] for answer in result["answers"] if answer["skipped"]]
+    assert skipped == [2, 3, 2] and result["loss"] > 0
+
+
+def test_nothing_that_can_be_scored_is_an_error(foreign, tmp_path):
+    data = write(tmp_path / "t.jsonl", turns("What does <|im_end|> mean?", "The end of a turn."))
+    with pytest.raises(DataError, match="none of 1 records can be scored .first problem: '<|im_end|>'"):
+        score(foreign, [data], GREEDY)
+
+
+@pytest.mark.parametrize("record", [
+    CHAT, {"text": "A fox."}, {"prompt": "Hi"}, {"question": "?", "choices": ["a", "b"], "answer": 0},
+])
+def test_a_model_that_is_not_finite_has_no_score(home, tmp_path, record):
+    chat_model = ChatModel(home / "chat")
+    chat_model.model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(RunError, match="the weight model.norm.weight holds numbers that are not finite"):
+        score(chat_model, [write(tmp_path / "t.jsonl", record)], GREEDY)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.errors import ModelError
+from common.errors import ModelError, RunError
 from model.generate import filter_logits, generate, penalize
 from model.one_token import prepare_to_decode
 from model.transformer import CausalLM, ModelConfig
@@ -140,3 +140,25 @@ def test_samples_follow_the_distribution(model):
 def test_senseless_settings_are_refused_at_the_call(model, change, words):
     with pytest.raises(ModelError, match=words):
         generate(model, **{"input_ids": prompt(), "max_new_tokens": 1} | change)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}])
+@pytest.mark.parametrize("eos", [None, 0])  # 0: what argmax finds where all logits are NaN
+def test_a_model_that_is_not_finite_gives_no_token(model, bad, settings, eos):
+    weight = model.model.layers[1].mlp.down_proj.weight
+    before = weight.data[0, 0].item()
+    weight.data[0, 0] = bad
+    try:
+        with pytest.raises(RunError, match="token 1 of the answer: the weight model.layers.1.mlp.down_proj"):
+            next(generate(model, prompt(), 3, eos_token_id=eos, **settings))
+    finally:
+        weight.data[0, 0] = before
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_finite_weights_that_overflow_are_told_from_damaged_ones(model, temperature, monkeypatch):
+    table = model.model.norm.weight
+    monkeypatch.setattr(table, "data", torch.full_like(table.data, 3e38))
+    with pytest.raises(RunError, match="token 1 of the answer: the model's numbers .* in float32"):
+        next(generate(model, prompt(1), 5, temperature=temperature, seed=0))
