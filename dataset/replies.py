@@ -13,7 +13,7 @@ none, the letters are the mark.
 import re
 
 from dataset.chat import assistant_text, plain_encoder
-from dataset.records import parse_json
+from dataset.json_records import parse_json
 
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 PART_AFTER = {"<think>": "reasoning", "<tool_call>": "call"}  # after the other two marks: content

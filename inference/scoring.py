@@ -29,6 +29,8 @@ import torch
 from common.errors import DataError, RunError
 from dataset.answers import AnswerTest, answer_test, required
 from dataset.chat import assistant_text, encode_chat, encode_continuation, encode_text
+from dataset.foreign_chat import thinks
+from dataset.keys import value_of
 from dataset.lm_dataset import PretrainDataset, SFTDataset, collate
 from dataset.messages import to_messages
 from dataset.records import Report, read_records, reason_of
@@ -66,7 +68,7 @@ class Question:
 def parse_question(record: dict, file: Path, line: int | None = None) -> Question:
     """Raises DataError, with the reason alone, for a record of an unknown kind or with unusable values."""
     kind, messages, last_turn, tools, test = "prompt", [], None, None, AnswerTest()
-    is_chat = record.get("conversations") or record.get("messages")
+    is_chat = value_of(record, "conversation") or record.get("chosen")
     is_chat = is_chat or {"instruction", "output"} <= record.keys()
     if is_chat or not record.keys() & {"choices", "question", "prompt", "text"}:
         messages, tools = to_messages(record)
@@ -133,7 +135,8 @@ def answer_all(chat_model: ChatModel, questions: list[Question], sampling: Sampl
     work = []  # (how long the answer may be, prompt, the last turn as the model would write it, question)
     for question in questions:
         try:
-            prompt = chat_model.encode(question.messages, question.tools)
+            thinking = question.last_turn is not None and thinks(question.last_turn)
+            prompt = chat_model.encode(question.messages, question.tools, thinking)
             reference = last_turn_ids(chat_model, question)
             limit = max_answer_tokens(chat_model, question, prompt, reference, sampling.max_new_tokens)
         except (DataError, RecursionError) as error:
