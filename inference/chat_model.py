@@ -25,7 +25,7 @@ from model.generate import generate
 from model.int8 import quantize_int8
 from model.one_token import prepare_to_decode
 from model.quantize import count_parameters
-from model.weights import load_model, load_tokenizer
+from model.weights import end_tokens, load_model, load_tokenizer
 
 
 @dataclass
@@ -71,7 +71,7 @@ class ChatModel:
         # An adapter was trained on chats, whatever model lies below it.
         is_base_model = training.get("stage") == "pretrain" and not adapters
         self.plain = plain or is_base_model or not self.tokenizer.chat_template
-        self.stop_ids = end_tokens(self.path, self.tokenizer, vocab_size)
+        self.stop_ids = checked_end_tokens(self.model, self.tokenizer, self.path)
         arguments = training.get("arguments")
         trained_length = arguments.get("max_seq_len") if isinstance(arguments, dict) else None
         self.context = self.max_positions = self.model.config.max_position_embeddings
@@ -135,7 +135,8 @@ class ChatModel:
         """The token ids after which the answer begins."""
         if not self.plain:
             return encode_chat(self.tokenizer, messages, tools, add_generation_prompt=True)[0]
-        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        # A tokenizer may name a bos token that it does not put before a text. Ours does so, as Qwen2's.
+        start = [token for token in self.tokenizer("").input_ids[:1] if token == self.tokenizer.bos_token_id]
         ids = start + encode_text(self.tokenizer, "\n".join(message["content"] for message in messages))
         return ids or self.stop_ids[:1]  # an empty prompt: any text may follow the end of another
 
@@ -182,20 +183,12 @@ class ChatModel:
         return self.decode(ids)[len(self.decode(ids[:count])):]
 
 
-def end_tokens(path: Path, tokenizer, vocab_size: int) -> list[int]:
-    """The tokens that end an answer: those known by name, and those that generation_config.json lists.
-
-    Raises ModelError if there is none, or one outside of the model's vocabulary.
-    """
-    file = path / "generation_config.json"
-    listed = read_json_if_there(file).get("eos_token_id")
-    vocabulary = tokenizer.get_vocab()
-    listed = listed if isinstance(listed, list) else [listed]
-    known = [vocabulary.get("<|im_end|>"), vocabulary.get("<|endoftext|>"), tokenizer.eos_token_id]
-    ends = [token for token in listed + known if token is not None]
+def checked_end_tokens(model, tokenizer, path: Path) -> list[int]:
+    """The tokens that end an answer. Raises ModelError if there is none, or one outside of the vocabulary."""
+    ends = end_tokens(model, tokenizer)
     for token in ends:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise ModelError(f"{file}: eos_token_id {str(token)[:50]} is no token of the model")
+        if not isinstance(token, int) or not 0 <= token < model.config.vocab_size:
+            raise ModelError(f"{path}: eos_token_id {str(token)[:50]} is no token of the model")
     if not ends:
         raise ModelError(f"{path}: no token in its tokenizer or generation_config.json ends an answer")
     return sorted(set(ends))

@@ -14,11 +14,13 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import nn
 
 from common import files
 from common.errors import ModelError
+from model.low_rank import base_weight
+from model.tokenizer_files import write_tokenizer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # The settings of PEFT that are obeyed here, and those that do not change what an adapter computes. Any other
@@ -129,10 +131,9 @@ def write_adapter(path: Path, loras: dict, model: nn.Module, base, tokenizer, tr
     metadata = {"format": "pt", "base_fingerprint": json.dumps(base_marks(model))}
     with files.writing(path, last=(CONFIG, "training.json")) as temporary:
         temporary.mkdir()
-        # safetensors' own save_file would make a file that nobody but its owner may read.
-        (temporary / WEIGHTS).write_bytes(save(state, metadata))
+        save_file(state, temporary / WEIGHTS, metadata)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            write_tokenizer(tokenizer, temporary)
         (temporary / CONFIG).write_bytes(files.json_text(_peft_config(loras, model, base)).encode("utf-8"))
         if training is not None:
             (temporary / "training.json").write_bytes(files.json_text(training).encode("utf-8"))
@@ -157,6 +158,8 @@ def _peft_config(loras: dict[str, nn.Module], model: nn.Module, base) -> dict:
     # alpha / rank, or alpha / sqrt(rank), stays the same.
     alphas = {name: lora.alpha * (ranks[name] / lora.rank) ** (0.5 if lora.rslora else 1)
               for name, lora in loras.items()}
+    # Some programs, such as vLLM, take only a whole number for a whole number.
+    alphas = {name: int(alpha) if alpha == int(alpha) else alpha for name, alpha in alphas.items()}
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
         "r": ranks[first], "lora_alpha": alphas[first], "use_rslora": first_lora.rslora,
@@ -191,10 +194,27 @@ def read_adapter(path: Path, model: nn.Module, layers: dict[str, nn.Module]) -> 
             marks = json.loads(metadata.get("base_fingerprint", "{}"))
         else:
             state = files.read_state_dict(path)
-        parts = _parts(state, config)
+        parts = _parts(_without_copies(state, layers), config)
         _check_shapes(parts, layers)
         check_base(marks, marks_here)
     return parts
+
+
+def _without_copies(state: dict[str, torch.Tensor], layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """The tensors without copies of the base's weights, which PEFT stores beside an adapter over lm_head.
+
+    Raises ModelError where a copy differs from the base here.
+    """
+    kept = {}
+    for key, tensor in state.items():
+        found = re.fullmatch(r"(?:base_model\.model\.)?(.{1,200})\.base_layer\.weight", key)
+        if not found or found[1] not in layers:
+            kept[key] = tensor
+        elif isinstance(layers[found[1]], nn.Linear):  # of a quantized layer the plain weights are not known
+            there, here = tensor.float(), base_weight(layers[found[1]]).cpu()
+            if there.shape != here.shape or not torch.allclose(there, here, RELATIVE_TOLERANCE, 1e-6):
+                raise ModelError(f"made for another base model (other values in {found[1]})")
+    return kept
 
 
 def _parts(state: dict[str, torch.Tensor], config: dict) -> dict[str, dict]:

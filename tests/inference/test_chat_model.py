@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from common.errors import ModelError
-from inference.chat_model import ChatModel, Sampling, end_tokens
+from inference.chat_model import ChatModel, Sampling, checked_end_tokens
+from model.transformer import CausalLM, ModelConfig
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
 
@@ -113,7 +114,13 @@ def test_some_token_must_end_an_answer(tmp_path):
         def get_vocab(self):
             return {"a": 0}
 
+    model = CausalLM(ModelConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                 num_key_value_heads=1, intermediate_size=8, vocab_size=10))
     with pytest.raises(ModelError, match="no token .* ends an answer"):
-        end_tokens(tmp_path, Tokenizer(), 10)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 1, 3]}', encoding="utf-8")
-    assert end_tokens(tmp_path, Tokenizer(), 10) == [1, 3]
+        checked_end_tokens(model, Tokenizer(), tmp_path)
+    model.generation_config = {"eos_token_id": [3, 1, 3]}
+    assert checked_end_tokens(model, Tokenizer(), tmp_path) == [1, 3]
+    for wrong in (10, -1, "a", [1, None, 2.5]):
+        model.generation_config = {"eos_token_id": wrong}
+        with pytest.raises(ModelError, match="is no token of the model"):
+            checked_end_tokens(model, Tokenizer(), tmp_path)
