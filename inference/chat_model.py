@@ -25,7 +25,8 @@ from model.generate import generate
 from model.int8 import quantize_int8
 from model.one_token import prepare_to_decode
 from model.quantize import count_parameters
-from model.weights import end_tokens, load_model, load_tokenizer
+from model.tokenizer_files import check_vocabulary, load_tokenizer
+from model.weights import end_tokens, load_model
 
 
 @dataclass
@@ -51,9 +52,11 @@ class ChatModel:
     reports: one line for each adapter that was loaded at the start.
     """
 
-    def __init__(self, path, adapters=(), device="auto", dtype="auto", quantize="none", plain=False):
-        """Loads the model in the folder `path`, and the adapters: folders or names, see `find`. The first
-        adapter is in use at the start. device, dtype: a name, or auto. quantize: none or int8.
+    def __init__(self, path, adapters=(), device="auto", dtype="auto", quantize="none", plain=False,
+                 tokenizer=None):
+        """Loads the model in the folder or .pth file `path`, and the adapters: folders, files or names, see
+        `find`. The first adapter is in use at the start. device, dtype: a name, or auto. quantize: none or
+        int8. tokenizer: the folder of another tokenizer than the model's own.
 
         Raises ModelError for unusable weights, tokenizers and adapters, UsageError for a missing device.
         """
@@ -63,10 +66,8 @@ class ChatModel:
             quantize_int8(self.model)
         prepare_to_decode(self.model)
         self.num_parameters = count_parameters(self.model)
-        self.tokenizer = load_tokenizer(self.path)
-        vocabulary, vocab_size = self.tokenizer.get_vocab(), self.model.config.vocab_size
-        if max(vocabulary.values()) >= vocab_size:
-            raise ModelError(f"{path}: its tokenizer has {len(vocabulary)} entries, the model {vocab_size}")
+        self.tokenizer = load_tokenizer(tokenizer or self.path)
+        check_vocabulary(self.tokenizer, self.model.config.vocab_size, path)
         training = read_json_if_there(self.path / "training.json")  # models from elsewhere have no such file
         # An adapter was trained on chats, whatever model lies below it.
         is_base_model = training.get("stage") == "pretrain" and not adapters

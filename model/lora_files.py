@@ -10,6 +10,7 @@ NAME is the name of a layer. `rank` is the width of A and of B, as everywhere in
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -31,6 +32,7 @@ HARMLESS_SETTINGS = {"task_type", "auto_mapping", "peft_version", "base_model_na
                      "inference_mode", "target_modules", "exclude_modules", "layers_to_transform",
                      "layers_pattern", "fan_in_fan_out", "megatron_config", "megatron_core",
                      "qalora_group_size", "loftq_config", "runtime_config", "ensure_weight_tying"}
+BASE_FROM_HERE = "base_from_here"  # in the metadata: the path of the base, seen from the adapter's folder
 RELATIVE_TOLERANCE = 2**-7  # twice the rounding of bfloat16, and far less than what training does to a weight
 MAX_REPEATS_IN_PATTERN = 2  # signs * + { in a stranger's regular expression; more may take forever to match
 
@@ -101,6 +103,18 @@ def base_marks(model: nn.Module) -> dict[str, list[float]]:
     return marks
 
 
+def base_of(path: Path) -> Path | None:
+    """Where the base of an adapter lies: a model that was moved together with it, or the path as it was.
+
+    None where neither exists, or where the adapter names no base, as in a .pth file.
+    """
+    _, metadata = files.read_safetensors(path / WEIGHTS) if (path / WEIGHTS).is_file() else ({}, {})
+    as_it_was = files.read_json_if_there(path / CONFIG).get("base_model_name_or_path")
+    places = [path / metadata[BASE_FROM_HERE]] if BASE_FROM_HERE in metadata else []
+    places += [Path(as_it_was)] if isinstance(as_it_was, str) and as_it_was else []
+    return next((place for place in places if place.exists()), None)
+
+
 def check_base(marks: dict, marks_here: dict) -> None:
     """Raises ModelError where the marks of an adapter's base differ from those of the base here.
 
@@ -129,6 +143,11 @@ def write_adapter(path: Path, loras: dict, model: nn.Module, base, tokenizer, tr
     state = _tensors(loras, "base_model.model.{}.lora_{}.weight")
     # The marks lie beside the tensors, because PEFT warns about keys in the config that it does not know.
     metadata = {"format": "pt", "base_fingerprint": json.dumps(base_marks(model))}
+    if base is not None and Path(base).exists():
+        # Two paths, see `base_of`. The config has the absolute one: PEFT looks for a relative path from the
+        # folder in which its user happens to stand.
+        base = Path(base).resolve()
+        metadata[BASE_FROM_HERE] = Path(os.path.relpath(base, path.resolve())).as_posix()
     with files.writing(path, last=(CONFIG, "training.json")) as temporary:
         temporary.mkdir()
         save_file(state, temporary / WEIGHTS, metadata)

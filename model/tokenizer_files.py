@@ -17,8 +17,8 @@ from common.errors import ModelError
 OWN_TOKENIZER = Path(__file__).resolve().with_name("tokenizer")
 VOCABULARY, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"  # a folder of templates with other names
-FILES = (VOCABULARY, SETTINGS, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json",
-         "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+FILES = (VOCABULARY, SETTINGS, TEMPLATE, MORE_TEMPLATES, "special_tokens_map.json", "added_tokens.json",
+         "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 MAX_BYTES = 2**28  # tokenizers with a vocabulary of 260,000 take 2**25
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # tokenizer.json holds all of them
 ONLY_TRANSFORMERS_5 = ("backend", "is_local", "local_files_only")  # settings that version 5 adds on saving
@@ -66,6 +66,13 @@ def vocabulary_size(tokenizer) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
+def check_vocabulary(tokenizer, vocab_size: int, path) -> None:
+    """Raises ModelError where an embedding of vocab_size rows has none for some token. path: of the model."""
+    if (needed := vocabulary_size(tokenizer)) > vocab_size:
+        raise ModelError(f"{path}: the tokenizer needs {needed:,} rows of the embedding, the weights have "
+                         f"{vocab_size:,}: they do not belong together")
+
+
 def write_tokenizer(tokenizer, folder: Path) -> None:
     """Writes the tokenizer's files into a folder, so that transformers 4 and 5 open them."""
     tokens, as_read = getattr(tokenizer, "as_read", (None, {}))
@@ -73,7 +80,7 @@ def write_tokenizer(tokenizer, folder: Path) -> None:
         for name, content in as_read.items():
             (folder / name).write_bytes(content)
     else:  # made or changed in memory
-        tokenizer.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder), save_jinja_files=False)
     settings = files.read_json_if_there(folder / SETTINGS)
     for name in ONLY_TRANSFORMERS_5:
         settings.pop(name, None)
@@ -81,6 +88,8 @@ def write_tokenizer(tokenizer, folder: Path) -> None:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):  # version 4 has another name for such a list
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if response_template := getattr(tokenizer, "response_template", None):
+        settings["response_template"] = response_template
     templates = tokenizer.chat_template or {}  # one, or several by name
     if isinstance(templates, str):
         settings["chat_template"] = templates

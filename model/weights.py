@@ -305,7 +305,7 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
         surplus = {INDEX} if tokenizer is None else {INDEX, *TOKENIZER_FILES}
         surplus -= {file.name for file in temporary.iterdir()}
     for former in (*(path / name for name in surplus), *path.glob("model-*-of-*.safetensors")):
-        former.unlink(missing_ok=True)  # of another model that was here before
+        files.remove(former)  # of another model that was here before
 
 
 # --- what ends an answer, and how words are chosen: generation_config.json --------------------------------

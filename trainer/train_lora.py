@@ -29,7 +29,7 @@ def main(args):
     if stage.is_finished(args.run_dir, args.resume, args.overwrite, ranks):
         return
     # The model that another stage left, and its tokenizer
-    model, tokenizer = stage.load_weights(args.load_from)
+    model, tokenizer = stage.load_weights(args.load_from, ranks, args.tokenizer)
     stage.add_lora(model, ranks, **vars(args))  # from here on nothing but the adapters trains
     # The data: conversations, of which only the assistant's words are predicted
     batches, eval_batches, retained = stage.load_data(SFTDataset, tokenizer, ranks, **vars(args))
