@@ -86,6 +86,8 @@ def write_tokenizer(tokenizer, folder: Path) -> None:
         settings.pop(name, None)
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # This class of version 4 would also give token_type_ids, which the models here do not take.
+        settings.setdefault("model_input_names", tokenizer.model_input_names)
     if isinstance(settings.get("extra_special_tokens"), list):  # version 4 has another name for such a list
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     if response_template := getattr(tokenizer, "response_template", None):

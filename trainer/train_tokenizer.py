@@ -118,6 +118,7 @@ def save_tokenizer(tokenizer, out_dir):
         "unk_token": None,
         "clean_up_tokenization_spaces": False,  # it would turn "hello ." into "hello."
         "model_max_length": 32768,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
         "chat_template": CHAT_TEMPLATE,
         "response_template": RESPONSE_TEMPLATE,
     }

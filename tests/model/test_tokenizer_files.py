@@ -147,6 +147,7 @@ def test_no_setting_of_transformers_5_alone_is_written(llama, tmp_path):
         settings = read(folder / "tokenizer_config.json")
         assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert not settings.keys() & {"backend", "is_local", "local_files_only", "extra_special_tokens"}
+        assert "token_type_ids" not in settings["model_input_names"]
     # a list that version 4 would take for a dict, under the name that both versions know
     assert read(folders[0] / "tokenizer_config.json")["additional_special_tokens"] == ["<|eom_id|>"]
     assert AutoTokenizer.from_pretrained(folders[1]).convert_tokens_to_ids("<|im_start|>") == 1
