@@ -50,7 +50,10 @@ share = number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("the model").add_argument
-    add("--load_from", type=Path, metavar="DIR", help="the model (default: out/full_sft)")
+    add("--load_from", type=Path, metavar="DIR",
+        help="the model, a folder or a .pth file (default: that of --lora, or out/full_sft)")
+    add("--tokenizer", type=Path, metavar="DIR",
+        help="its tokenizer (default: that of --load_from; for .pth files Seedling's own)")
     add("--lora", nargs="+", default=[], metavar="DIR", help="adapters, the first is on: folders or names")
     add("--plain", action="store_true", help="continue text, as a base model always does")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -94,6 +97,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.max_new_tokens = 256
     if "" in args.lora:
         parser.error("--lora needs the name of an adapter, not an empty one")
+    if args.load_from is None and args.lora:
+        from model.lora_files import base_of  # here, because it imports torch
+
+        args.load_from = base_of(Path(args.lora[0]))
     if args.load_from is None:
         args.load_from = ROOT / "out" / "full_sft"
         if not args.load_from.is_dir():
@@ -266,7 +273,8 @@ def main(args: argparse.Namespace) -> None:
     # Imported here: torch, which takes a second, comes along, and --help does not need it.
     from inference.chat_model import ChatModel, Sampling
 
-    chat_model = ChatModel(args.load_from, args.lora, args.device, args.dtype, args.quantize, args.plain)
+    chat_model = ChatModel(args.load_from, args.lora, args.device, args.dtype, args.quantize, args.plain,
+                           args.tokenizer)
     for report in chat_model.reports:
         note(report)
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty,

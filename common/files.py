@@ -81,8 +81,12 @@ def publish(temporary: Path, path: Path, last: tuple[str, ...] = ()) -> None:
     # If `temporary` is itself a file, this list is empty.
     files = [file.relative_to(temporary) for file in temporary.rglob("*") if file.is_file()]
     files.sort(key=lambda file: (last.index(file.name) if file.name in last else -1, file.as_posix()))
-    for file in files:
-        sync(temporary / file)
+    umask = os.umask(0o022)  # the only call that tells the umask also sets it
+    os.umask(umask)
+    for file in [temporary] if temporary.is_file() else [temporary / file for file in files]:
+        # The library safetensors makes files that only their owner may read. They get the usual permissions.
+        os.chmod(file, 0o666 & ~umask)
+        sync(file)
     sync(temporary)
     if temporary.is_file():
         os.replace(temporary, path)

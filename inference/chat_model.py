@@ -27,7 +27,8 @@ from model.generate import generate
 from model.int8 import quantize_int8
 from model.one_token import prepare_to_decode
 from model.quantize import count_parameters
-from model.weights import count_ids, load_model, load_tokenizer
+from model.tokenizer_files import check_vocabulary, load_tokenizer
+from model.weights import end_tokens, load_model
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -63,9 +64,11 @@ class ChatModel:
     reports: one line for each adapter that was loaded at the start.
     """
 
-    def __init__(self, path, adapters=(), device="auto", dtype="auto", quantize="none", plain=False):
-        """Loads the model in the folder `path`, and the adapters: folders or names, see `find`. The first
-        adapter is in use at the start. device, dtype: a name, or auto. quantize: none or int8.
+    def __init__(self, path, adapters=(), device="auto", dtype="auto", quantize="none", plain=False,
+                 tokenizer=None):
+        """Loads the model in the folder or .pth file `path`, and the adapters: folders, files or names, see
+        `find`. The first adapter is in use at the start. device, dtype: a name, or auto. quantize: none or
+        int8. tokenizer: the folder of another tokenizer than the model's own.
 
         Raises ModelError for unusable weights, tokenizers and adapters, UsageError for a missing device.
         """
@@ -75,10 +78,8 @@ class ChatModel:
             quantize_int8(self.model)
         prepare_to_decode(self.model)
         self.num_parameters = count_parameters(self.model)
-        self.tokenizer = load_tokenizer(self.path)
-        needed, vocab_size = count_ids(self.tokenizer), self.model.config.vocab_size
-        if needed > vocab_size:
-            raise ModelError(f"{path}: its tokenizer needs {needed:,} entries, the model has {vocab_size:,}")
+        self.tokenizer = load_tokenizer(tokenizer or self.path)
+        check_vocabulary(self.tokenizer, self.model.config.vocab_size, path)
         training = read_json_if_there(self.path / "training.json")  # models from elsewhere have no such file
         # An adapter was trained on chats, whatever model lies below it.
         is_base_model = training.get("stage") == "pretrain" and not adapters
@@ -86,7 +87,7 @@ class ChatModel:
             ensure_template(self.tokenizer)
         self.plain = plain or is_base_model or not self.tokenizer.chat_template
         self.marks = {} if self.plain else mark_ids(self.tokenizer)  # token -> <think> and such
-        self.stop_ids = end_tokens(self.path, self.tokenizer, vocab_size)
+        self.stop_ids = checked_end_tokens(self.model, self.tokenizer, self.path)
         arguments = training.get("arguments")
         trained_length = arguments.get("max_seq_len") if isinstance(arguments, dict) else None
         self.context = self.max_positions = self.model.config.max_position_embeddings
@@ -223,20 +224,12 @@ class ChatModel:
         return self.decode(ids)[len(self.decode(ids[:count])):]
 
 
-def end_tokens(path: Path, tokenizer, vocab_size: int) -> list[int]:
-    """The tokens that end an answer: those known by name, and those that generation_config.json lists.
-
-    Raises ModelError if there is none, or one outside of the model's vocabulary.
-    """
-    file = path / "generation_config.json"
-    listed = read_json_if_there(file).get("eos_token_id")
-    vocabulary = tokenizer.get_vocab()
-    listed = listed if isinstance(listed, list) else [listed]
-    known = [vocabulary.get("<|im_end|>"), vocabulary.get("<|endoftext|>"), tokenizer.eos_token_id]
-    ends = [token for token in listed + known if token is not None]
+def checked_end_tokens(model, tokenizer, path: Path) -> list[int]:
+    """The tokens that end an answer. Raises ModelError if there is none, or one outside of the vocabulary."""
+    ends = end_tokens(model, tokenizer)
     for token in ends:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise ModelError(f"{file}: eos_token_id {str(token)[:50]} is no token of the model")
+        if not isinstance(token, int) or not 0 <= token < model.config.vocab_size:
+            raise ModelError(f"{path}: eos_token_id {str(token)[:50]} is no token of the model")
     if not ends:
         raise ModelError(f"{path}: no token in its tokenizer or generation_config.json ends an answer")
     return sorted(set(ends))

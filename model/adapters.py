@@ -82,8 +82,8 @@ class Adapters:
         linear  B = sum sqrt(w) B_i and A = sum sqrt(w) A_i. The rank stays that of one adapter, but B A has
                 cross terms B_i A_j, so it is not the sum. All adapters must have equal ranks.
 
-        Raises ModelError for an unknown name or way, a name that is taken, adapters of other layers or
-        (linear) of other ranks, or a weight that is not finite.
+        The new adapter changes every layer that one of them changes. Raises ModelError for an unknown name or
+        way, a name that is taken, (linear) other ranks, or a weight that is not finite.
         """
         self._add(name, self._combine(weights, how, rank))
 
@@ -107,12 +107,11 @@ class Adapters:
             raise ModelError(f"a rank can be chosen for svd; {how} has its own")
         if not adapters or not all(math.isfinite(weight) for weight in weights.values()):
             raise ModelError(f"adapters are combined with a number for each, not {weights}")
-        for adapter in adapters[1:]:
-            if different := sorted(adapter.keys() ^ adapters[0].keys()):
-                raise ModelError(f"adapters of different layers can't be combined: some lack {different[0]}")
         combined = {}
-        for layer in adapters[0]:
-            b, a = _combine_layer(layer, [loras[layer] for loras in adapters], weights.values(), how, rank)
+        for layer in dict.fromkeys(layer for loras in adapters for layer in loras):
+            parts = [(weight, loras[layer]) for weight, loras in zip(weights.values(), adapters, strict=True)
+                     if layer in loras]
+            b, a = _combine_layer(layer, parts, how, rank)
             combined[layer] = LoRA(a.size(1), len(b), len(a), device=a.device)
             combined[layer].load_state_dict({"A.weight": a, "B.weight": b})
         return combined
@@ -123,10 +122,12 @@ class Adapters:
         self.in_use = in_use
 
 
-def _combine_layer(layer: str, loras: list[LoRA], weights, how: str, rank: int | None) -> tuple:
-    """B (out, r) and A (r, in) of one layer in the new adapter. layer: its name, for the message."""
-    # (scale, B, A) of each adapter
-    parts = [(weight * lora.scaling, *lora.factors()) for weight, lora in zip(weights, loras, strict=True)]
+def _combine_layer(layer: str, loras: list[tuple[float, LoRA]], how: str, rank: int | None) -> tuple:
+    """B (out, r) and A (r, in) of one layer in the new adapter. layer: its name, for the message.
+
+    loras: the weight and the LoRA of each adapter that changes this layer.
+    """
+    parts = [(weight * lora.scaling, *lora.factors()) for weight, lora in loras]  # (scale, B, A) of each
     ranks = [len(a) for _, _, a in parts]
     if how == "linear":
         if len(set(ranks)) > 1:

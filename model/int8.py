@@ -57,6 +57,9 @@ def quantize_int8(model: nn.Module) -> nn.Module:
 
     Raises ModelError in the same cases as quantize_model.
     """
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     for name, linear in linears_to_quantize(model, but=()).items():
-        model.set_submodule(name, Int8Linear(linear.weight, linear.bias).train(linear.training))
+        layer = Int8Linear(linear.weight, linear.bias).train(linear.training)
+        layer.is_copy = any(linear.weight is weight for weight in embeddings)
+        model.set_submodule(name, layer)
     return model

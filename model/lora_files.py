@@ -10,15 +10,18 @@ NAME is the name of a layer. `rank` is the width of A and of B, as everywhere in
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import nn
 
 from common import files
 from common.errors import ModelError
+from model.low_rank import base_weight
+from model.tokenizer_files import write_tokenizer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # The settings of PEFT that are obeyed here, and those that do not change what an adapter computes. Any other
@@ -29,6 +32,7 @@ HARMLESS_SETTINGS = {"task_type", "auto_mapping", "peft_version", "base_model_na
                      "inference_mode", "target_modules", "exclude_modules", "layers_to_transform",
                      "layers_pattern", "fan_in_fan_out", "megatron_config", "megatron_core",
                      "qalora_group_size", "loftq_config", "runtime_config", "ensure_weight_tying"}
+BASE_FROM_HERE = "base_from_here"  # in the metadata: the path of the base, seen from the adapter's folder
 RELATIVE_TOLERANCE = 2**-7  # twice the rounding of bfloat16, and far less than what training does to a weight
 MAX_REPEATS_IN_PATTERN = 2  # signs * + { in a stranger's regular expression; more may take forever to match
 
@@ -99,6 +103,18 @@ def base_marks(model: nn.Module) -> dict[str, list[float]]:
     return marks
 
 
+def base_of(path: Path) -> Path | None:
+    """Where the base of an adapter lies: a model that was moved together with it, or the path as it was.
+
+    None where neither exists, or where the adapter names no base, as in a .pth file.
+    """
+    _, metadata = files.read_safetensors(path / WEIGHTS) if (path / WEIGHTS).is_file() else ({}, {})
+    as_it_was = files.read_json_if_there(path / CONFIG).get("base_model_name_or_path")
+    places = [path / metadata[BASE_FROM_HERE]] if BASE_FROM_HERE in metadata else []
+    places += [Path(as_it_was)] if isinstance(as_it_was, str) and as_it_was else []
+    return next((place for place in places if place.exists()), None)
+
+
 def check_base(marks: dict, marks_here: dict) -> None:
     """Raises ModelError where the marks of an adapter's base differ from those of the base here.
 
@@ -127,12 +143,16 @@ def write_adapter(path: Path, loras: dict, model: nn.Module, base, tokenizer, tr
     state = _tensors(loras, "base_model.model.{}.lora_{}.weight")
     # The marks lie beside the tensors, because PEFT warns about keys in the config that it does not know.
     metadata = {"format": "pt", "base_fingerprint": json.dumps(base_marks(model))}
+    if base is not None and Path(base).exists():
+        # Two paths, see `base_of`. The config has the absolute one: PEFT looks for a relative path from the
+        # folder in which its user happens to stand.
+        base = Path(base).resolve()
+        metadata[BASE_FROM_HERE] = Path(os.path.relpath(base, path.resolve())).as_posix()
     with files.writing(path, last=(CONFIG, "training.json")) as temporary:
         temporary.mkdir()
-        # safetensors' own save_file would make a file that nobody but its owner may read.
-        (temporary / WEIGHTS).write_bytes(save(state, metadata))
+        save_file(state, temporary / WEIGHTS, metadata)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            write_tokenizer(tokenizer, temporary)
         (temporary / CONFIG).write_bytes(files.json_text(_peft_config(loras, model, base)).encode("utf-8"))
         if training is not None:
             (temporary / "training.json").write_bytes(files.json_text(training).encode("utf-8"))
@@ -157,6 +177,8 @@ def _peft_config(loras: dict[str, nn.Module], model: nn.Module, base) -> dict:
     # alpha / rank, or alpha / sqrt(rank), stays the same.
     alphas = {name: lora.alpha * (ranks[name] / lora.rank) ** (0.5 if lora.rslora else 1)
               for name, lora in loras.items()}
+    # Some programs, such as vLLM, take only a whole number for a whole number.
+    alphas = {name: int(alpha) if alpha == int(alpha) else alpha for name, alpha in alphas.items()}
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
         "r": ranks[first], "lora_alpha": alphas[first], "use_rslora": first_lora.rslora,
@@ -191,10 +213,27 @@ def read_adapter(path: Path, model: nn.Module, layers: dict[str, nn.Module]) -> 
             marks = json.loads(metadata.get("base_fingerprint", "{}"))
         else:
             state = files.read_state_dict(path)
-        parts = _parts(state, config)
+        parts = _parts(_without_copies(state, layers), config)
         _check_shapes(parts, layers)
         check_base(marks, marks_here)
     return parts
+
+
+def _without_copies(state: dict[str, torch.Tensor], layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """The tensors without copies of the base's weights, which PEFT stores beside an adapter over lm_head.
+
+    Raises ModelError where a copy differs from the base here.
+    """
+    kept = {}
+    for key, tensor in state.items():
+        found = re.fullmatch(r"(?:base_model\.model\.)?(.{1,200})\.base_layer\.weight", key)
+        if not found or found[1] not in layers:
+            kept[key] = tensor
+        elif isinstance(layers[found[1]], nn.Linear):  # of a quantized layer the plain weights are not known
+            there, here = tensor.float(), base_weight(layers[found[1]]).cpu()
+            if there.shape != here.shape or not torch.allclose(there, here, RELATIVE_TOLERANCE, 1e-6):
+                raise ModelError(f"made for another base model (other values in {found[1]})")
+    return kept
 
 
 def _parts(state: dict[str, torch.Tensor], config: dict) -> dict[str, dict]:

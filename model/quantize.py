@@ -177,6 +177,8 @@ class QuantizedLinear(nn.Module):
     Both kinds also have dequantize(), which returns W.
     """
 
+    is_copy = False  # True for the output head where another layer, the embedding, holds the same W
+
     def stored(self) -> list[nn.Parameter]:
         """The parameters that W is computed from, in the order in which __init__ makes them."""
         return [parameter for name, parameter in self._parameters.items() if name != "bias"]
@@ -295,7 +297,8 @@ def count_parameters(model: nn.Module) -> int:
     count = sum(parameter.numel() for parameter in model.parameters())
     for layer in model.modules():
         if isinstance(layer, QuantizedLinear):
-            count += layer.in_features * layer.out_features - sum(part.numel() for part in layer.stored())
+            count -= sum(part.numel() for part in layer.stored())
+            count += 0 if layer.is_copy else layer.in_features * layer.out_features
     return count
 
 

@@ -236,6 +236,7 @@ class CausalLM(nn.Module):
         self.tie_weights()
         # True: blocks keep only their inputs, and run again in the backward pass. Less memory, 1/3 slower.
         self.gradient_checkpointing = False
+        self.generation_config = None  # or what generation_config.json says: see model/weights.py
         self.one_token = None  # or a OneToken, a faster forward pass for decoding: see model/one_token.py
         # As in GPT-2: small random numbers (normally distributed), and smaller ones in the matrices whose
         # results are added to x. A sum of n random numbers is about sqrt(n) times as large as one of them,

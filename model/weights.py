@@ -21,14 +21,18 @@ from common.fast_start import give_memory, without_initial_values
 from model.config import ModelConfig, check_size
 from model.int8 import Int8Linear
 from model.quantize import from_bitsandbytes, quantization_config, to_bitsandbytes
+from model.tokenizer_files import FILES as TOKENIZER_FILES
+from model.tokenizer_files import load_tokenizer as load_tokenizer  # so that others find all three here
+from model.tokenizer_files import write_tokenizer
 from model.transformer import CausalLM
 
-GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # tokenizer.json holds all of them
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-MAX_TOKENIZER_BYTES = 2**28  # tokenizers with a vocabulary of 260,000 take 2**25
 MINIMIND_HEADS = 8  # query heads of MiniMind's models without q_norm
 MINIMIND_ROTARY_TABLES = ("freqs_cos", "freqs_sin", "freqs_cis")  # how the names of these tensors end
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION, TOKEN_IDS = "generation_config.json", ("bos_token_id", "eos_token_id", "pad_token_id")
+# How transformers and vLLM choose words unless told otherwise: as eval_model.py does. top_k 0 means all.
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
 
 
 # --- config.json <-> ModelConfig ------------------------------------------------------------------------
@@ -123,10 +127,13 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM
     """
     path = Path(path)
     file_of = {}  # the name of each tensor in a directory -> the file that holds it
+    generation = None
     with files.explained(path):
         if path.is_dir():
             with files.explained(path / "config.json"):
-                config = config_from_dict(files.read_json(path / "config.json"))
+                raw = files.read_json(path / "config.json")
+                config = config_from_dict(raw)
+            generation = _generation_config(raw, files.read_json_if_there(path / GENERATION))
             tensors = {}
             for file in _weight_files(path):
                 of_file, _ = files.read_safetensors(file)
@@ -143,6 +150,7 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM
         model = _without_memory(config).to(dtype or torch.float32)  # so that a wrong file costs no memory
         # Layers that the file holds in 4 bits become NF4Linear before the names and shapes are compared.
         tensors = _check(from_bitsandbytes(model, tensors), model)
+    model.generation_config = generation
     return _fill(model, tensors, file_of, device, path)
 
 
@@ -253,33 +261,6 @@ def _infer_config(tensors: dict) -> ModelConfig:
         rope_theta=1e6, rms_norm_eps=1e-5 if q_norm is None else 1e-6)
 
 
-def load_tokenizer(path):
-    """transformers' tokenizer of a model or tokenizer folder. Raises ModelError where there is none."""
-    path = Path(path)
-    file, settings = path / "tokenizer.json", path / "tokenizer_config.json"
-    if not file.is_file() and not settings.is_file():
-        raise ModelError(f"no tokenizer in {path}: tokenizer.json is missing")
-    if file.is_file() and file.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise ModelError(f"{file} is too large to be a tokenizer: {file.stat().st_size:,} bytes")
-    if files.read_json_if_there(settings).get("tokenizer_class") in GENERIC_TOKENIZERS and file.is_file():
-        from transformers import PreTrainedTokenizerFast as Tokenizer
-    else:  # a class with rules of its own; transformers takes two seconds to find it, and imports every model
-        from transformers import AutoTokenizer as Tokenizer
-    try:
-        # trust_remote_code is set, because by default transformers asks the person whether to run such code.
-        return Tokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # damaged files raise all kinds, and a panic of Rust is no Exception
-        raise ModelError(f"the tokenizer in {path} can't be read: {files.one_line(error)}") from None
-
-
-def count_ids(tokenizer) -> int:
-    """The rows of an embedding that has one for every token. The ids may have gaps, so len(tokenizer) may be
-    smaller."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
 # --- writing --------------------------------------------------------------------------------------------
 
 
@@ -307,32 +288,64 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
         del tensors["lm_head.weight"]  # the config says that this is the embedding
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
 
-    tokens = _special_tokens(tokenizer)
+    generation = _generation_to_save(model, tokenizer)
+    tokens = {name: generation[name] for name in TOKEN_IDS}
     config = config_to_dict(model.config) | tokens | {"dtype": dtype, "torch_dtype": dtype}
     if quantized := quantization_config(model):
         config["quantization_config"] = quantized
-    documents = {"generation_config.json": tokens, "config.json": config, "training.json": training}
+    documents = {GENERATION: generation, "config.json": config, "training.json": training}
     with files.writing(path, last=("config.json", "training.json")) as temporary:
         temporary.mkdir()
         safetensors.torch.save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(temporary))
+            write_tokenizer(tokenizer, temporary)
         for name, document in documents.items():
             if document is not None:
                 (temporary / name).write_bytes(files.json_text(document).encode("utf-8"))
-    for former_shard in (path / INDEX, *path.glob("model-*-of-*.safetensors")):
-        former_shard.unlink(missing_ok=True)
+        surplus = {INDEX} if tokenizer is None else {INDEX, *TOKENIZER_FILES}
+        surplus -= {file.name for file in temporary.iterdir()}
+    for former in (*(path / name for name in surplus), *path.glob("model-*-of-*.safetensors")):
+        files.remove(former)  # of another model that was here before
 
 
-def _special_tokens(tokenizer) -> dict:
-    """bos, eos and pad ids. Both the end of a turn and the end of a text end an answer."""
-    if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+# --- what ends an answer, and how words are chosen: generation_config.json --------------------------------
+
+
+def end_tokens(model: CausalLM, tokenizer) -> list:
+    """The tokens that end an answer: those that the model's files list, unchecked, and those known by name.
+
+    Both the end of a turn and the end of a text end an answer.
+    """
     known = tokenizer.get_vocab()
-    ends = [tokenizer.eos_token_id, known.get("<|im_end|>"), known.get("<|endoftext|>")]
-    ends = [end for end in dict.fromkeys(ends) if end is not None]  # each of them once
-    eos = ends or None
-    if len(ends) == 1:
-        eos = ends[0]
-    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
-    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    by_name = [tokenizer.eos_token_id, known.get("<|im_end|>"), known.get("<|endoftext|>")]
+    return _ends(model.generation_config or {}, {"eos_token_id": by_name})
+
+
+def _ends(*settings: dict) -> list:
+    """All tokens under eos_token_id, which holds one, a list of some, or None; each token once."""
+    values = [raw.get("eos_token_id") for raw in settings]
+    ends = [end for value in values for end in (value if isinstance(value, list) else [value])]
+    return [end for place, end in enumerate(ends) if end is not None and end not in ends[:place]]
+
+
+def _generation_config(config: dict, generation: dict) -> dict:
+    """The settings of generation_config.json, and the ids that stand only in config.json.
+
+    Either file may list tokens that end an answer (Llama 3: two or three of them), and both lists count.
+    """
+    ids = {name: config.get(name) for name in TOKEN_IDS}
+    return ids | generation | {"eos_token_id": _ends(generation, config)}
+
+
+def _generation_to_save(model: CausalLM, tokenizer) -> dict:
+    """The generation_config.json of a model. A model that was read hands on what it came with."""
+    settings = dict.fromkeys(TOKEN_IDS)
+    settings |= SAMPLING if model.generation_config is None else model.generation_config
+    if tokenizer is not None:
+        settings["eos_token_id"] = end_tokens(model, tokenizer)
+        for name in ("bos_token_id", "pad_token_id"):
+            settings[name] = getattr(tokenizer, name) if settings[name] is None else settings[name]
+    ends = _ends(settings)
+    if len(ends) < 2:
+        settings["eos_token_id"] = ends[0] if ends else None
+    return settings

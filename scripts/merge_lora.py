@@ -30,12 +30,18 @@ def main(args):
 
     from model.adapters import Adapters, remove_lora, report_line, report_lora
     from model.lora import merge_lora
-    from model.weights import load_model, load_tokenizer, save_model
+    from model.lora_files import base_of
+    from model.tokenizer_files import check_vocabulary, load_tokenizer
+    from model.weights import load_model, save_model
 
+    args.load_from = args.load_from or base_of(args.lora[0])
+    if args.load_from is None:
+        raise ModelError(f"{args.lora[0]} does not say where its base is now: name it with --load_from")
     check_out_dir(args)
     model = load_model(args.load_from)
     dtype = getattr(torch, stored_dtype(args.load_from) if args.dtype == "auto" else args.dtype)
     tokenizer = load_tokenizer(args.tokenizer or args.load_from)
+    check_vocabulary(tokenizer, model.config.vocab_size, args.load_from)
     layers_in_4_bits, original = quantize_as_trained(model, args)
     adapters = Adapters(model)
     names = [adapters.load(path, str(path)) for path in args.lora]
@@ -47,6 +53,7 @@ def main(args):
     if layers_in_4_bits:
         dequantize(model, report.names)
         print_loss_of_4_bits(model, layers_in_4_bits, original)
+    untie_adapted_head(model, report.names)
     merge_lora(model)
     update = lost = 0.0
     for linear in map(model.get_submodule, report.names):
@@ -102,6 +109,17 @@ def dequantize(model, adapted: list[str]) -> None:
     apply_lora(model, rank=1, target_modules=adapted)
     for name, lora in loras.items():
         model.get_submodule(name).lora = lora
+
+
+def untie_adapted_head(model, adapted: list[str]) -> None:
+    """Gives the output head a weight of its own, if an adapter changes it and it is also the embedding."""
+    import torch
+
+    if "lm_head" in adapted and model.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        print(f"an adapter changes the output head and not the embedding, which were one matrix: the result "
+              f"has both, {model.lm_head.weight.numel():,} parameters more")
 
 
 def print_loss_of_4_bits(model, names: list[str], original: Path | None) -> None:
@@ -168,7 +186,8 @@ def arguments(folder: Path) -> dict:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--load_from", type=Path, required=True, metavar="DIR", help="the base model")
+    parser.add_argument("--load_from", type=Path, metavar="DIR",
+                        help="the base model, a folder or a .pth file (default: as the adapter says)")
     parser.add_argument("--lora", type=Path, nargs="+", required=True, metavar="DIR",
                         help="the adapter(s), folders or .pth files")
     parser.add_argument("--weights", type=float, nargs="+", metavar="W",
@@ -177,7 +196,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="merge into the base as 4 bits round it (default: as the adapter was trained)")
     parser.add_argument("--original", type=Path, metavar="DIR",
                         help="the unquantized model, to compare a base with that --load_from holds in 4 bits")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="where the base has none of its own")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR",
+                        help="the base's tokenizer (default: that of --load_from; for .pth files our own)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                         help="to store the weights in; auto: as the base")
     parser.add_argument("--out_dir", type=Path, required=True, metavar="DIR", help="the merged model")

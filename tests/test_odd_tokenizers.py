@@ -17,7 +17,8 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset, collate
 from inference.chat_model import ChatModel, Sampling
 from inference.scoring import score
 from model.transformer import CausalLM, ModelConfig
-from model.weights import count_ids, load_tokenizer, save_model
+from model.tokenizer_files import vocabulary_size
+from model.weights import load_tokenizer, save_model
 from trainer.stage import load_weights
 
 CHATML = {"<|im_start|>": 900, "<|im_end|>": 907}
@@ -42,7 +43,7 @@ def save(folder: Path, specials: dict, vocab_size: int, gap: int = 1, **options)
 def test_ids_with_gaps_are_trained_scored_and_chatted_with(tmp_path):
     folder = save(tmp_path / "gaps", CHATML, 908, gap=3, eos_token="<|im_end|>")
     tokenizer = load_tokenizer(folder)
-    assert count_ids(tokenizer) == 908 > len(tokenizer)
+    assert vocabulary_size(tokenizer) == 908 > len(tokenizer)
     model, _ = load_weights(folder)
     data = write(tmp_path / "t.jsonl", turns("hi", "yo"))
     dataset = SFTDataset(data, tokenizer, cache_dir=tmp_path / "cache")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import eval_model
 from common.errors import DataError, ModelError, UsageError
 from dataset.chat import encode_chat
-from inference.chat_model import ChatModel, end_tokens
+from inference.chat_model import ChatModel, checked_end_tokens
 from model.adapters import Adapters
 from model.lora import apply_lora, load_lora, save_lora
 from model.transformer import CausalLM, ModelConfig
@@ -458,7 +458,7 @@ def damage(random_, data: bytes) -> bytes:
     ("adapter/adapter_config.json", 200), ("adapter/adapter_model.safetensors", 150), ("adapter.pth", 150),
     ("model/tokenizer_config.json", 30), ("model/tokenizer.json", 30), ("model/generation_config.json", 40)])
 def test_damaged_files_load_rightly_or_say_so(home, name, times):
-    random_, loaded, base = random.Random(name), 0, make_model()
+    random_, loaded = random.Random(name), 0
     whole = (home / name).read_bytes()
     for _ in range(times):
         (home / name).write_bytes(damage(random_, whole))
@@ -471,7 +471,7 @@ def test_damaged_files_load_rightly_or_say_so(home, name, times):
                 elif "token" in name:
                     assert len(load_tokenizer(home / "model")) > 0
                 elif "generation" in name:
-                    end_tokens(home / "model", Tokenizer(), base.config.vocab_size)
+                    checked_end_tokens(load_model(home / "model"), Tokenizer(), home)
                 else:
                     model = load_model(home / ("model" if "/" in name else name))
                     with torch.no_grad():

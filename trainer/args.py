@@ -36,7 +36,9 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     add("--num_workers", type=any_count, default=0, metavar="N", help="processes that prepare batches ahead")
 
     add = parser.add_argument_group("the run").add_argument
-    add("--load_from", type=Path, metavar="DIR", help="the weights to start from")
+    add("--load_from", type=Path, metavar="DIR", help="the weights to start from: a folder, or a .pth file")
+    add("--tokenizer", type=Path, metavar="DIR",
+        help="the model's tokenizer (default: that of --load_from; for new models and .pth files our own)")
     add("--out_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where runs are kept")
     add("--name", metavar="NAME", help="the run's folder below --out_dir")
     add("--resume", action="store_true", help="continue this run from its newest checkpoint")

@@ -16,7 +16,8 @@ from common.errors import RunError, UsageError
 from dataset.packing import Order
 from model.lora import apply_lora, cast_frozen, count_line, freeze_all_but_lora
 from model.quantize import count_parameters, memory_line, quantize_model
-from model.weights import count_ids, load_model, load_tokenizer
+from model.tokenizer_files import check_vocabulary, load_tokenizer
+from model.weights import load_model
 from trainer.batches import Batches, split
 from trainer.checkpoint import checkpoints, drop_checkpoints
 from trainer.distributed import Ranks
@@ -46,17 +47,21 @@ def is_finished(run_dir: Path, resume: bool, overwrite: bool, ranks: Ranks) -> b
     return finished
 
 
-def load_weights(folder: Path):
-    """(model, tokenizer) that another stage left. Raises UsageError where they are missing or do not fit."""
-    if not folder.is_dir():
-        script = f"trainer/train_{folder.name}.py"  # a stage writes to the folder with its own name
-        is_ours = folder.parent.name == "out" and (ROOT / script).is_file()
-        raise UsageError(f"--load_from {folder}: there is no such folder"
+def load_weights(path: Path, ranks: Ranks, tokenizer_path: Path | None = None):
+    """(model, tokenizer) of a folder that another stage left, or of a .pth file of MiniMind.
+
+    A .pth file has no tokenizer; tokenizer_path names one, and without it Seedling's own is taken. Raises
+    UsageError where there is no such path, ModelError where weights and tokenizer do not fit.
+    """
+    if not path.exists():
+        script = f"trainer/train_{path.name}.py"  # a stage writes to the folder with its own name
+        is_ours = path.parent.name == "out" and (ROOT / script).is_file()
+        raise UsageError(f"--load_from {path}: there is no such folder"
                          + (f"; make it first: python {script}" if is_ours else ""))
-    tokenizer, model = load_tokenizer(folder), load_model(folder)
-    if count_ids(tokenizer) > model.config.vocab_size:
-        raise UsageError(f"--load_from {folder}: its tokenizer needs {count_ids(tokenizer):,} entries, its "
-                         f"weights have {model.config.vocab_size:,}: they do not belong together")
+    if path.is_file() and not tokenizer_path and ranks.is_main:
+        print(f"{path} holds no tokenizer, so it gets Seedling's own; --tokenizer names another")
+    tokenizer, model = load_tokenizer(tokenizer_path or path), load_model(path)
+    check_vocabulary(tokenizer, model.config.vocab_size, path)
     return model, tokenizer
 
 

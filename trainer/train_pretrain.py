@@ -25,8 +25,9 @@ def main(args):
     import torch
 
     from dataset.lm_dataset import PretrainDataset
+    from model.tokenizer_files import OWN_TOKENIZER, load_tokenizer, vocabulary_size
     from model.transformer import CausalLM, preset
-    from model.weights import count_ids, load_tokenizer, save_model
+    from model.weights import save_model
     from trainer import stage
     from trainer.distributed import gather_weights, join_ranks, leave_ranks
     from trainer.loop import train
@@ -37,12 +38,12 @@ def main(args):
         return
     # The model: random weights in the shape of a preset, or weights to go on from
     if args.load_from:
-        model, tokenizer = stage.load_weights(args.load_from)
+        model, tokenizer = stage.load_weights(args.load_from, ranks, args.tokenizer)
     else:
-        tokenizer = load_tokenizer(args.tokenizer)
+        tokenizer = load_tokenizer(args.tokenizer or OWN_TOKENIZER)
         shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
         torch.manual_seed(args.seed)
-        model = CausalLM(replace(preset(args.preset), vocab_size=count_ids(tokenizer), **shape))
+        model = CausalLM(replace(preset(args.preset), vocab_size=vocabulary_size(tokenizer), **shape))
     # The data: plain text, every token of which is predicted
     batches, eval_batches, _ = stage.load_data(PretrainDataset, tokenizer, ranks, **vars(args))
     if ranks.is_main:
@@ -62,14 +63,12 @@ if __name__ == "__main__":
     shape.add_argument("--preset", default="tiny", help="tiny, 26m, 64m or 104m")
     for name in SHAPE:
         shape.add_argument(f"--{name}", type=int, metavar="N", help="instead of the preset's")
-    shape.add_argument("--tokenizer", type=Path, default=flags.ROOT / "model" / "tokenizer", metavar="DIR",
-                       help="the model's tokenizer")
     # With these settings a model learns most from few tokens: docs/speedrun.md compares them with others.
     # world: without --data_path this file of the built-in data, a small world, is read.
     parser.set_defaults(stage="pretrain", world="pretrain", name="pretrain", optimizer="muon",
                         learning_rate=5e-3, lr_schedule="wsd", batch_size=16, max_seq_len=256)
     args = flags.parse_args(parser)
-    for name in ("preset", "tokenizer", *SHAPE):
+    for name in ("preset", *SHAPE):
         if args.load_from and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} has no effect with --load_from: weights bring shape and tokenizer along")
+            parser.error(f"--{name} has no effect with --load_from: weights bring their shape along")
     flags.run_script(main, args)

@@ -51,6 +51,20 @@ SPLIT_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 # Between generation and endgeneration stands what the assistant says, and so what training supervises.
 CHAT_TEMPLATE = (ROOT / "dataset" / "chat_template.jinja").read_text(encoding="utf-8")
 
+# How a program finds the thinking and the tool calls in an answer: transformers reads this description, and
+# so do vLLM (its parsers named hf) and TRL. An answer is what follows start_anchor in the text.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": f"{TURN_START}assistant\n",
+    "fields": {
+        "thinking": {"open": "<think>", "close": "</think>"},
+        "tool_calls": {"open_pattern": r"\s*<tool_call>", "close": "</tool_call>", "repeats": True,
+                       "content": "json", "transform": {"type": "function", "function": "{content}"}},
+        # The space before the end belongs to no field, so that it does not count as an answer of its own.
+        "content": {"close_pattern": r"\s*(?:<\|im_end\|>|<\|endoftext\|>)"},
+    },
+}
+
 
 def record_texts(record):
     """The texts of one record, whatever its format: every string in it except the names of roles."""
@@ -96,13 +110,17 @@ def save_tokenizer(tokenizer, out_dir):
     """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer.from_pretrained(out_dir) reads."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": None,  # nothing is put before a text; documents are divided by <|endoftext|>
+        # What comes before a text, since it ends the document before. Nothing puts it there by itself. Some
+        # programs cannot do without a bos token: ctranslate2's converter, and those that score a first word.
+        "bos_token": END_OF_TEXT,
         "eos_token": TURN_END,
         "pad_token": PAD,
         "unk_token": None,
         "clean_up_tokenization_spaces": False,  # it would turn "hello ." into "hello."
         "model_max_length": 32768,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
         "chat_template": CHAT_TEMPLATE,
+        "response_template": RESPONSE_TEMPLATE,
     }
     write_whole(out_dir / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
     write_whole(out_dir / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")

@@ -115,3 +115,23 @@ def test_json_that_may_be_missing(tmp_path):
     assert read_json_if_there(tmp_path / "none.json") == {}
     write_whole(tmp_path / "a.json", '{"a": 1}')
     assert read_json_if_there(tmp_path / "a.json") == {"a": 1}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such permissions")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_permissions_follow_the_umask_whoever_made_the_file(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with writing(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            os.close(os.open(temporary / "private", os.O_CREAT | os.O_WRONLY, 0o600))
+        with writing(tmp_path / "file") as temporary:
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+        with writing(tmp_path / "empty") as temporary:
+            temporary.mkdir()
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "folder" / "private", tmp_path / "file"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o777 & ~umask

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from common.errors import ModelError
-from inference.chat_model import ChatModel, Sampling, end_tokens
+from inference.chat_model import ChatModel, Sampling, checked_end_tokens
+from model.lora import apply_lora, lora_parameters, save_lora
+from model.transformer import CausalLM, ModelConfig
+from model.weights import load_tokenizer, save_model
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
 
@@ -106,6 +109,26 @@ def test_weights_have_the_asked_type(home):
     assert ChatModel(home / "chat", device="cpu").model.model.embed_tokens.weight.dtype == torch.float32
 
 
+def test_a_pth_file_and_its_lora_answer_as_the_folder_does(home, tmp_path):
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, qk_norm=True,
+                                 num_key_value_heads=1, intermediate_size=64, initializer_range=0.3))
+    tokenizer = load_tokenizer(home / "chat")
+    save_model(model, tmp_path / "sft", tokenizer)
+    torch.save(model.state_dict(), tmp_path / "sft_32.pth")
+    apply_lora(model, rank=2)
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.5)
+    save_lora(model, tmp_path / "lora_x")
+    save_lora(model, tmp_path / "lora_x.pth")
+    folder = ChatModel(tmp_path / "sft", ["lora_x"])
+    assert ask(folder) != ask(ChatModel(tmp_path / "sft"))
+    for name in (tmp_path / "lora_x.pth", "lora_x.pth"):  # the name of a file beside the model
+        chat_model = ChatModel(tmp_path / "sft_32.pth", [name], tokenizer=home / "chat")
+        assert ask(chat_model) == ask(folder) and chat_model.stop_ids == folder.stop_ids
+    assert ChatModel(tmp_path / "sft_32.pth").tokenizer.get_vocab() == folder.tokenizer.get_vocab()
+
+
 def test_some_token_must_end_an_answer(tmp_path):
     class Tokenizer:
         eos_token_id = None
@@ -113,7 +136,13 @@ def test_some_token_must_end_an_answer(tmp_path):
         def get_vocab(self):
             return {"a": 0}
 
+    model = CausalLM(ModelConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                 num_key_value_heads=1, intermediate_size=8, vocab_size=10))
     with pytest.raises(ModelError, match="no token .* ends an answer"):
-        end_tokens(tmp_path, Tokenizer(), 10)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 1, 3]}', encoding="utf-8")
-    assert end_tokens(tmp_path, Tokenizer(), 10) == [1, 3]
+        checked_end_tokens(model, Tokenizer(), tmp_path)
+    model.generation_config = {"eos_token_id": [3, 1, 3]}
+    assert checked_end_tokens(model, Tokenizer(), tmp_path) == [1, 3]
+    for wrong in (10, -1, "a", [1, None, 2.5]):
+        model.generation_config = {"eos_token_id": wrong}
+        with pytest.raises(ModelError, match="is no token of the model"):
+            checked_end_tokens(model, Tokenizer(), tmp_path)

@@ -21,6 +21,7 @@ from model.adapters import logit_shift, remove_lora, report_line, report_lora, s
 from model.fused import lora_linear
 from model.low_rank import low_rank
 from model.quantize import NF4Linear, quantize_model
+from model.tokenizer_files import OWN_TOKENIZER, load_tokenizer
 from model.transformer import CausalLM, preset
 
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -379,13 +380,51 @@ def test_peft_in_ours(tmp_path, options):
     for name, p in peft.named_parameters():
         if "lora_B" in name:
             p.data.normal_(0, 0.1, generator=generator)
-    peft.eval().save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    peft.eval().save_pretrained(tmp_path / "theirs")
     expected = logits(peft)
     report = L.load_lora(model, tmp_path / "theirs")
     assert report.matched == len(report.names) > 0 and close(logits(model), expected)
     L.save_lora(model, tmp_path / "ours")  # whatever came in, goes out again
     again = PeftModel.from_pretrained(twins()[1], tmp_path / "ours").eval()
     assert close(logits(again), expected)
+
+
+def test_an_adapter_over_the_head_with_a_copy_of_the_base(tmp_path):
+    """PEFT stores the base's lm_head beside an adapter over it. The copy must be that of our base."""
+    model, reference = twins()
+    peft = get_peft_model(reference, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    expected = logits(peft.eval())
+    peft.save_pretrained(tmp_path / "theirs")
+    state = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    copy_key = "base_model.model.lm_head.base_layer.weight"
+    assert torch.equal(state[copy_key], model.lm_head.weight)
+    half = {key: tensor.bfloat16() for key, tensor in state.items()}
+    save_file(half, tmp_path / "theirs" / "adapter_model.safetensors")
+    L.load_lora(model, tmp_path / "theirs")
+    assert close(logits(model), expected, 0.02) and not close(logits(model), logits(twins()[0]), 0.05)
+    assert model.lm_head.weight is model.model.embed_tokens.weight  # the head alone got the adapter
+    for changed in (state[copy_key] * 1.1, state[copy_key][1:].clone()):
+        save_file(state | {copy_key: changed}, tmp_path / "theirs" / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match="another base model .other values in lm_head"):
+            L.load_lora(twins()[0], tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("alpha, stored", [(6, "6"), (6.0, "6"), (1.5, "1.5")])
+def test_a_whole_alpha_is_written_as_a_whole_number(tmp_path, alpha, stored):
+    model = ours()
+    L.apply_lora(model, rank=4, alpha=alpha)
+    L.save_lora(model, tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text(encoding="utf-8")
+    assert f'"lora_alpha": {stored},' in text and '"r": 4,' in text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such permissions")
+def test_others_may_read_an_adapter(tmp_path):
+    L.save_lora(wake_and(ours()), tmp_path / "a")
+    L.save_lora(wake_and(ours()), tmp_path / "a.pth")
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "a").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode} == {(tmp_path / "a.pth").stat().st_mode}
 
 
 @pytest.mark.parametrize(
@@ -535,24 +574,22 @@ def test_a_kill_while_a_plain_file_is_replaced_leaves_the_old_one(tmp_path, monk
 def test_folder_keeps_what_else_is_in_it(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
 
-    class Tokenizer:
-        def save_pretrained(self, folder):
-            (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
-
     for seed in (1, 2):
         model = wake(wake_and(ours()), seed)
         L.save_lora(
             model,
             tmp_path,
             base=tmp_path / "base",
-            tokenizer=Tokenizer(),
+            tokenizer=load_tokenizer(OWN_TOKENIZER),
             training={"step": seed, "name": "种子"},
         )
     assert {path.name for path in tmp_path.iterdir()} == {
         "metrics.jsonl",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
         "tokenizer.json",
+        "tokenizer_config.json",
         "training.json",
     }
     assert json.loads((tmp_path / "training.json").read_text(encoding="utf-8")) == {"step": 2, "name": "种子"}

@@ -523,7 +523,8 @@ def test_tokenizer_goes_along(tmp_path):
     read = load_tokenizer(tmp_path / "m")
     assert read.get_vocab() == words and read.chat_template == tokenizer.chat_template
     generation = json.loads((tmp_path / "m" / "generation_config.json").read_text(encoding="utf-8"))
-    assert generation == {"bos_token_id": None, "eos_token_id": [1, 0], "pad_token_id": 3}
+    assert generation == {"bos_token_id": None, "eos_token_id": [1, 0], "pad_token_id": 3,
+                          "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
     twin = open_with_transformers(tmp_path / "m")
     assert twin.generation_config.eos_token_id == [1, 0]
     (tmp_path / "m" / "tokenizer.json").write_text("{", encoding="utf-8")

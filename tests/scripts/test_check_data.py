@@ -127,3 +127,12 @@ def test_the_command_runs_where_nothing_but_ascii_is_known(files):
                            env={"PYTHONIOENCODING": "ascii", "PATH": "", "SYSTEMROOT": "C:\\Windows"})
     assert ended.returncode == 0, ended.stderr
     assert "[[树在河边。<|endoftext|>]]" in ended.stdout.decode("utf-8")
+
+
+def test_a_pth_file_has_our_own_tokenizer(files, capsys):
+    (files / "x.pth").write_bytes(b"weights, which are not read")
+    shown = []
+    for flags in ([], ["--load_from", files / "x.pth"]):
+        check(files / "chats.jsonl", *flags)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "29 samples" in shown[0]

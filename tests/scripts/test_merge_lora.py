@@ -171,19 +171,66 @@ def test_neither_base_nor_adapter_nor_other_files_are_written_over(home, refused
 def test_mistakes_are_one_line(home, refused):
     several = ["--load_from", home / "base", "--out_dir", home / "m", "--lora", home / "lora", home / "qv"]
     adapter(load_model(home / "base"), home / "qv", targets=["q_proj", "v_proj"])
-    for weights, words in (([], "need as many weights"), ([1], "need as many weights"), ([1, 1], "layers"),
+    for weights, words in (([], "need as many weights"), ([1], "need as many weights"),
                            ([1, "nan"], "number")):
         refused(merge_lora, [*several, *(["--weights", *weights] if weights else [])], words)
     (home / "lora" / "training.json").write_text('{"arguments": {"quantize": "nf4"}}')
     refused(merge_lora, [*several, "--weights", 1, 1], "choose with --quantize")
     other = CausalLM(ModelConfig(**{**SHAPE, "hidden_size": 64}))
     save_model(other, home / "other", load_tokenizer(home / "base"))
-    adapter(load_model(home / "base"), home / "head", targets="lm_head")
     for base, lora, words in (("base", "nowhere", "nowhere"), ("nowhere", "lora", "no model at"),
-                              ("base", "head", "shared"), ("other", "lora", "lora")):
+                              ("other", "lora", "lora")):
         flags = ["--load_from", home / base, "--lora", home / lora, "--out_dir", home / "m"]
         refused(merge_lora, flags, words)
     assert not (home / "m").exists()
+
+
+def test_an_adapter_over_a_tied_head_gives_a_head_of_its_own(home, capsys):
+    adapter(load_model(home / "base"), home / "head", targets=["lm_head", "q_proj"])
+    merged = merge(home, lora="head")
+    assert "204,800 parameters more" in capsys.readouterr().out and not merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits(merged), adapted(home, "head"), atol=1e-5, rtol=0)
+    base = AutoModelForCausalLM.from_pretrained(home / "base")
+    peft = PeftModel.from_pretrained(base, home / "head").eval()
+    twin = AutoModelForCausalLM.from_pretrained(home / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(twin(IDS).logits, peft(IDS).logits, atol=1e-5, rtol=0)
+
+
+def test_the_base_is_found_after_a_move(home, tmp_path, refused):
+    model = load_model(home / "base")
+    apply_lora(model, rank=2)
+    torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.lora.B.weight)
+    save_lora(model, home / "lora", base=home / "base")
+    expected = adapted(home)
+    config = json.loads((home / "lora" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(home / "base")  # PEFT finds it from wherever one stands
+    (tmp_path / "moved").mkdir()
+    for name in ("base", "lora"):
+        (home / name).rename(tmp_path / "moved" / name)
+    flags = ["--lora", tmp_path / "moved" / "lora", "--out_dir", tmp_path / "merged"]
+    merge_lora.main(merge_lora.parse_args([str(flag) for flag in flags]))
+    torch.testing.assert_close(logits(load_model(tmp_path / "merged")), expected, atol=1e-5, rtol=0)
+    (tmp_path / "moved" / "base").rename(tmp_path / "elsewhere")
+    refused(merge_lora, [*flags[:2], "--out_dir", tmp_path / "m"], "name it with --load_from")
+
+
+def test_weights_and_adapters_of_minimind(home):
+    """.pth files without a tokenizer, in half precision; LoRA with keys such as ...q_proj.lora.A.weight."""
+    model = load_model(home / "base")
+    torch.save({name: tensor.half() for name, tensor in model.state_dict().items()}, home / "base.pth")
+    rounded = load_model(home / "base.pth")
+    lora = {f"model.layers.1.self_attn.{layer}.lora.{name}.weight": torch.randn(size).half() / 10
+            for layer in ("q_proj", "o_proj") for name, size in (("A", (3, 32)), ("B", (32, 3)))}
+    torch.save(lora, home / "lora.pth")
+    for layer in ("q_proj", "o_proj"):
+        weight = rounded.model.layers[1].self_attn.get_submodule(layer).weight.data
+        a, b = (lora[f"model.layers.1.self_attn.{layer}.lora.{name}.weight"].float() for name in "AB")
+        weight += b @ a
+    flags = ["--load_from", home / "base.pth", "--lora", home / "lora.pth", "--out_dir", home / "m"]
+    merge_lora.main(merge_lora.parse_args([str(flag) for flag in flags]))
+    torch.testing.assert_close(logits(load_model(home / "m")), logits(rounded), atol=1e-5, rtol=0)
+    assert load_tokenizer(home / "m").get_vocab() == load_tokenizer(home / "base").get_vocab()
 
 
 def test_what_contradicts_a_quantized_base_is_one_line(home, over_4_bits, refused):

@@ -319,7 +319,8 @@ def test_shapes(complaint, workshop):
     line = complaint("pretrain", load_from=workshop.base)  # with --hidden_size 32 and others
     assert "--load_from" in line and "--hidden_size" in line
     assert "--preset" in complaint("pretrain", load_from=workshop.base, preset="26m", **OWN_SHAPE)
-    assert "--tokenizer" in complaint("pretrain", load_from=workshop.base, tokenizer="some", **OWN_SHAPE)
+    line = complaint("pretrain", load_from=workshop.base, tokenizer="some", **OWN_SHAPE)
+    assert "no tokenizer in some" in line
     assert "nowhere" in complaint("pretrain", tokenizer="nowhere")
 
 
@@ -497,3 +498,36 @@ def test_a_run_never_writes_over_the_weights_it_starts_from(tmp_path, capsys):
         parse_args(training_parser("a test"), ["--load_from", str(tmp_path / "base"),
                                                "--out_dir", str(tmp_path), "--name", "base"])
     assert ended.value.code == 2 and "would write over --load_from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_of_minimind_are_trained_and_resumed(stage, workshop, tmp_path):
+    """A .pth file: half precision, with rotary tables and with a head that is the embedding; no tokenizer."""
+    from model.weights import load_model
+
+    state = {name: tensor.half() for name, tensor in load_model(workshop.base).state_dict().items()}
+    torch.save(state | {"model.freqs_cos": torch.zeros(4, 4)}, tmp_path / "sft_32.pth")
+    own_shape = OWN_SHAPE if stage == "pretrain" else {}
+    flags = workshop.flags(stage, tmp_path, load_from=tmp_path / "sft_32.pth", **own_shape)
+    ended = workshop.run(stage, *flags, "--max_minutes", "0.00001")
+    assert ended.code == 75 and "sft_32.pth holds no tokenizer, so it gets Seedling's own" in ended.out
+    ended = workshop.run(stage, *flags, "--resume")
+    assert ended.code == 0 and f"saved {tmp_path / stage}" in ended.out
+    if stage != "lora":
+        own = (workshop.base / "tokenizer.json").read_bytes()
+        assert (tmp_path / stage / "tokenizer.json").read_bytes() == own
+        assert load_model(tmp_path / stage).config.qk_norm
+
+
+def test_another_tokenizer_can_be_named_and_must_fit(complaint, workshop, tmp_path):
+    from model.weights import load_model
+
+    model = load_model(workshop.base)
+    state = {name: tensor[:1000] if tensor.size(0) == 6400 else tensor
+             for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "small.pth")
+    line = complaint("full_sft", load_from=tmp_path / "small.pth")
+    assert "small.pth: the tokenizer needs 6,400 rows of the embedding, the weights have 1,000" in line
+    line = complaint("full_sft", load_from=tmp_path / "small.pth", tokenizer=workshop.base)
+    assert "do not belong together" in line
+    assert "nowhere.pth" in complaint("full_sft", load_from=tmp_path / "nowhere.pth")
