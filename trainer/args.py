@@ -12,7 +12,7 @@ from pathlib import Path
 from common import cli
 from common.cli import ROOT, Parser, any_count, count, fraction, not_negative, number, positive, seed
 from common.errors import EXIT_CODES
-from trainer.defaults import GENTLE, LORA_RATE, gentle_defaults
+from trainer.defaults import GENTLE, LORA_RATIO, gentle_defaults
 from trainer.interrupt import command_to_resume
 
 row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
@@ -139,11 +139,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 def explain_gentle_defaults(parser: argparse.ArgumentParser) -> None:
     """Adds to --help the values that a grown model gets."""
+    values = dict(GENTLE)
+    if parser.get_default("lora_rank"):
+        values["learning_rate"] *= LORA_RATIO
     for action in parser._actions:
-        if action.dest in GENTLE and "grown" not in action.help:
-            is_lora_rate = action.dest == "learning_rate" and parser.get_default("lora_rank")
-            value = LORA_RATE if is_lora_rate else GENTLE[action.dest]
-            action.help += f"; {value} over a grown model"
+        if action.dest in values:
+            action.help += f"; {values[action.dest]} over a grown model"
 
 
 def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ brings back. So for a grown model the flags below have other values, unless they
 docs/speedrun.md shows what was measured.
 """
 
+import math
 from pathlib import Path
 
 from common.errors import ModelError
@@ -18,13 +19,14 @@ BYTES_PER_TOKEN = 4  # about, in a file of records
 
 # A step has as many tokens as over a young model, in fewer and longer rows: what people write is longer than
 # the chats of the built-in world. Few rows in a forward pass bound the memory. The warm-up is long, because
-# AdamW's first steps are too large: it does not know yet how large gradients are.
-ROW, TOKENS_PER_STEP = 1024, 4096
-GENTLE = {"optimizer": "adamw", "learning_rate": 1e-4, "warmup_ratio": 0.1, "max_seq_len": ROW,
+# AdamW's first steps are too large: it does not know yet how large gradients are. Data is shown once. Only
+# where this makes very few steps it is shown again, up to MAX_EPOCHS times.
+ROW, TOKENS_PER_STEP, MIN_STEPS, MAX_EPOCHS = 1024, 4096, 30, 10
+GENTLE = {"optimizer": "adamw", "learning_rate": 1e-4, "warmup_ratio": 0.1, "epochs": 1, "max_seq_len": ROW,
           "batch_size": TOKENS_PER_STEP // ROW, "micro_batch_size": 2}
-LORA_RATE = 5e-4
-# AdamW changes each weight by about the learning rate. In a wide layer more of these changes add up. So full
-# fine-tuning takes the rate above up to this width, and beyond it less, in proportion.
+LORA_RATIO = 10  # an adapter learns this many times faster than the weights themselves would
+# AdamW changes each weight by about the learning rate. In a wide layer more of these changes add up. So the
+# rate above is for layers up to this width. Beyond it the rate is smaller, in proportion.
 WIDTH = 576
 
 
@@ -38,15 +40,18 @@ def gentle_defaults(flags: dict, typed: dict) -> tuple[dict, str]:
     if not folder or not folder.exists():  # the stage says so
         return {}, ""
     seen, config = tokens_seen(folder), read(folder / "config.json")
-    if seen is not None and seen < max(GROWN_TOKENS, GROWN_RATIO * tokens_shown(**flags)):
+    shown = tokens_shown(flags["data_path"])
+    if seen is not None and seen < max(GROWN_TOKENS, GROWN_RATIO * shown * flags["epochs"]):
         return {}, ""
-    chosen = GENTLE | {"max_seq_len": min(ROW, whole(config.get("max_position_embeddings")) or ROW)}
-    chosen["batch_size"] = max(1, TOKENS_PER_STEP // (typed["max_seq_len"] or chosen["max_seq_len"]))
-    if "lora_rank" in flags:
-        chosen["learning_rate"] = LORA_RATE
-    else:
-        rate = GENTLE["learning_rate"] * min(1, WIDTH / (whole(config.get("hidden_size")) or WIDTH))
-        chosen["learning_rate"] = float(f"{rate:.0e}")  # one digit, such as 3e-05: easy to read and to type
+    row = min(ROW, whole(config.get("max_position_embeddings")) or ROW)
+    rate = GENTLE["learning_rate"] * min(1, WIDTH / (whole(config.get("hidden_size")) or WIDTH))
+    rate *= LORA_RATIO if "lora_rank" in flags else 1
+    chosen = GENTLE | {"max_seq_len": row, "learning_rate": float(f"{rate:.0e}")}  # one digit: easy to type
+    chosen["batch_size"] = max(1, TOKENS_PER_STEP // (typed["max_seq_len"] or row))
+    if flags["max_steps"]:
+        chosen["epochs"] = flags["epochs"]  # has no effect
+    elif shown:
+        chosen["epochs"] = min(MAX_EPOCHS, math.ceil(MIN_STEPS * TOKENS_PER_STEP / shown))
     return chosen, "did not grow here" if seen is None else f"has seen {seen:,} tokens"
 
 
@@ -71,10 +76,9 @@ def tokens_seen(folder: Path) -> int | None:
     return None
 
 
-def tokens_shown(data_path, epochs: int, **other_flags) -> float:
-    """About how many tokens a run shows the model. The built-in data, without a path, counts as none."""
-    sizes = [path.stat().st_size for path in data_path or [] if path.is_file()]
-    return epochs * sum(sizes) / BYTES_PER_TOKEN
+def tokens_shown(data_path: list[Path] | None) -> float:
+    """About how many tokens the files hold. The built-in data, which has no path, counts as none."""
+    return sum(path.stat().st_size for path in data_path or [] if path.is_file()) / BYTES_PER_TOKEN
 
 
 def read(file: Path) -> dict:

@@ -22,7 +22,7 @@ YOUNG = {"pretrain": ("muon", 5e-3, 0.02, "wsd", 256, 16, None, 1, 0.1),
          "lora": ("adamw", 5e-3, 0.02, "cosine", 256, 16, None, 3, 0.0)}
 OVER_A_GROWN_MODEL = {"pretrain": ("adamw", 1e-4, 0.1, "wsd", 1024, 4, 2, 1, 0.1),
                       "full_sft": ("adamw", 1e-4, 0.1, "cosine", 1024, 4, 2, 1, 0.1),
-                      "lora": ("adamw", 5e-4, 0.1, "cosine", 1024, 4, 2, 3, 0.0)}
+                      "lora": ("adamw", 1e-3, 0.1, "cosine", 1024, 4, 2, 1, 0.0)}
 
 
 @pytest.fixture
@@ -109,6 +109,19 @@ def test_how_much_a_run_shows_decides_too(chosen, make_folder, tmp_path):
     assert chosen("full_sft", *flags, tmp_path / "not_there.jsonl") == OVER_A_GROWN_MODEL["full_sft"]
 
 
+@pytest.mark.parametrize("size, epochs", [(4_000_000, 1), (250_000, 2), (20_000, 10), (10, 10)])
+def test_few_records_are_shown_more_often(size, epochs, chosen, make_folder, tmp_path, capsys):
+    """One pass over some dozens of records would be two steps, which teach nothing."""
+    with (tmp_path / "my.jsonl").open("wb") as file:
+        file.truncate(size)
+    flags = ("lora", "--load_from", make_folder(), "--data_path", tmp_path / "my.jsonl")
+    assert dict(zip(WATCHED, chosen(*flags), strict=True))["epochs"] == epochs
+    assert dict(zip(WATCHED, chosen(*flags, "--epochs", 3), strict=True))["epochs"] == 3
+    capsys.readouterr()
+    chosen(*flags, "--max_steps", 5)
+    assert "--epochs" not in capsys.readouterr().out  # it would have no effect
+
+
 def test_wide_models_and_short_contexts(chosen, make_folder):
     def rate_and_rows(stage, **config):
         values = chosen(stage, "--load_from", make_folder(f"{stage} {config}", **config))
@@ -118,8 +131,8 @@ def test_wide_models_and_short_contexts(chosen, make_folder):
     assert rate_and_rows("full_sft", hidden_size=64, max_position_embeddings=512) == (1e-4, 512, 8)
     assert rate_and_rows("full_sft", hidden_size=2048, max_position_embeddings=131072) == (3e-5, 1024, 4)
     assert rate_and_rows("full_sft", hidden_size=4096, max_position_embeddings=32) == (1e-5, 32, 128)
-    assert rate_and_rows("lora", hidden_size=4096, max_position_embeddings=4096) == (5e-4, 1024, 4)
-    assert rate_and_rows("lora", hidden_size="wide", max_position_embeddings=None) == (5e-4, 1024, 4)
+    assert rate_and_rows("lora", hidden_size=4096, max_position_embeddings=4096) == (1e-4, 1024, 4)
+    assert rate_and_rows("lora", hidden_size="wide", max_position_embeddings=None) == (1e-3, 1024, 4)
 
 
 def test_what_is_typed_wins(chosen, make_folder, capsys):
@@ -150,7 +163,7 @@ def test_help_shows_both_values(stage, chosen, capsys):
         chosen(stage, "--help")
     text = " ".join(capsys.readouterr().out.split())
     young, grown = (dict(zip(WATCHED, values[stage], strict=True)) for values in (YOUNG, OVER_A_GROWN_MODEL))
-    for name in ("optimizer", "learning_rate", "warmup_ratio", "max_seq_len", "batch_size"):
+    for name in ("optimizer", "learning_rate", "warmup_ratio", "epochs", "max_seq_len", "batch_size"):
         assert f"; {grown[name]} over a grown model (default: {young[name]})" in text
 
 
