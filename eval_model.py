@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -70,13 +71,14 @@ def build_parser() -> Parser:
     add("--limit", type=count, metavar="N", help="only N records of each file, evenly spread")
     add("--batch_size", type=count, default=32, metavar="N", help="answers decoded together")
     add("--json", type=Path, metavar="FILE", help="write the scores and every answer here")
-    add = parser.add_argument_group("choosing words").add_argument
+    rule = "In a chat the model's generation_config.json goes before these defaults."
+    add = parser.add_argument_group("choosing words", rule).add_argument
     add("--max_new_tokens", type=count, metavar="N",
         help="of an answer; scoring: more where the right answer is longer (default: 256)")
     add("--temperature", type=temperature, metavar="X", help="0 = greedy (default: 0.7; scoring: 0)")
-    add("--top_p", type=share, default=0.9, metavar="P", help="only the likeliest that make up P")
-    add("--top_k", type=any_count, default=0, metavar="K", help="only the K likeliest; 0 = all")
-    add("--repetition_penalty", type=penalty, default=1.0, metavar="X", help="1 = off")
+    add("--top_p", type=share, metavar="P", help="only the likeliest that make up P (default: 0.9)")
+    add("--top_k", type=any_count, metavar="K", help="only the K likeliest; 0 = all (default: 0)")
+    add("--repetition_penalty", type=penalty, metavar="X", help="1 = off (default: 1)")
     add("--seed", type=seed, help="makes sampled answers repeatable")
     return parser
 
@@ -91,8 +93,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--limit and --json belong to --data_path")
     if args.system is not None and (args.plain or args.data_path):
         parser.error("--system has no effect with --plain or --data_path")
-    if args.temperature is None:
-        args.temperature = 0.0 if args.data_path else 0.7
     if args.max_new_tokens is None and not args.data_path:  # scoring knows how long right answers are
         args.max_new_tokens = 256
     if "" in args.lora:
@@ -277,8 +277,9 @@ def main(args: argparse.Namespace) -> None:
                            args.tokenizer)
     for report in chat_model.reports:
         note(report)
-    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty,
-                        args.max_new_tokens, args.seed)
+    typed = {name: value for name, value in vars(args).items()
+             if name in vars(chat_model.sampling) and value is not None}
+    sampling = replace(Sampling(temperature=0.0) if args.data_path else chat_model.sampling, **typed)
     if args.system is not None and chat_model.plain:
         raise ModelError(f"--system: {args.load_from} is a base model, which knows no conversation")
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
@@ -295,7 +296,8 @@ def main(args: argparse.Namespace) -> None:
             say(chat_model, chat_model.encode([*system, {"role": "user", "content": prompt}]), sampling)
     else:
         kind = "a base model: it continues what you write" if chat_model.plain else "/help lists the commands"
-        note(f"{args.load_from}, {chat_model.num_parameters:,} parameters, {kind}")
+        note(f"{args.load_from}, {chat_model.num_parameters:,} parameters, temperature "
+             f"{sampling.temperature:g}, top_p {sampling.top_p:g}; {kind}")
         if args.lora:
             note(f"adapters {', '.join(args.lora)}; {args.lora[0]} is on")
         chat(chat_model, sampling, system)

@@ -45,6 +45,11 @@ class Sampling:
     seed: int | None = None
 
 
+# As eval_model.py's flags
+SAMPLING_RANGES = {"temperature": (0, 1000), "top_p": (0, 1), "top_k": (0, 2**31),
+                   "repetition_penalty": (0.001, 1000)}
+
+
 class Piece(NamedTuple):
     """The next part of an answer."""
 
@@ -58,6 +63,7 @@ class ChatModel:
 
     plain: the model continues text and knows no conversation.
     stop_ids: the tokens that end an answer.
+    sampling: how the model's own generation_config.json wants words to be chosen.
     context: how many tokens, prompt and answer together, the model was trained to see.
     max_positions: how many tokens the model can see. Beyond `context` a small model forgets how to speak.
     adapter: the adapters in use, for a person to read. adapted_layers: how many layers they change.
@@ -88,10 +94,13 @@ class ChatModel:
         self.plain = plain or is_base_model or not self.tokenizer.chat_template
         self.marks = {} if self.plain else mark_ids(self.tokenizer)  # token -> <think> and such
         self.stop_ids = checked_end_tokens(self.model, self.tokenizer, self.path)
+        self.sampling = own_sampling(self.path / "generation_config.json")
         arguments = training.get("arguments")
         trained_length = arguments.get("max_seq_len") if isinstance(arguments, dict) else None
         self.context = self.max_positions = self.model.config.max_position_embeddings
-        if isinstance(trained_length, int) and trained_length > 0:
+        is_from_elsewhere = "tokens_seen" in training and training["tokens_seen"] is None
+        # A model from elsewhere saw longer texts there than in the rows of our fine-tuning.
+        if isinstance(trained_length, int) and trained_length > 0 and not is_from_elsewhere:
             self.context = min(trained_length, self.max_positions)
 
         self.given_adapters = [Path(name) for name in adapters]
@@ -222,6 +231,27 @@ class ChatModel:
         """The text of ids[count:]. Some tokenizers drop a space at the start of what they decode, so the ids
         before are decoded, too, and their text is cut off."""
         return self.decode(ids)[len(self.decode(ids[:count])):]
+
+
+def own_sampling(file: Path) -> Sampling:
+    """The settings in a generation_config.json, and our defaults for those that it does not hold.
+
+    Raises ModelError for a setting that is no number in its range.
+    """
+    found = read_json_if_there(file)
+    sampling = Sampling()
+    for name, (lowest, highest) in SAMPLING_RANGES.items():
+        value = found.get(name)
+        if value is None:
+            continue
+        is_number = isinstance(value, int) or (isinstance(value, float) and name != "top_k")
+        if not is_number or not lowest <= value <= highest:
+            raise ModelError(f"{file}: {name} {str(value)[:50]} is no number from {lowest} to {highest}")
+        setattr(sampling, name, value)
+    # Divided by less than that, logits overflow.
+    if found.get("do_sample") is False or sampling.temperature < 0.001:
+        sampling.temperature = 0.0
+    return sampling
 
 
 def checked_end_tokens(model, tokenizer, path: Path) -> list[int]:

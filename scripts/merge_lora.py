@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import Parser, run_script
 from common.errors import ModelError
 from common.files import read_json_if_there
+from trainer.defaults import tokens_seen
 
 
 def main(args):
@@ -175,7 +176,8 @@ def describe(args) -> dict:
     """training.json. The max_seq_len of the base stays: a chat keeps within the length that was trained."""
     flags = {name: value for name, value in vars(args).items() if name != "overwrite"}
     trained = {name: value for name, value in arguments(args.load_from).items() if name == "max_seq_len"}
-    return {"stage": "merge_lora", "parent": args.load_from, "arguments": flags | trained}
+    return {"stage": "merge_lora", "parent": args.load_from, "tokens_seen": tokens_seen(args.load_from),
+            "arguments": flags | trained}
 
 
 def arguments(folder: Path) -> dict:

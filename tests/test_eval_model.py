@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -51,6 +52,45 @@ def script(*flags, stdin="", env=None):
 
 
 # ---------------------------------------------------------------- answers
+
+
+def test_the_model_says_how_its_words_are_chosen_unless_a_flag_does(home, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "greedy"
+    shutil.copytree(home / "chat", folder)
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+
+    def sampled(seed, *more, **changes):
+        file.write_text(json.dumps(settings | changes), encoding="utf-8")
+        flags = ("--prompt", "Hi", "--max_new_tokens", 8, "--seed", seed, *more)
+        return run(tmp_path, capsys, *flags, model="greedy").out
+
+    greedy = sampled(3, "--temperature", 0)
+    for changes in ({"do_sample": False}, {"top_k": 1}, {"temperature": 1e-6}, {"top_p": 1e-9}):
+        assert sampled(3, **changes) == sampled(4, **changes) == greedy, changes
+    hot = {"do_sample": True, "temperature": 5.0, "top_p": 1.0}
+    assert sampled(3, **hot) != sampled(4, **hot)
+    assert sampled(3, "--temperature", 0, **hot) == greedy
+    out = run(tmp_path, capsys, model="greedy", stdin="/quit\n", monkeypatch=monkeypatch)
+    assert "temperature 5, top_p 1;" in out.err
+    # Scores are greedy whatever the file says, so that those of two models can be compared.
+    file.write_text(json.dumps(settings | hot | {"repetition_penalty": 5.0}), encoding="utf-8")
+    scores = {}
+    for model, name in ((home / "chat", "a.json"), (folder, "b.json")):
+        data = write(tmp_path / "test.jsonl", turns("Hi", "Hello"), turns("Ho", "Hm"))
+        run(model.parent, capsys, "--data_path", data, "--json", tmp_path / name, model=model.name)
+        scores[name] = json.loads((tmp_path / name).read_text(encoding="utf-8"))["answers"]
+    assert scores["a.json"] == scores["b.json"]
+
+
+@pytest.mark.parametrize("setting", [
+    {"temperature": "hot"}, {"temperature": -1}, {"top_p": 2}, {"top_k": 1.5}, {"repetition_penalty": 0}])
+def test_settings_that_cannot_be(setting, home, tmp_path):
+    shutil.copytree(home / "chat", tmp_path / "odd")
+    file = tmp_path / "odd" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | setting), encoding="utf-8")
+    with pytest.raises(ModelError, match=f"generation_config.json: {next(iter(setting))} "):
+        ChatModel(tmp_path / "odd")
 
 
 def test_prompt_gives_the_answer_alone_on_stdout(home, capsys):
@@ -411,6 +451,7 @@ def test_help_is_quick_grouped_and_shows_defaults():
         "choosing words:" in done.stdout
         and "(default: 256)" in done.stdout
         and "(default: 0.9)" in done.stdout
+        and "generation_config.json" in done.stdout
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from common import cli
 from common.cli import ROOT, Parser, any_count, count, fraction, not_negative, number, positive, seed
 from common.errors import EXIT_CODES
+from trainer.defaults import GENTLE, LORA_RATIO, gentle_defaults
 from trainer.interrupt import command_to_resume
 
 row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
@@ -117,12 +118,36 @@ def lora_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the flags, checks all that needs no loading, and adds run_dir, the folder of the run."""
+    """Parses the flags, checks all that needs no loading, and adds run_dir, the folder of the run.
+
+    A stage's `set_defaults` is for young models. For a grown one some flags get other values (defaults.py),
+    and a line says which.
+    """
+    explain_gentle_defaults(parser)
     args = parser.parse_args(argv)
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))  # None: not typed
+    chosen, why = gentle_defaults(vars(args), typed)
+    changed = {name: value for name, value in chosen.items()
+               if typed[name] is None and value != getattr(args, name)}
+    if changed and os.environ.get("RANK", "0") == "0":
+        before = {name: f" (not {value})" for name, value in vars(args).items() if value is not None}
+        values = " ".join(f"--{name} {value}{before.get(name, '')}" for name, value in changed.items())
+        print(f"{args.load_from} {why}, so it is treated gently: {values}; flags that you type win")
+    vars(args).update(changed)
     check_combinations(parser, args)
     args.run_dir = args.out_dir / args.name
     check_folders(parser, args)
     return args
+
+
+def explain_gentle_defaults(parser: argparse.ArgumentParser) -> None:
+    """Adds to --help the values that a grown model gets."""
+    values = dict(GENTLE)
+    if parser.get_default("lora_rank"):
+        values["learning_rate"] *= LORA_RATIO
+    for action in parser._actions:
+        if action.dest in values:
+            action.help += f"; {values[action.dest]} over a grown model"
 
 
 def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

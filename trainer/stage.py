@@ -20,6 +20,7 @@ from model.tokenizer_files import check_vocabulary, load_tokenizer
 from model.weights import load_model
 from trainer.batches import Batches, split
 from trainer.checkpoint import checkpoints, drop_checkpoints
+from trainer.defaults import tokens_seen
 from trainer.distributed import Ranks
 from trainer.interrupt import command_to_resume
 from trainer.retention import TwoDatasets, hold_out
@@ -157,12 +158,17 @@ def last_save(run_dir: Path):
 
 
 def describe(args, result: dict) -> dict:
-    """The content of training.json: how these weights came to be."""
+    """The content of training.json: how these weights came to be.
+
+    tokens_seen: in this stage and all before it; None after a model from elsewhere (trainer/defaults.py).
+    """
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"stage": args.stage, "parent": args.load_from, **result, "arguments": vars(args),
-            "finished": finished, "git": git_hash(), "versions": versions}
+    before = tokens_seen(args.load_from) if args.load_from else 0
+    return {"stage": args.stage, "parent": args.load_from, **result,
+            "tokens_seen": None if before is None else before + result["tokens"],
+            "arguments": vars(args), "finished": finished, "git": git_hash(), "versions": versions}
 
 
 def git_hash() -> str | None:

@@ -1,5 +1,8 @@
 """ChatModel: text to tokens and back, adapters, answers in batches and in pieces."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -91,6 +94,14 @@ def test_an_answer_ends_where_the_model_does(home):
     assert len(list(chat_model.generate([[5] * 126], GREEDY))) <= 2
     with pytest.raises(ModelError, match="a prompt of 128 tokens"):
         chat_model.generate([[5], [5] * 128], GREEDY)
+
+
+def test_a_model_from_elsewhere_keeps_its_context_after_our_fine_tuning(home, tmp_path):
+    shutil.copytree(home / "chat", tmp_path / "tuned")
+    training = {"stage": "full_sft", "tokens_seen": None, "arguments": {"max_seq_len": 64}}
+    (tmp_path / "tuned" / "training.json").write_text(json.dumps(training), encoding="utf-8")
+    assert ChatModel(tmp_path / "tuned").context == 128
+    assert ChatModel(home / "chat").context == 64  # it grew here, in rows of 64
 
 
 def test_a_base_model_is_plain_unless_it_has_an_adapter(home):

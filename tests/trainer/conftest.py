@@ -122,7 +122,8 @@ def workshop(tmp_path_factory, tokenizer) -> Workshop:
     from model.weights import save_model
 
     workshop = Workshop(tmp_path_factory.mktemp("workshop"))
-    save_model(tiny_model(len(tokenizer)), workshop.base, tokenizer)
+    young = {"stage": "pretrain", "parent": None, "tokens": 1000}  # see trainer/defaults.py
+    save_model(tiny_model(len(tokenizer)), workshop.base, tokenizer, training=young)
     return workshop
 
 
