@@ -16,8 +16,8 @@ from common.errors import DataError, ModelError, UsageError
 from dataset.lm_dataset import PretrainDataset, SFTDataset, collate
 from inference.chat_model import ChatModel, Sampling
 from inference.scoring import score
-from model.transformer import CausalLM, ModelConfig
 from model.tokenizer_files import vocabulary_size
+from model.transformer import CausalLM, ModelConfig
 from model.weights import load_tokenizer, save_model
 from trainer.stage import load_weights
 
