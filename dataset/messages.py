@@ -155,7 +155,11 @@ def _to_message(turn: object, name: str, note: Note) -> dict:
     trained = is_learnt(turn, note)
     if message["role"] == "assistant":
         known |= {*NAMES["calls"], *NAMES["reasoning"]}
-        content, calls = ("", content) if role in CALL_ROLES else (content, value_of(turn, "calls"))
+        calls = value_of(turn, "calls")
+        if role in CALL_ROLES and content is not None:
+            if calls not in (None, content):
+                raise DataError(f"{name} has tool calls in its content and other ones beside it")
+            content, calls = "", content
         message |= _answer(content, calls, value_of(turn, "reasoning"), name, note)
         if trained is False:
             message["trained"] = False
@@ -231,6 +235,8 @@ def _to_calls(calls: object, name: str, note: Note) -> list[dict]:
             name_unknown(call, {"function"}, "tool call", note)
             call = function
         elif isinstance(function, str):  # {"function": "add", "arguments": ...}
+            if value_of(call, "name") not in (None, function):
+                raise DataError(f"{name}: a tool call with a name and another function")
             call, known = {"name": function} | call, {*known, "function"}
         if not isinstance(call, dict) or not isinstance(value_of(call, "name"), str):
             raise DataError(f"{name}: a tool call without a name")
