@@ -300,6 +300,13 @@ def test_of_a_pair_the_chosen_answer_is_learnt(record):
     assert len(notes := notes_on(record)) == 1 and "preference pair" in notes[0]
 
 
+def test_a_prompt_beside_a_whole_chosen_conversation():
+    pair = {"chosen": [ASK, ANSWER], "rejected": [ASK, ANSWER]}
+    assert len(notes_on({**pair, "prompt": "Q"})) == 1  # says the same once more
+    for key, other in (("prompt", "another"), ("messages", [ANSWER, ASK])):
+        assert any(f"'{key}' beside a whole" in note for note in notes_on({**pair, key: other}))
+
+
 def test_a_chosen_answer_may_be_json_text():
     assert learnt({"prompt": "Q", "chosen": '{"a": 1}', "rejected": "x"}) == ['{"a": 1}']
     with pytest.raises(DataError, match="no prompt before it"):
