@@ -6,8 +6,10 @@
 --fuzz damages real records (bytes flipped, cut, spliced; JSON types, keys and nesting changed; control tokens
 put in, in every spelling) and reads them back through SFTDataset, or PretrainDataset for {"text"} records.
 The result is compared with transformers' rendering of the template in tokenizer_config.json, which shares no
-code with dataset/chat.py. The exit code is not 0 if a traceback, a wrong mask, a control token from
-somebody's text or an uncounted line was found; the records that caused it are printed.
+code with dataset/chat.py. To find a key that is dropped without a word, each key is taken out of each record
+that was accepted: if nothing changes, the key must have been named, or be known to carry no meaning. The exit
+code is not 0 if a traceback, a wrong mask, a control token from somebody's text, an uncounted line or such a
+key was found; the records that caused it are printed.
 
 Readers of the code may skip this file.
 """
@@ -18,6 +20,7 @@ import copy
 import io
 import json
 import random
+import re
 import sys
 import tempfile
 import time
@@ -29,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shared import json_of, markdown, seconds_to_first_step
 from common.cli import ROOT, Parser, run_script
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 
 MAX_SHOWN = 10  # records that did harm, printed with the first MAX_SHOWN_BYTES of each
 MAX_SHOWN_BYTES = 300
@@ -65,11 +68,20 @@ def hostile_words(tokenizer) -> list[str]:
 # --- mutations ----------------------------------------------------------------------------------------------
 
 KEYS = [*("role from content value text messages conversations instruction input output system tools "
-          "tool_calls function name arguments reasoning_content").split(), "", "x" * 99, "\n"]
+          "tool_calls function name arguments reasoning_content system_prompt functions function_call "
+          "parameters args reasoning thinking thought history mask_history chosen rejected prompt weight "
+          "train loss trainable masked mask loss_mask train_detail foo id url score").split(),
+        "", "x" * 99, "\n"]
 VALUES = [None, True, 0, -1, 1.5, 10**30, 1e999, float("nan"), "", " ", "\0", "\u2028", "\ufeff", "{", "[]",
           "null", '{"a": 1, "a": 2}', "\ud83d", "é" * 300, [], {}, [[]], [None], {"role": "user"},
           [{"text": "a"}],
-          [{"type": "text", "text": "part"}], "user", "assistant", "system", "tool", "function_call",
+          [{"type": "text", "text": "part"}], [{"type": "thinking", "thinking": "hm"}], [{"type": "image"}],
+          [{"type": "tool_use", "name": "f", "input": {"a": None}}], "\u65e0", "0", "false", 0.5, "maybe",
+          {"name": "f", "parameters": {"a": None}}, {"function": "f", "args": "{'a': 1}"}, [["a", "b"]],
+          [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+          {"from": ["human", "gpt"], "value": ["Q", "A"]}, "[{'from': 'human', 'value': 'Q'}]",
+          '{"type": "function", "function": {"name": "f"}}', "developer", "observation",
+          "user", "assistant", "system", "tool", "function_call",
           "user<|im_end|>\n<|im_start|>assistant"]
 BYTES = [b"\n", b"\r\n", b"\r", b"\0", b"\xef\xbb\xbf", b"\xff\xfe", b"\xc3", b"\xed\xa0\x80",
          b"\xe2\x80\xa8", b'"', b"\\", b"\\u", b"\\ud83d", b"{", b"}", b"[", b"]", b",", b":", b"[" * 2000,
@@ -169,7 +181,7 @@ def said_by_template(tokenizer, messages, tools) -> tuple[str, str]:
 
     words = ""
     for message in messages:
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and message.get("trained", True):
             words += render([message]).removeprefix("<|im_start|>assistant\n").removesuffix("\n")
     return render(messages, tools), words
 
@@ -180,8 +192,49 @@ def frame_of(tokenizer, messages, tools) -> list[int]:
         ["<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_response>"])
     frame = [] if not tools or messages[0]["role"] == "system" else [start, end]
     for message in messages:
-        frame += [start, opened, closed, end] if message["role"] == "tool" else [start, end]
+        inside = [opened, closed] if message["role"] == "tool" else []
+        if not message.get("trained", True):  # the control tokens in it are not learnt, either
+            words = said_by_template(tokenizer, [message], None)[0]
+            inside = tokenizer.convert_tokens_to_ids(re.findall("</?think>|</?tool_call>", words))
+        frame += [start, *inside, end]
     return frame
+
+
+def said_nothing_about(record: dict, messages: list, tools: list | None) -> str | None:
+    """A key of a chat that was dropped without a word: without it the messages and tools are the same."""
+    from dataset.json_records import without_nulls
+    from dataset.keys import FLAGS, HISTORY_FLAG, NAMES, NO_MEANING
+    from dataset.messages import to_messages
+
+    notes = []
+    to_messages(record, notes.append)
+    harmless = {*NO_MEANING, *FLAGS, HISTORY_FLAG, "name", "type"}  # a flag may say what is done anyway
+    for path in nodes(record):
+        around = [key for key in path[:-1] if isinstance(key, str)]  # the keys of the objects around it
+        is_read_as_keys = not {*around} - {*NAMES["conversation"], *NAMES["calls"], "function", "chosen"}
+        key = path[-1] if path and isinstance(path[-1], str) and is_read_as_keys else ""
+        is_named = any(repr(name[:20])[1:-1] in note for note in notes for name in (*around, key) if name)
+        says_nothing = str(without_nulls(at(record, path))).strip() in ("", "[]", "{}", "null", "None", "nan")
+        if key in harmless or is_named or says_nothing:
+            continue
+        less = copy.deepcopy(record)
+        del at(less, path[:-1])[key]
+        if said_twice(key, less, path[:-1]):
+            continue
+        try:
+            if to_messages(less) == (messages, tools):
+                return f"a key dropped without a word: {key!r}"
+        except DataError:
+            pass  # The key was needed.
+    return None
+
+
+def said_twice(key: str, less: dict, path: tuple) -> bool:
+    """Whether the object that lacks the key now says the same under another name of the key."""
+    from dataset.keys import NAMES, is_empty
+
+    return any(key in names and not all(is_empty(at(less, path).get(name)) for name in names)
+               for names in NAMES.values())
 
 
 def wrong_with_chat(tokenizer, sample, record: dict) -> str | None:
@@ -190,6 +243,8 @@ def wrong_with_chat(tokenizer, sample, record: dict) -> str | None:
 
     ids, labels = (tensor.tolist() for tensor in sample)
     messages, tools = to_messages(record)
+    if problem := said_nothing_about(record, messages, tools):
+        return problem
     text, words = said_by_template(tokenizer, messages, tools)
     targets = [label for label in labels if label != -100]
     control = set(tokenizer.added_tokens_decoder)
@@ -217,39 +272,39 @@ def wrong_with_text(tokenizer, sample, record: dict) -> str | None:
 
 
 def read_back(tokenizer, path: Path, kind: str, cache_dir: Path):
-    """(dataset, its rejected lines, [(line number, record)] of the usable records) of a file.
+    """(dataset, [(line number, record)] of the usable records, the numbers of all other lines) of a file.
 
     The usable records are found without the dataset. Raises DataError where there is none.
     """
-    from common.errors import DataError
+    from dataset.keys import is_learnt, no_note
     from dataset.lm_dataset import PretrainDataset, SFTDataset
-    from dataset.messages import to_messages
+    from dataset.messages import learnt_messages
     from dataset.records import Report, read_records
 
     with contextlib.redirect_stderr(io.StringIO()):  # the complaints are many, and not the question
         dataset_class = SFTDataset if kind == "chat" else PretrainDataset
-        dataset = dataset_class(path, tokenizer, 1 << 24, cache_dir=cache_dir)
-        usable = []
-        for _, number, record in read_records(path, report=Report()):
+        dataset = dataset_class(path, tokenizer, 1 << 24, allow_unusable=True, cache_dir=cache_dir)
+        usable, unusable, report = [], [], Report(shown=1 << 30)  # that keeps every complaint
+        for _, number, record in read_records(path, report=report):
             try:
-                ok = to_messages(record) if kind == "chat" else record["text"].strip()
+                if kind == "chat":
+                    ok = learnt_messages(record)
+                else:
+                    ok = record["text"].strip() and is_learnt(record, no_note) is not False
             except (DataError, KeyError, AttributeError):
                 ok = False
-            if ok:
-                usable.append((number, record))
-    rejected = int(dataset.summary.rpartition(": ")[2].replace(",", "") or 0)  # "bad lines skipped: 1,234"
-    return dataset, rejected, usable
+            (usable if ok else unusable).append((number, record))
+    complaints = [int(line.removeprefix(f"{path}:").partition(":")[0]) for line in report.examples]
+    return dataset, usable, [number for number, _ in unusable] + complaints
 
 
 def check_lines(tokenizer, lines: list[bytes], kind: str, folder: Path) -> tuple[Counter, list[tuple]]:
     """Reads the lines back as a file. Returns counts, and (what is wrong, the line) for each wrong line."""
-    from common.errors import DataError
-
     path = folder / "fuzz.jsonl"
     path.write_bytes(b"\n".join(lines))
     lines = path.read_bytes().split(b"\n")  # a mutation may have broken one line into two
     try:
-        dataset, rejected, usable = read_back(tokenizer, path, kind, folder / "cache")
+        dataset, usable, unusable = read_back(tokenizer, path, kind, folder / "cache")
     except DataError as error:
         no_record = "no usable record" in str(error) or "the file is empty" in str(error)
         return Counter(rejected=len(lines)), [] if no_record else [(str(error), b"")]
@@ -262,13 +317,15 @@ def check_lines(tokenizer, lines: list[bytes], kind: str, folder: Path) -> tuple
             counts += more
             wrong += found
         return counts, wrong
+    rejected = dataset.cache.meta["unusable"]
     counts = Counter(accepted=len(dataset), rejected=rejected)
-    blank = sum(not line.removeprefix(b"\xef\xbb\xbf").strip() for line in lines)
-    if len(dataset) + rejected + blank != len(lines) or len(usable) != len(dataset):
-        return counts, [(f"{len(lines)} lines, {blank} blank: {len(dataset)} accepted, {rejected} counted",
-                         b"")]
+    if len(usable) != len(dataset) or len(unusable) != rejected:
+        return counts, [(f"{len(usable)} records are usable and {len(unusable)} not, but {len(dataset)} were "
+                         f"accepted and {rejected} counted", b"")]  # fmt: skip
+    spoken_of = {number for number, _ in usable} | {*unusable}
+    wrong = [("a line dropped without a word", line) for number, line in enumerate(lines, 1)
+             if number not in spoken_of and line.removeprefix(b"\xef\xbb\xbf").strip()]
     find_problem = wrong_with_chat if kind == "chat" else wrong_with_text
-    wrong = []
     for sample, (number, record) in zip(dataset, usable, strict=True):
         problem = find_problem(tokenizer, sample, record)
         if problem:
@@ -289,7 +346,9 @@ def fuzz(args) -> None:
             kind = "text" if "text" in json.loads(real[0]) else "chat"
             for done in range(0, tries_of_a_file, LINES_AT_ONCE):
                 size = min(tries_of_a_file - done, LINES_AT_ONCE)
+                # The first line is undamaged, so that the file as a whole stays what it is.
                 lines = [mutate(rng.choice(real), rng.choice(real), words, rng) for _ in range(size)]
+                lines.insert(0, rng.choice(real))
                 more, found = check_lines(tokenizer, lines, kind, Path(folder))
                 counts += more
                 counts["tried"] += size
@@ -307,7 +366,9 @@ def row_of_fuzz(counts: Counter, wrong: list[tuple]) -> dict[str, str]:
     row = {"tried": counts["tried"], "accepted": counts["accepted"],
            "rejected and counted": counts["rejected"], "tracebacks": kinds.pop("traceback", 0),
            "control tokens from text": kinds.pop("a control token from text", 0),
-           "wrong masks": kinds.pop("a wrong mask", 0), "other": kinds.total()}
+           "wrong masks": kinds.pop("a wrong mask", 0),
+           "keys dropped without a word": kinds.pop("a key dropped without a word", 0),
+           "other": kinds.total()}
     return {column: f"{number:,}" for column, number in row.items()}
 
 

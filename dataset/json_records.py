@@ -275,6 +275,7 @@ class _JSONSource:
     def __init__(self, file):
         self.file, self.buffer = file, ""
         self.position, self.line = 0, 1  # of the next character: its place in the buffer, its line
+        self.opening = None  # how the last value that could be read began
 
     def move_to(self, position: int):
         self.line += self.buffer.count("\n", self.position, position)
@@ -312,6 +313,7 @@ class _JSONSource:
                     self._skip_value(reason)
                     return DataError(reason)
         text = self.buffer[self.position : end]
+        self.opening = opening_of(text, 0, len(text))
         self.move_to(end)
         try:
             text.encode("utf-8")
@@ -329,18 +331,18 @@ class _JSONSource:
     def _skip_value(self, reason: str):
         """Moves behind a value that cannot be read. Raises Stop where its end is not found."""
         line, reach = self.line, 1 << 12
-        while (end := end_of_value(self.buffer, self.position, self.position + reach)) is None:
+        while (end := end_of_value(self.buffer, self.position, self.position + reach, self.opening)) is None:
             if self.position + reach >= len(self.buffer) and not self.read_more():
                 raise Stop(line, reason)
             reach *= 2
         self.move_to(end)
 
 
-def end_of_value(text: str, start: int, limit: int) -> int | None:
+def end_of_value(text: str, start: int, limit: int, opening: str | None = None) -> int | None:
     """Where a value ends that begins at `start` and cannot be read. None: not before `limit`.
 
-    It ends where its brackets close, or where a value with the same first key follows: a quote that is
-    missing makes text of brackets, and brackets of text.
+    It ends where its brackets close, or where a value follows that begins like this one, or like the one
+    before it (`opening`): a quote that is missing makes text of brackets, and brackets of text.
     """
     if text[start] not in "[{":  # a word, which ends where a value may begin
         found = re.compile(r"[,\n\]]").search(text, start + 1, limit)
@@ -351,10 +353,18 @@ def end_of_value(text: str, start: int, limit: int) -> int | None:
         if depth == 0:
             end = found.end()
             break
-    opening = OPENING.match(text, start, limit)
-    if opening:
-        brackets = r"\s*".join(map(re.escape, "".join(opening[1].split())))
-        sibling = re.compile(rf"[,\n]\s*(?={brackets}\s*{re.escape(opening[2])}\s*:)")
-        if found := sibling.search(text, opening.end(), end):
+    openings = {opening, opening_of(text, start, limit)} - {None}
+    if openings:
+        sibling = re.compile(rf"[,\n]\s*(?={'|'.join(sorted(openings))})")
+        if found := sibling.search(text, start + 1, end):
             return found.end()
     return end if depth == 0 and end > start else None
+
+
+def opening_of(text: str, start: int, limit: int) -> str | None:
+    """A pattern for values that begin with the same brackets and key as this one; None if it has no key."""
+    found = OPENING.match(text, start, limit)
+    if not found:
+        return None
+    brackets = r"\s*".join(map(re.escape, "".join(found[1].split())))
+    return rf"{brackets}\s*{re.escape(found[2])}\s*:"

@@ -92,9 +92,12 @@ def _turns_of(record: dict, note: Note) -> tuple[object, set[str]]:
     if isinstance(turns, dict):  # {"role": [...], "content": [...]}: datasets writes lists of objects so
         turns = rows_of(turns) or turns
     if is_pair:
-        known |= {"chosen", "rejected"}
-        turns = _with_chosen(turns, chosen)
+        prompt, turns = turns, _with_chosen(turns, chosen)
+        if isinstance(prompt, list) and turns[: len(prompt)] != prompt:
+            unused = [repr(key) for key in record if key in known and not is_empty(record[key])]
+            note(f"{' and '.join(unused)} beside a whole conversation in 'chosen' is not used")
         note("a preference pair: the chosen answer is learnt, the rejected one is not used")
+        known |= {"chosen", "rejected"}
     if turns is None:
         raise DataError(f"no conversations, messages or instruction and output in it, but {keys_of(record)}")
     return turns, known
@@ -155,7 +158,11 @@ def _to_message(turn: object, name: str, note: Note) -> dict:
     trained = is_learnt(turn, note)
     if message["role"] == "assistant":
         known |= {*NAMES["calls"], *NAMES["reasoning"]}
-        content, calls = ("", content) if role in CALL_ROLES else (content, value_of(turn, "calls"))
+        calls = value_of(turn, "calls")
+        if role in CALL_ROLES and content is not None:
+            if calls not in (None, content):
+                raise DataError(f"{name} has tool calls in its content and other ones beside it")
+            content, calls = "", content
         message |= _answer(content, calls, value_of(turn, "reasoning"), name, note)
         if trained is False:
             message["trained"] = False
@@ -231,6 +238,8 @@ def _to_calls(calls: object, name: str, note: Note) -> list[dict]:
             name_unknown(call, {"function"}, "tool call", note)
             call = function
         elif isinstance(function, str):  # {"function": "add", "arguments": ...}
+            if value_of(call, "name") not in (None, function):
+                raise DataError(f"{name}: a tool call with a name and another function")
             call, known = {"name": function} | call, {*known, "function"}
         if not isinstance(call, dict) or not isinstance(value_of(call, "name"), str):
             raise DataError(f"{name}: a tool call without a name")
@@ -281,7 +290,7 @@ def _tools_of(record: dict, first_turn: dict) -> list | None:
     found = [_to_tools(value_of(place, "tools")) for place in places]
     if all(found) and found[0] != found[-1]:
         raise DataError("the tools of the record and those of its system message differ")
-    return found[0] or found[-1] or None
+    return found[0] or found[-1]
 
 
 def _to_tools(tools: object) -> list | None:
@@ -291,7 +300,9 @@ def _to_tools(tools: object) -> list | None:
         tools = [tools]
     if isinstance(tools, list):
         tools = [_parse(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    if is_empty(tools):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError("tools is not a list of objects")
     return tools
 

@@ -230,7 +230,8 @@ def build_cache(folder: Path, dataset, tokenizer, report: Report) -> None:
                 raise nothing_usable(path, report)
             refusals += [refusal] if (refusal := report.refusal(path, num_usable)) else []
         writer.meta = dict(first_samples=first_samples, summary=report.summary(), examples=report.examples,
-                           notes=report.note_lines(), refusals=refusals)  # fmt: skip
+                           notes=report.note_lines(), refusals=refusals,
+                           unusable=report.unusable.total())  # fmt: skip
 
 
 def batches(dataset, tokenizer, path: str, report: Report) -> Iterator[list[tuple[int, str | list]]]:

@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ROOT, Parser, fraction, not_negative, number, run_script
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 from common.files import write_whole
 
 END_OF_TEXT, TURN_START, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
@@ -67,12 +67,22 @@ RESPONSE_TEMPLATE = {
 
 
 def record_texts(record):
-    """The texts of one record, whatever its format: every string in it except the names of roles."""
-    if isinstance(record, str):
-        return [record]
-    if isinstance(record, dict):
-        record = [value for key, value in record.items() if key not in ("role", "from", "family")]
-    return [text for value in record for text in record_texts(value)] if isinstance(record, list) else []
+    """The texts of a record as training reads them: those of its chat, or else its text. Raises DataError.
+
+    Nothing else in it is text to learn from: no addresses, no ids, no names of roles.
+    """
+    from dataset.chat import chat_pieces
+    from dataset.messages import to_messages
+
+    try:
+        messages, tools = to_messages(record)
+    except DataError:
+        if isinstance(record.get("text"), str) and record["text"].strip():
+            return [record["text"]]
+        raise
+    headers = {f"{role}\n" for role in ("system", "user", "assistant")}
+    pieces = chat_pieces(messages, tools, add_generation_prompt=False)
+    return [text for text, is_control, _ in pieces if text.strip() and not is_control and text not in headers]
 
 
 def hashed_fraction(texts, salt=""):
@@ -134,7 +144,7 @@ def bytes_per_token(tokenizer, texts):
 
 def main(args):
     # Imported here, so that --help does not wait for it.
-    from dataset.records import read_records
+    from dataset.records import Report, read_records, reason_of
 
     if args.data_path:
         paths = args.data_path
@@ -146,10 +156,19 @@ def main(args):
     weights = args.weights or [1.0] * len(paths)
     training, held_out = {}, {}
     for path in paths:
-        training[path], held_out[path] = [], []
-        for _, _, record in read_records([path]):
-            texts = record_texts(record)
+        training[path], held_out[path], report = [], [], Report()
+        for _, line, record in read_records([path], report=report):
+            try:
+                texts = record_texts(record)
+            except (DataError, RecursionError) as error:
+                report.add(path, line, reason_of(error))
+                continue
             (held_out if hashed_fraction(texts) < args.eval_fraction else training)[path].append(texts)
+        refusal = report.refusal(str(path), len(training[path]) + len(held_out[path]))
+        if refusal and not args.allow_unusable:
+            raise DataError(f"{refusal}; --allow_unusable uses the others all the same")
+        if report.counts:
+            print(f"warning: {path}: {report.summary()}", file=sys.stderr)
 
     pairs = zip(paths, weights, strict=True)
     texts = (text for path, weight in pairs for text in weighted(training[path], weight))
@@ -173,6 +192,7 @@ def parse_args():
     # One number for each file, set by hand: more for a file that the figures show to be served badly.
     add("--weights", nargs="+", type=not_negative, metavar="W",
         help="how often each file of --data_path is read, such as 1 2.5 (default: once each)")
+    add("--allow_unusable", action="store_true", help="go on though most records of a file cannot be used")
     add("--eval_fraction", type=fraction, default=0.05, metavar="F",
         help="part of the records, chosen by hash, that is measured and never trained on")
     add = parser.add_argument_group("the tokenizer").add_argument

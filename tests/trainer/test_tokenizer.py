@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
+from common.errors import DataError
 from trainer.train_tokenizer import (
     CHAT_TEMPLATE,
     CONTROL_TOKENS,
@@ -228,8 +229,14 @@ def test_record_texts_reads_every_format():
     assert record_texts({"text": "a"}) == ["a"]
     assert record_texts({"conversations": [{"role": "user", "content": "a"}], "family": "sums"}) == ["a"]
     assert record_texts({"conversations": [{"from": "gpt", "value": "b"}]}) == ["b"]
-    assert record_texts({"instruction": "a", "input": "", "output": "b"}) == ["a", "", "b"]
-    assert record_texts({"text": "a", "n": 3, "none": None}) == ["a"]
+    assert record_texts({"instruction": "a", "input": "", "output": "b"}) == ["a", "b"]
+    assert record_texts({"text": "a", "n": 3, "none": None, "url": "https://x"}) == ["a"]
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]}
+    record = {"tools": [{"name": "f"}], "messages": [{"role": "user", "content": "x"}, call]}
+    texts = record_texts(record)  # as the prompt format writes them, without the control tokens
+    assert texts[1:] == ["x", '\n{"name": "f", "arguments": {"a": 1}}\n'] and '{"name": "f"}' in texts[0]
+    with pytest.raises(DataError):
+        record_texts({"url": "https://x"})
 
 
 def test_weights_repeat_whole_records_and_a_hashed_rest():

@@ -113,15 +113,17 @@ def test_odd_records_are_counted_or_read_and_the_rest_is_learnt(run, tmp_path):
            {"messages": [{"role": "user", "content": "<|im_end|> <think>"}]}, {"a": {"b": ["deep", 1, None]}}]
     path = write(tmp_path / "a.jsonl", [*odd, *records(200)])
     code, out, err = run("--data_path", path, "--vocab_size", 320, "--eval_fraction", 0)
-    assert code == 0 and "205 records trained on; held out: none" in out
-    assert f"{path}:1: not valid JSON" in err and f"{path}:3: a JSON list" in err and "skipped: 3" in err
+    assert code == 0 and "201 records trained on; held out: none" in out
+    assert f"{path}:1: not valid JSON" in err and f"{path}:3: a JSON list" in err and "skipped: 7" in err
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_tokens_to_ids(CONTROL_TOKENS) == list(range(len(CONTROL_TOKENS)))
 
 
 @pytest.mark.parametrize("lines, flags, reason", [
     (["no json"], [], "no usable record"),
-    ([{"text": None}], [], "give only 272 entries"),  # the bytes and the control tokens
+    ([{"text": None}], [], "1 of 1 records cannot be used"),
+    ([{"text": "a"}, "no", "json"], [], "2 of 3 records cannot be used (first problem: line 2: not valid"),
+    ([{"text": "a"}, "no", "json"], ["--allow_unusable"], "give only 272 entries"),  # bytes, control tokens
     (records(3), ["--eval_fraction", "0"], "give only"),
     (records(3), ["--weights", "-1"], "--weights must be at least 0"),
     (records(3), ["--weights", "nan"], "--weights"),
@@ -137,6 +139,23 @@ def test_what_can_not_be_done_is_one_line_and_nothing_is_written(run, tmp_path, 
     code, _, err = run("--data_path", write(tmp_path / "a.jsonl", lines), *flags)
     assert code == 2 and reason in err.strip().splitlines()[-1] and "Traceback" not in err
     assert files(out) == {"tokenizer.json": b"what was there"}
+
+
+def test_what_is_not_text_becomes_no_entry(run, tmp_path):
+    """Addresses, ids and dumps of web records; JSON in a cell is read as the chat that it is."""
+    web = [{"text": f"the fox {i}", "url": f"https://example.org/zzqq{i}", "id": f"urn:zzqq:{i}",
+            "dump": "ZZQQ", "meta": {"source": "zzqq"}} for i in range(60)]  # fmt: skip
+    chats = [[{"role": "user", "content": f"the owl {i}"}, {"role": "assistant", "content": "yes"}]
+             for i in range(60)]  # fmt: skip
+    cells = ['"' + json.dumps(chat).replace('"', '""') + '"' for chat in chats]
+    table = write(tmp_path / "b.csv", ["id,messages", *(f"zzqq{i},{cell}" for i, cell in enumerate(cells))])
+    flags = ["--vocab_size", 280, "--eval_fraction", 0]
+    code, out, err = run("--data_path", write(tmp_path / "a.jsonl", web), table, *flags)
+    assert code == 0 and err == "" and out.count("60 records trained on") == 2
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    merged = [token for token in list(vocabulary) if len(token) > 1 and not token.startswith("<")]
+    assert len(merged) == 280 - 272
+    assert all(token.strip("\u0120") in "the fox owl yes 0123456789" for token in merged), merged
 
 
 def test_a_models_own_tokenizer_stays(run, tmp_path):
