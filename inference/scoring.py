@@ -160,7 +160,7 @@ def answer_all(chat_model: ChatModel, questions: list[Question], sampling: Sampl
             end = min(ends, default=len(row))
             tokens += min(end + 1, len(row))
             take_answer(question, chat_model.read(prompt, row[:end]))
-            # What a template writes in another way than with <tool_call> is compared as tokens.
+            # Tool calls that a template writes without <tool_call> can only be compared as tokens.
             is_last_turn = question.test.calls is not None and row[:end] == reference
             question.is_right = is_last_turn or question.test.is_right(question.answer, question.calls)
     return tokens / max(1e-9, time.perf_counter() - began)

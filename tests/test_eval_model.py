@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "inference"))
 
 from small_chat_model import make_home, turns, write
 
 import eval_model
+from common.cli import run_script
 from common.errors import ModelError
 from inference.chat_model import ChatModel, Sampling
 from model.lora import apply_lora, save_lora
@@ -475,3 +477,23 @@ def test_what_is_no_mix_says_which_part(value, part):
 def test_a_mix():
     assert eval_model.parse_mix("a:0.7 out/b:-0.3") == {"a": 0.7, "out/b": -0.3}
     assert eval_model.parse_mix("a") == "a"
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "Hi", "--temperature", 0], ["--prompt", "Hi"], ["--prompts"],
+                                   ["--data_path", "DATA"], []])
+def test_a_model_that_overflows_is_one_line_and_exit_code_1(home, tmp_path, capsys, monkeypatch, flags):
+    broken = tmp_path / "broken"
+    shutil.copytree(home / "chat", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"].fill_(3e38)  # finite, or the file would be refused
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    data = write(tmp_path / "t.jsonl", turns("a", "b"))
+    flags = [str(data) if flag == "DATA" else str(flag) for flag in flags]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nHo\n"))
+    with pytest.raises(SystemExit) as ended:
+        run_script(eval_model.main, eval_model.parse_args(["--load_from", str(broken), *flags]))
+    shown = capsys.readouterr()
+    *before, line = shown.err.splitlines()
+    assert ended.value.code == 1 and not any("error" in other for other in before)
+    assert line.startswith("error: token 1 of the answer: the model's numbers are not finite in float32")
+    assert "nan" not in shown.out

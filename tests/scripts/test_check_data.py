@@ -124,7 +124,8 @@ def test_mistakes_are_one_line(flags, part, files, refused, monkeypatch):
 def test_the_command_runs_where_nothing_but_ascii_is_known(files):
     (files / "zh.jsonl").write_text('{"text": "柳树在河边。"}\n', encoding="utf-8")
     ended = subprocess.run([sys.executable, check_data.__file__, "zh.jsonl"], cwd=files, capture_output=True,
-                           env={"PYTHONIOENCODING": "ascii", "PATH": "", "SYSTEMROOT": "C:\\Windows"})
+                           env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PATH": "",
+                                "SYSTEMROOT": "C:\\Windows"})
     assert ended.returncode == 0, ended.stderr
     assert "[[树在河边。<|endoftext|>]]" in ended.stdout.decode("utf-8")
 
