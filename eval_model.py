@@ -57,6 +57,7 @@ def build_parser() -> Parser:
         help="its tokenizer (default: that of --load_from; for .pth files Seedling's own)")
     add("--lora", nargs="+", default=[], metavar="DIR", help="adapters, the first is on: folders or names")
     add("--plain", action="store_true", help="continue text, as a base model always does")
+    add("--thinking", action="store_true", help="let a model think first whose template has a switch for it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the weights; auto: float32, on CUDA bfloat16 (old ones float16)")
@@ -91,6 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("several --lora are for a conversation, which can switch between them; give one")
     if (args.limit or args.json) and not args.data_path:
         parser.error("--limit and --json belong to --data_path")
+    if args.thinking and (args.plain or args.data_path):
+        parser.error("--thinking has no effect with --plain, or with --data_path, where the records decide")
     if args.system is not None and (args.plain or args.data_path):
         parser.error("--system has no effect with --plain or --data_path")
     if args.max_new_tokens is None and not args.data_path:  # scoring knows how long right answers are
@@ -274,7 +277,7 @@ def main(args: argparse.Namespace) -> None:
     from inference.chat_model import ChatModel, Sampling
 
     chat_model = ChatModel(args.load_from, args.lora, args.device, args.dtype, args.quantize, args.plain,
-                           args.tokenizer)
+                           args.tokenizer, args.thinking)
     for report in chat_model.reports:
         note(report)
     typed = {name: value for name, value in vars(args).items()

@@ -2,10 +2,10 @@
 
     python benchmarks/typed_first.py --load_from out/quickstart/full_sft --json answers.json
 
-benchmarks/typed_first.jsonl holds the prompts, and what an answer to each must do to be sensible. The list was
-written before the world's wordings were widened, by somebody who knew the README alone, and it is never tuned
-to: whoever widens the world does not read it. Two readers who don't know which model answered judge each
-answer, and the lower of the two counts is the result.
+benchmarks/typed_first.jsonl holds the prompts, and what an answer to each must do to be sensible. The list
+was written before the world's wordings were widened, by somebody who knew the README alone, and it is never
+tuned to: whoever widens the world does not read it. Two readers who don't know which model answered judge
+each answer, and the lower of the two counts is the result.
 """
 
 import json

@@ -71,14 +71,15 @@ class ChatModel:
     """
 
     def __init__(self, path, adapters=(), device="auto", dtype="auto", quantize="none", plain=False,
-                 tokenizer=None):
+                 tokenizer=None, thinking=False):
         """Loads the model in the folder or .pth file `path`, and the adapters: folders, files or names, see
         `find`. The first adapter is in use at the start. device, dtype: a name, or auto. quantize: none or
-        int8. tokenizer: the folder of another tokenizer than the model's own.
+        int8. tokenizer: the folder of another tokenizer than the model's own. thinking: whether a template
+        that has a switch for it lets each answer begin with a thought.
 
         Raises ModelError for unusable weights, tokenizers and adapters, UsageError for a missing device.
         """
-        self.path, self.device = Path(path), choose_device(device)
+        self.path, self.device, self.thinking = Path(path), choose_device(device), thinking
         self.model = load_model(self.path, self.device, choose_decoding_dtype(dtype, self.device)).eval()
         if quantize == "int8":
             quantize_int8(self.model)
@@ -159,7 +160,7 @@ class ChatModel:
     def encode(self, messages: list[dict], tools: list | None = None, thinking: bool = False) -> list[int]:
         """The token ids after which the answer begins. thinking: as in dataset/chat.py, write_chat."""
         if not self.plain:
-            return encode_chat(self.tokenizer, messages, tools, True, thinking)[0]
+            return encode_chat(self.tokenizer, messages, tools, True, thinking or self.thinking)[0]
         ids, _ = encode_continuation(self.tokenizer, "\n".join(message["content"] for message in messages))
         return ids or self.stop_ids[:1]  # an empty prompt: any text may follow the end of another
 
