@@ -132,10 +132,10 @@ class ForeignTemplate:
             # A template may write a tool's result as JSON.
             if len(leaf.places) == 2 and text[slice(*leaf.places)] not in (leaf.words, *as_json):
                 raise DataError("this model's chat template rewrites what a message says")
-        in_text = [(found.start(), found.end()) for found in self.control.finditer(text)]
-        for start, end in in_text:  # half of it in a message, half in the text beside it
-            if (start, end) not in {place[:2] for place in control}:
-                raise DataError(f"{text[start:end]!r} at the edge of a message: {READ_AS_CONTROL}")
+        known = {(start, end) for start, end, _ in control}
+        for found in self.control.finditer(text):
+            if found.span() not in known:  # half of it in a message, half in the text beside it
+                raise DataError(f"{found[0]!r} at the edge of a message: {READ_AS_CONTROL}")
         return text, leaves, control
 
     # --- what must hold -----------------------------------------------------------------------------------
