@@ -28,8 +28,9 @@ NAMES = {
 # Whether an answer is learnt. True: 0 and false forbid it, as OpenAI's weight and Axolotl's train do.
 # False: 1 and true forbid it. On a record such a key stands for all of its answers.
 FLAGS = {
-    "weight": True, "loss_weight": True, "loss": True, "loss_mask": True, "train": True, "training": True,
-    "trainable": True, "trained": True, "train_on_turn": True, "learn": True, "supervised": True,
+    "weight": True, "loss": True, "loss_weight": True, "loss_scale": True, "loss_mask": True, "train": True,
+    "training": True, "trainable": True, "trained": True, "train_on_turn": True, "learn": True,
+    "supervised": True,
     "mask": False, "masked": False, "no_loss": False,
 }  # fmt: skip
 HISTORY_FLAG = "mask_history"  # of a record: true forbids all answers but the last
