@@ -89,7 +89,7 @@ def value_of(record: dict, key: str) -> object:
 
 
 def name_unknown(record: dict, known, what: str, note: Note) -> None:
-    """Notes each key that is not known and says something. what: "record", "message" or "tool call"."""
+    """Notes each key that is not known and says something. what: such as "message"."""
     for key, value in record.items():
         if key not in known and key not in NO_MEANING and not is_empty(value):
             note(f"the key {str(key)[:20]!r} of a {what} is not used")

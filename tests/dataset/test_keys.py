@@ -208,6 +208,18 @@ def test_parts_of_a_content(parts, message):
     assert found == {"role": "assistant", **message}
 
 
+def test_keys_of_parts():
+    def notes(**more):
+        return notes_on(chat({"role": "assistant", "content": [{"type": "text", "text": "A"}, more]}))
+
+    assert notes(type="text", text="B", cache_control={"type": "ephemeral"}) == []
+    assert notes(type="text", text="B", foo=1) == ["the key 'foo' of a part is not used"]
+    assert notes(type="thinking", thinking="hm", text="B") == ["the key 'text' of a part is not used"]
+    asked = {"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}
+    with pytest.raises(DataError, match="message 1 is not text: it has a part of the type 'thinking'"):
+        to_messages({"messages": [asked, ANSWER]})
+
+
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "video", "file", "tool_result"])
 def test_a_part_that_is_no_text_is_named(kind):
     parts = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "x"}}]
