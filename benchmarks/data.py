@@ -220,7 +220,7 @@ def said_nothing_about(record: dict, messages: list, tools: list | None) -> str 
             continue
         less = copy.deepcopy(record)
         del at(less, path[:-1])[key]
-        if said_twice(key, less, path[:-1]):
+        if said_twice(key, less, path[:-1]) or at(record, path) in at(less, path[:-1]).values():
             continue
         try:
             if to_messages(less) == (messages, tools):

@@ -56,7 +56,7 @@ def to_messages(record: dict, note: Note = no_note) -> tuple[list[dict], list | 
         raise DataError("the conversation is not a list of messages")
     messages = [_to_message(turn, f"message {number}", note) for number, turn in enumerate(turns, 1)]
     _leave_out_empty_answers(messages, note)
-    _add_system(messages, value_of(record, "system"), note)
+    _add_system(messages, record, note)
     tools = without_filled_nulls(messages, _tools_of(record, turns[0]), note)
     _obey_flags(record, messages, note)
     known = {*known, *NAMES["system"], *NAMES["tools"], *FLAGS, HISTORY_FLAG}
@@ -94,7 +94,7 @@ def _turns_of(record: dict, note: Note) -> tuple[object, set[str]]:
         turns = rows_of(turns) or turns
     if is_pair:
         prompt, turns = turns, _with_chosen(turns, chosen)
-        if isinstance(prompt, list) and turns[: len(prompt)] != prompt:
+        if not is_empty(prompt) and not (isinstance(prompt, list) and turns[: len(prompt)] == prompt):
             unused = [repr(key) for key in record if key in known and not is_empty(record[key])]
             note(f"{' and '.join(unused)} beside a whole conversation in 'chosen' is not used")
         note("a preference pair: the chosen answer is learnt, the rejected one is not used")
@@ -239,8 +239,9 @@ def _leave_out_empty_answers(messages: list[dict], note: Note) -> None:
         raise DataError("the conversation is not a list of messages that say something")
 
 
-def _add_system(messages: list[dict], system: object, note: Note) -> None:
+def _add_system(messages: list[dict], record: dict, note: Note) -> None:
     """Puts the system message of the record before its messages, unless they have one of their own."""
+    system = value_of(record, "system")
     if system is not None and not isinstance(system, str):
         raise DataError("system is not text")
     if system and messages[0]["role"] != "system":
@@ -248,7 +249,8 @@ def _add_system(messages: list[dict], system: object, note: Note) -> None:
     elif system and not messages[0]["content"]:
         messages[0]["content"] = system
     elif system and messages[0]["content"] != system:
-        note("the system text of the record is not used: its conversation has another system message")
+        name = next(name for name in NAMES["system"] if record.get(name) == system)
+        note(f"{name!r} of the record is not used: its conversation has another system message")
     if "system" in [message["role"] for message in messages[1:]]:
         raise DataError("a system message that is not the first message")
 
