@@ -208,10 +208,11 @@ def said_nothing_about(record: dict, messages: list, tools: list | None) -> str 
 
     notes = []
     to_messages(record, notes.append)
+    may_hold_keys = {*NAMES["conversation"], *NAMES["calls"], *NAMES["content"], "function", "chosen"}
     harmless = {*NO_MEANING, *FLAGS, HISTORY_FLAG, "name", "type"}  # a flag may say what is done anyway
     for path in nodes(record):
         around = [key for key in path[:-1] if isinstance(key, str)]  # the keys of the objects around it
-        is_read_as_keys = not {*around} - {*NAMES["conversation"], *NAMES["calls"], "function", "chosen"}
+        is_read_as_keys = not {*around} - may_hold_keys
         key = path[-1] if path and isinstance(path[-1], str) and is_read_as_keys else ""
         is_named = any(repr(name[:20])[1:-1] in note for note in notes for name in (*around, key) if name)
         says_nothing = str(without_nulls(at(record, path))).strip() in ("", "[]", "{}", "null", "None", "nan")
@@ -219,7 +220,7 @@ def said_nothing_about(record: dict, messages: list, tools: list | None) -> str 
             continue
         less = copy.deepcopy(record)
         del at(less, path[:-1])[key]
-        if said_twice(key, less, path[:-1]):
+        if said_twice(key, less, path[:-1]) or at(record, path) in at(less, path[:-1]).values():
             continue
         try:
             if to_messages(less) == (messages, tools):

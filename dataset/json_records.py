@@ -125,6 +125,14 @@ def parse_cell(text: str) -> object:
         return value
 
 
+def parse_field(text: str, where: str) -> object:
+    """`parse_cell` of a field of a record. Raises DataError, which says where the text stands."""
+    value = parse_cell(text)
+    if isinstance(value, DataError):
+        raise DataError(f"{where}: {value}")
+    return value
+
+
 def reason_of(error: Exception) -> str:
     """What an error says, in one line for a person."""
     if isinstance(error, RecursionError):

@@ -28,8 +28,9 @@ NAMES = {
 # Whether an answer is learnt. True: 0 and false forbid it, as OpenAI's weight and Axolotl's train do.
 # False: 1 and true forbid it. On a record such a key stands for all of its answers.
 FLAGS = {
-    "weight": True, "loss_weight": True, "loss": True, "loss_mask": True, "train": True, "training": True,
-    "trainable": True, "trained": True, "train_on_turn": True, "learn": True, "supervised": True,
+    "weight": True, "loss": True, "loss_weight": True, "loss_scale": True, "loss_mask": True, "train": True,
+    "training": True, "trainable": True, "trained": True, "train_on_turn": True, "learn": True,
+    "supervised": True,
     "mask": False, "masked": False, "no_loss": False,
 }  # fmt: skip
 HISTORY_FLAG = "mask_history"  # of a record: true forbids all answers but the last
@@ -88,7 +89,7 @@ def value_of(record: dict, key: str) -> object:
 
 
 def name_unknown(record: dict, known, what: str, note: Note) -> None:
-    """Notes each key that is not known and says something. what: "record", "message" or "tool call"."""
+    """Notes each key that is not known and says something. what: such as "message"."""
     for key, value in record.items():
         if key not in known and key not in NO_MEANING and not is_empty(value):
             note(f"the key {str(key)[:20]!r} of a {what} is not used")

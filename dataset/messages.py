@@ -5,7 +5,7 @@ dataset/keys.py has the names that a key may have.
 """
 
 from common.errors import DataError
-from dataset.json_records import is_conversation, parse_cell, parse_json, rows_of, without_nulls
+from dataset.json_records import is_conversation, parse_cell, parse_field, rows_of
 from dataset.keys import (
     ALPACA,
     FLAGS,
@@ -20,6 +20,7 @@ from dataset.keys import (
     value_of,
 )
 from dataset.records import keys_of
+from dataset.tool_calls import read_calls, read_tools, without_filled_nulls
 
 # The roles that the data may name -> those that we know.
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
@@ -55,8 +56,8 @@ def to_messages(record: dict, note: Note = no_note) -> tuple[list[dict], list | 
         raise DataError("the conversation is not a list of messages")
     messages = [_to_message(turn, f"message {number}", note) for number, turn in enumerate(turns, 1)]
     _leave_out_empty_answers(messages, note)
-    _add_system(messages, value_of(record, "system"), note)
-    tools = _without_filled_nulls(messages, _tools_of(record, turns[0]), note)
+    _add_system(messages, record, note)
+    tools = without_filled_nulls(messages, _tools_of(record, turns[0]), note)
     _obey_flags(record, messages, note)
     known = {*known, *NAMES["system"], *NAMES["tools"], *FLAGS, HISTORY_FLAG}
     name_unknown(record, known, "record", note)
@@ -88,12 +89,12 @@ def _turns_of(record: dict, note: Note) -> tuple[object, set[str]]:
     elif turns is None and is_pair and not is_empty(prompt):
         known = {"prompt"}
         turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    turns = _parse(turns, "the conversation") if isinstance(turns, str) else turns
+    turns = parse_field(turns, "the conversation") if isinstance(turns, str) else turns
     if isinstance(turns, dict):  # {"role": [...], "content": [...]}: datasets writes lists of objects so
         turns = rows_of(turns) or turns
     if is_pair:
         prompt, turns = turns, _with_chosen(turns, chosen)
-        if isinstance(prompt, list) and turns[: len(prompt)] != prompt:
+        if not is_empty(prompt) and not (isinstance(prompt, list) and turns[: len(prompt)] == prompt):
             unused = [repr(key) for key in record if key in known and not is_empty(record[key])]
             note(f"{' and '.join(unused)} beside a whole conversation in 'chosen' is not used")
         note("a preference pair: the chosen answer is learnt, the rejected one is not used")
@@ -106,7 +107,7 @@ def _turns_of(record: dict, note: Note) -> tuple[object, set[str]]:
 def _alpaca_turns(record: dict) -> list:
     turns = []
     history = [] if is_empty(record.get("history")) else record["history"]
-    history = _parse(history, "history") if isinstance(history, str) else history
+    history = parse_field(history, "history") if isinstance(history, str) else history
     for turn in history if isinstance(history, list) else [history]:
         if isinstance(turn, list) and len(turn) == 2:
             turns += [{"role": "user", "content": _text(turn[0], "a question of history")},
@@ -169,17 +170,17 @@ def _to_message(turn: object, name: str, note: Note) -> dict:
     else:
         if message["role"] == "system":
             known |= {*NAMES["tools"]}
-        if trained and message["role"] == "user":
-            note("a message of the user is marked as to be learnt: only answers are")
+        if trained:
+            note(f"a message of the {message['role']} is marked as to be learnt: only answers are")
         is_absent = content is None and (message["role"] == "system" or "" in map(turn.get, NAMES["content"]))
-        message["content"] = "" if is_absent else _content(content, name)[0]
+        message["content"] = "" if is_absent else _content(content, name, note)[0]
     name_unknown(turn, known, "message", note)
     return message
 
 
 def _answer(content: object, calls: object, reasoning: object, name: str, note: Note) -> dict:
     """The content, tool_calls and reasoning_content of an assistant's message."""
-    content, thoughts, more_calls = _content("" if content is None else content, name, is_answer=True)
+    content, thoughts, more_calls = _content("" if content is None else content, name, note, True)
     if reasoning is None:
         reasoning = "".join(thoughts)
     elif not isinstance(reasoning, str):
@@ -193,13 +194,13 @@ def _answer(content: object, calls: object, reasoning: object, name: str, note: 
         reasoning = ""
     message = {"content": content}
     if calls or more_calls:
-        message["tool_calls"] = _to_calls(calls or [], name, note) + _to_calls(more_calls, name, note)
+        message["tool_calls"] = read_calls(calls or [], name, note) + read_calls(more_calls, name, note)
     if reasoning:
         message["reasoning_content"] = reasoning
     return message
 
 
-def _content(content: object, name: str, is_answer: bool = False) -> tuple[str, list[str], list]:
+def _content(content, name: str, note: Note, is_answer: bool = False) -> tuple[str, list[str], list]:
     """The text of a content, which may be a list of parts; and of an answer also its thoughts and calls."""
     texts, thoughts, calls = [], [], []
     if isinstance(content, dict) and "type" in content:
@@ -207,49 +208,17 @@ def _content(content: object, name: str, is_answer: bool = False) -> tuple[str, 
     for part in content if isinstance(content, list) else [content]:
         part = {"text": part} if isinstance(part, str) else part
         kind = part.get("type", "text") if isinstance(part, dict) else None
-        if kind in TEXT_PARTS and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif is_answer and kind in THOUGHT_PARTS and isinstance(thought := _thought(part), str):
-            thoughts.append(thought)
-        elif is_answer and kind in CALL_PARTS:
+        if is_answer and kind in CALL_PARTS:
             calls.append(part)
-        else:
+            continue
+        thought = value_of(part, "reasoning") if is_answer and kind in THOUGHT_PARTS else None
+        text = part.get("text") if thought is None and kind in (*TEXT_PARTS, *THOUGHT_PARTS) else thought
+        if not isinstance(text, str) or kind in THOUGHT_PARTS and not is_answer:
             has = f": it has a part of the type {str(kind)[:20]!r}" if kind else ""
             raise DataError(f"the content of {name} is not text{has}")
+        (thoughts if kind in THOUGHT_PARTS else texts).append(text)
+        name_unknown(part, {"type", *(("text",) if thought is None else NAMES["reasoning"])}, "part", note)
     return "".join(texts), thoughts, calls
-
-
-def _thought(part: dict) -> object:
-    return part["text"] if isinstance(part.get("text"), str) else value_of(part, "reasoning")
-
-
-def _to_calls(calls: object, name: str, note: Note) -> list[dict]:
-    """Tool calls as [{"name", "arguments"}]; arguments is an object, or JSON text (as OpenAI writes it)."""
-    calls, result = _parse(calls, f"the tool calls of {name}") if isinstance(calls, str) else calls, []
-    if isinstance(calls, dict):
-        calls = rows_of(calls) or [calls]
-    for call in calls if isinstance(calls, list) else [calls]:
-        call = _parse(call, f"a tool call of {name}") if isinstance(call, str) else call
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, str) and function.lstrip().startswith("{"):
-            function = _parse(function, f"a tool call of {name}")
-        known = {*NAMES["name"], *NAMES["arguments"]}
-        if isinstance(function, dict) and function:  # OpenAI's calls have one more level than others
-            name_unknown(call, {"function"}, "tool call", note)
-            call = function
-        elif isinstance(function, str):  # {"function": "add", "arguments": ...}
-            if value_of(call, "name") not in (None, function):
-                raise DataError(f"{name}: a tool call with a name and another function")
-            call, known = {"name": function} | call, {*known, "function"}
-        if not isinstance(call, dict) or not isinstance(value_of(call, "name"), str):
-            raise DataError(f"{name}: a tool call without a name")
-        name_unknown(call, known, "tool call", note)
-        arguments = value_of(call, "arguments")
-        if isinstance(arguments, str) and arguments.strip():
-            value = _parse(arguments, f"the arguments of the tool call in {name}")
-            arguments = value if isinstance(parse_json(arguments), DataError) else arguments
-        result.append({"name": value_of(call, "name"), "arguments": arguments or {}})
-    return result
 
 
 # --- what concerns the whole conversation -------------------------------------------------------------------
@@ -270,8 +239,9 @@ def _leave_out_empty_answers(messages: list[dict], note: Note) -> None:
         raise DataError("the conversation is not a list of messages that say something")
 
 
-def _add_system(messages: list[dict], system: object, note: Note) -> None:
+def _add_system(messages: list[dict], record: dict, note: Note) -> None:
     """Puts the system message of the record before its messages, unless they have one of their own."""
+    system = value_of(record, "system")
     if system is not None and not isinstance(system, str):
         raise DataError("system is not text")
     if system and messages[0]["role"] != "system":
@@ -279,7 +249,8 @@ def _add_system(messages: list[dict], system: object, note: Note) -> None:
     elif system and not messages[0]["content"]:
         messages[0]["content"] = system
     elif system and messages[0]["content"] != system:
-        note("the system text of the record is not used: its conversation has another system message")
+        name = next(name for name in NAMES["system"] if record.get(name) == system)
+        note(f"{name!r} of the record is not used: its conversation has another system message")
     if "system" in [message["role"] for message in messages[1:]]:
         raise DataError("a system message that is not the first message")
 
@@ -287,51 +258,10 @@ def _add_system(messages: list[dict], system: object, note: Note) -> None:
 def _tools_of(record: dict, first_turn: dict) -> list | None:
     """The tools of a record, or of its system message. Raises DataError where both have some, and differ."""
     places = [record] + [first_turn] * (ROLES[value_of(first_turn, "role")] == "system")
-    found = [_to_tools(value_of(place, "tools")) for place in places]
+    found = [read_tools(value_of(place, "tools")) for place in places]
     if all(found) and found[0] != found[-1]:
         raise DataError("the tools of the record and those of its system message differ")
     return found[0] or found[-1]
-
-
-def _to_tools(tools: object) -> list | None:
-    if isinstance(tools, str):
-        tools = _parse(tools, "tools") if tools.strip() else None
-    if isinstance(tools, dict) and ("name" in tools or "function" in tools):
-        tools = [tools]
-    if isinstance(tools, list):
-        tools = [_parse(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
-    if is_empty(tools):
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError("tools is not a list of objects")
-    return tools
-
-
-def _without_filled_nulls(messages: list[dict], tools: list | None, note: Note) -> list | None:
-    """The tools without nulls; and the arguments of the calls lose theirs.
-
-    In a file that datasets wrote, every call has the arguments of all calls, and null for those that are not
-    its own. A null stays only where the tool itself has an argument of that name.
-    """
-    declared = {}  # tool -> its arguments
-    for tool in tools or []:
-        tool = tool.get("function", tool)
-        schema = tool.get("parameters") if isinstance(tool, dict) else None
-        properties = schema.get("properties") if isinstance(schema, dict) else None
-        if isinstance(properties, dict) and isinstance(tool.get("name"), str):
-            declared[tool["name"]] = {key for key, value in properties.items() if value is not None}
-    for call in [call for message in messages for call in message.get("tool_calls", [])]:
-        if isinstance(call["arguments"], dict):
-            own = declared.get(call["name"], ())
-            kept = {key: without_nulls(value) for key, value in call["arguments"].items()
-                    if value is not None or key in own}  # fmt: skip
-            if kept != call["arguments"]:
-                call["arguments"] = kept
-                note("a null among the arguments of a tool call is left out, as if a table had filled it in")
-    cleaned = without_nulls(tools)
-    if cleaned != tools:
-        note("a null in the tools is left out, as if a table had filled it in")
-    return cleaned
 
 
 def _obey_flags(record: dict, messages: list[dict], note: Note) -> None:
@@ -350,12 +280,4 @@ def _messages_in(value: object) -> object:
     if isinstance(value, str) and value.lstrip().startswith("["):
         messages = parse_cell(value)
         return messages if is_conversation(messages) else value
-    return value
-
-
-def _parse(text: str, where: str) -> object:
-    """The value in a field. Raises DataError."""
-    value = parse_cell(text)
-    if isinstance(value, DataError):
-        raise DataError(f"{where}: {value}")
     return value

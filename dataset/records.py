@@ -20,6 +20,8 @@ from common.errors import DataError
 from dataset.json_records import Stop, read_json, reason_of
 from dataset.tables import read_csv, read_parquet
 
+BAD_LINE, NOTHING_TO_LEARN = "bad lines skipped", "records with nothing to learn skipped"
+OTHER_FORMATS = (".xlsx", ".xls", ".ods", ".arrow", ".feather", ".zip", ".bz2", ".xz", ".zst", ".tar", ".db")
 MAX_NOTES = 40  # of different ones; a hostile file may have a new key in every record
 
 
@@ -34,27 +36,20 @@ class Report:
         self.counts: dict[str, int] = {}  # kind of problem -> how many
         self.examples: list[str] = []  # the lines that were shown
         self.first: dict[str, str] = {}  # path -> the first problem with that file
-        self.unusable = Counter()  # path -> how many of its records were skipped
+        self.usable, self.unusable = Counter(), Counter()  # path -> how many of its records
         self.notes: dict[str, list] = {}  # note -> [where it was made first, in how many records]
 
-    def add(self, path, line: int | None, reason: str, kind: str = ""):
-        """Raises DataError when strict. Without a kind the record is skipped."""
+    def add(self, path, line: int | None, reason: str, kind: str = BAD_LINE):
+        """Raises DataError when strict."""
         message = f"{path}:{line}: {reason}" if line else f"{path}: {reason}"
         if self.strict:
             raise DataError(f"{message} (fatal with --strict)")
         self.first.setdefault(str(path), f"line {line}: {reason}" if line else reason)
-        self.unusable[str(path)] += not kind
-        kind = kind or "bad lines skipped"
+        self.unusable[str(path)] += kind in (BAD_LINE, NOTHING_TO_LEARN)
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if self.counts[kind] <= self.shown:
             self.examples.append(message)
             print(f"warning: {message}", file=sys.stderr)
-
-    def add_skipped(self, path, line: int, reason: str):
-        """Counts a record that is right, but has nothing to learn in it. Not fatal."""
-        self.first.setdefault(str(path), f"line {line}: {reason}")
-        self.unusable[str(path)] += 1
-        self.note(path, line, f"{reason}: skipped")
 
     def note(self, path, line: int, text: str):
         """Counts a note, once for each record that it concerns."""
@@ -71,15 +66,15 @@ class Report:
         """Such as "bad lines skipped: 12, samples over 512 tokens cut: 3"; empty when all was well."""
         return ", ".join(f"{kind}: {count:,}" for kind, count in self.counts.items())
 
-    def refusal(self, path: str, num_usable: int) -> str | None:
+    def refusal(self, path: str) -> str | None:
         """Why a file should not be used: most of its records are unusable. None if most are usable.
 
         Then it may be another file than was meant, or in another form, and the rest is no fair part of it.
         """
-        skipped = self.unusable[path]
-        if skipped <= num_usable:
+        usable, unusable = self.usable[path], self.unusable[path]
+        if unusable <= usable:
             return None
-        return (f"{path}: {skipped:,} of {skipped + num_usable:,} records cannot be used "
+        return (f"{path}: {unusable:,} of {unusable + usable:,} records cannot be used "
                 f"(first problem: {self.first[path]})")
 
 
@@ -136,6 +131,8 @@ def _read_file(path: str, report: Report) -> Iterator[tuple[int, dict]]:
     """
     opened = gzip.open if path.lower().endswith(".gz") else open
     suffix = Path(path.lower().removesuffix(".gz")).suffix
+    if suffix in OTHER_FORMATS:
+        raise DataError(f"{path}: {suffix} files are not read; save it as .jsonl, .csv or .parquet")
     line = None
     read = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}.get(suffix, read_json)
     try:

@@ -28,6 +28,7 @@ def read_csv(file) -> Iterator[tuple[int, object]]:
     line, _, names = next(rows, (1, 1, []))  # Without these names nothing can be made of the other rows.
     if isinstance(names, DataError):
         raise Stop(line, str(names))
+    names = [name.strip() for name in names]
     if len(set(names)) < len(names):
         raise Stop(line, "two columns of the same name")
     for line, last_line, row in rows:

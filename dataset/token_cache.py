@@ -24,14 +24,14 @@ from common.files import json_text, publish, remove, temporary_path
 from dataset.chat import end_of_text, plain_encoder
 from dataset.encoder import CannotEncode
 from dataset.messages import NothingToLearn
-from dataset.records import Report, nothing_usable, read_records, reason_of
+from dataset.records import NOTHING_TO_LEARN, Report, nothing_usable, read_records, reason_of
 
 CACHE_DIR = Path(__file__).resolve().parents[1] / "out" / "cache"
 # What is tokenised at once: enough work for all cores, and little memory.
 MAX_RECORDS_OF_BATCH, MAX_CHARACTERS_OF_BATCH = 1024, 2 << 20
 READS_PER_RELEASE = 16  # after so many reads mapped pages are given back; a read may bring 2 MB into memory
 # The name of a cache depends on these files, too: an edited chat.py must not meet the caches it wrote before.
-MODULES = ("keys", "json_records", "tables", "records", "messages", "encoder", "foreign_chat", "chat",
+MODULES = ("keys", "json_records", "tables", "records", "tool_calls", "messages", "encoder", "foreign_chat", "chat",
            "token_cache", "lm_dataset")  # fmt: skip
 
 # --- the name of a cache ------------------------------------------------------------------------------------
@@ -213,22 +213,19 @@ def build_cache(folder: Path, dataset, tokenizer, report: Report) -> None:
         writer.write(offsets=[0])
         for path in dataset.paths:
             first_samples.append(writer.sizes["lengths"])
-            num_usable = 0
             for batch in batches(dataset, tokenizer, path, report):
-                num_skipped = report.unusable[path]
                 for line, ids, mask in samples(dataset, tokenizer, path, batch, report):
                     supervised = ids[1:] if mask is None else ids[mask == 1]
                     masks = {} if mask is None else {"mask": mask}
                     writer.write(tokens=ids, **masks, offsets=[writer.sizes["tokens"] + len(ids)],
                                  lengths=[len(ids)], num_targets=[len(supervised)],
                                  num_bytes=[bytes_of_token[supervised].sum()], lines=[line])  # fmt: skip
-                num_usable += len(batch) - (report.unusable[path] - num_skipped)
                 bar.update(len(batch))
                 if file_stamps(dataset.paths) != stamps:  # not only at the end: a log may grow for ever
                     raise DataError(f"{path}: changed while it was read; start again")
             if writer.sizes["lengths"] == first_samples[-1]:
                 raise nothing_usable(path, report)
-            refusals += [refusal] if (refusal := report.refusal(path, num_usable)) else []
+            refusals += [refusal] if (refusal := report.refusal(path)) else []
         writer.meta = dict(first_samples=first_samples, summary=report.summary(), examples=report.examples,
                            notes=report.note_lines(), refusals=refusals,
                            unusable=report.unusable.total())  # fmt: skip
@@ -242,13 +239,14 @@ def batches(dataset, tokenizer, path: str, report: Report) -> Iterator[list[tupl
         try:
             prepared = dataset.prepare(tokenizer, record, notes.append)
         except NothingToLearn as error:
-            report.add_skipped(path, line, str(error))
+            report.add(path, line, str(error), NOTHING_TO_LEARN)
             continue
         except (DataError, RecursionError) as error:
             report.add(path, line, reason_of(error))
             continue
         for note in dict.fromkeys(notes):  # each once
             report.note(path, line, note)
+        report.usable[path] += 1
         batch += [(line, one) for one in prepared]
         texts = [one if isinstance(one, str) else "".join(text for text, _, _ in one) for one in prepared]
         characters += sum(len(text) for text in texts)
@@ -266,6 +264,7 @@ def samples(dataset, tokenizer, path: str, batch: list, report: Report) -> Itera
     except CannotEncode as error:
         if len(batch) == 1:
             report.add(path, batch[0][0], str(error))
+            report.usable[path] -= 1
         else:  # To find the record, each is tried alone.
             for record in batch:
                 yield from samples(dataset, tokenizer, path, [record], report)

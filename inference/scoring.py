@@ -114,7 +114,8 @@ def forced_loss(chat_model: ChatModel, path: Path, kind: str, limit: int | None,
     not finite.
     """
     dataset_class = SFTDataset if kind == "chat" else PretrainDataset
-    dataset = dataset_class(path, chat_model.tokenizer, min(chat_model.max_positions, MAX_TOKENS_OF_RECORD))
+    dataset = dataset_class(path, chat_model.tokenizer, min(chat_model.max_positions, MAX_TOKENS_OF_RECORD),
+                            allow_unusable=True)  # fmt: skip
     # Rows of about the same length need less padding.
     samples = sorted(spread(len(dataset), limit), key=dataset.lengths.__getitem__)
     rows = [[sample] for sample in samples]

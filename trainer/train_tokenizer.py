@@ -163,8 +163,9 @@ def main(args):
             except (DataError, RecursionError) as error:
                 report.add(path, line, reason_of(error))
                 continue
+            report.usable[str(path)] += 1
             (held_out if hashed_fraction(texts) < args.eval_fraction else training)[path].append(texts)
-        refusal = report.refusal(str(path), len(training[path]) + len(held_out[path]))
+        refusal = report.refusal(str(path))
         if refusal and not args.allow_unusable:
             raise DataError(f"{refusal}; --allow_unusable uses the others all the same")
         if report.counts:

@@ -161,11 +161,18 @@ ROW = {"instruction": "A; B", "input": "", "output": "x\ny"}
     ("bar.csv", 'instruction|input|output\nA; B||"x\ny"\n'),
     ("sep.csv", 'sep=,\r\ninstruction,input,output\r\nA; B,,"x\ny"\r\n'),
     ("sep2.csv", '\ufeffsep=;\ninstruction;input;output\n"A; B";;"x\ny"\n'),
+    ("spaces.csv", 'instruction, input, output\nA; B,,"x\ny"\n'),
     ("bom.csv", '\ufeffinstruction,input,output\nA; B,,"x\ny"\n'),
 ])  # fmt: skip
 def test_tables_of_every_kind(tmp_path, name, content):
     records, complaints = read(write(tmp_path / name, content))
     assert [record for _, record in records] == [ROW] and complaints == []
+
+
+@pytest.mark.parametrize("name", ["a.xlsx", "a.arrow", "a.jsonl.zip"])
+def test_formats_that_are_not_read_are_named(tmp_path, name):
+    with pytest.raises(DataError, match="files are not read; save it as"):
+        read(write(tmp_path / name, b"PK\x03\x04"))
 
 
 def test_a_table_of_an_old_mac(tmp_path):

@@ -208,6 +208,18 @@ def test_parts_of_a_content(parts, message):
     assert found == {"role": "assistant", **message}
 
 
+def test_keys_of_parts():
+    def notes(**more):
+        return notes_on(chat({"role": "assistant", "content": [{"type": "text", "text": "A"}, more]}))
+
+    assert notes(type="text", text="B", cache_control={"type": "ephemeral"}) == []
+    assert notes(type="text", text="B", foo=1) == ["the key 'foo' of a part is not used"]
+    assert notes(type="thinking", thinking="hm", text="B") == ["the key 'text' of a part is not used"]
+    asked = {"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}
+    with pytest.raises(DataError, match="message 1 is not text: it has a part of the type 'thinking'"):
+        to_messages({"messages": [asked, ANSWER]})
+
+
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "video", "file", "tool_result"])
 def test_a_part_that_is_no_text_is_named(kind):
     parts = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "x"}}]
@@ -240,8 +252,9 @@ def test_pretraining_names_what_it_does_not_use(tokenizer, tmp_path):
              {"text": "three", "train": False}]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     dataset = PretrainDataset(tmp_path / "a.jsonl", tokenizer, cache_dir=tmp_path / "cache")
-    first, second = dataset.cache.meta["notes"]
-    assert len(dataset) == 2 and "'summary'" in first and "a.jsonl:3: a text that is marked" in second
+    note, = dataset.cache.meta["notes"]
+    assert len(dataset) == 2 and "'summary'" in note
+    assert dataset.summary == "records with nothing to learn skipped: 1"
 
 
 # ---------------------------------------------------------------- MiniMind's formats
@@ -278,13 +291,14 @@ def test_a_prompt_is_no_answer(content):
     assert learnt(longer) == ["A"] and "a prompt without its answer" in notes_on(longer)[0]
 
 
-def test_prompts_are_counted_and_are_no_bad_lines(tokenizer, tmp_path):
+def test_prompts_are_counted_and_are_no_bad_lines(tokenizer, tmp_path, capsys):
     lines = [chat(), chat(), {"conversations": [ASK, {"role": "assistant", "content": "无"}]}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    dataset = SFTDataset(tmp_path / "a.jsonl", tokenizer, cache_dir=tmp_path / "cache", strict=True)
-    assert len(dataset) == 2 and dataset.summary == ""
-    note = dataset.cache.meta["notes"][0]
-    assert "a.jsonl:3: " in note and "in 1 record)" in note
+    dataset = SFTDataset(tmp_path / "a.jsonl", tokenizer, cache_dir=tmp_path / "cache")
+    assert len(dataset) == 2 and dataset.summary == "records with nothing to learn skipped: 1"
+    assert "a.jsonl:3: a conversation with no assistant message" in capsys.readouterr().err
+    with pytest.raises(DataError, match="a.jsonl:3: .*--strict"):
+        SFTDataset(tmp_path / "a.jsonl", tokenizer, cache_dir=tmp_path / "cache", strict=True)
 
 
 @pytest.mark.parametrize("record", [

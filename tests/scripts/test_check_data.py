@@ -137,3 +137,33 @@ def test_a_pth_file_has_our_own_tokenizer(files, capsys):
         check(files / "chats.jsonl", *flags)
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1] and "29 samples" in shown[0]
+
+
+def test_keys_that_are_not_used_are_named_and_counted(tmp_path, capsys):
+    lines = [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], **more}
+             for more in ({}, {"foo": 1, "id": 7}, {"foo": 2})]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    check(tmp_path / "a.jsonl")
+    out, err = capsys.readouterr()
+    assert "3 samples (chats" in out and "'id'" not in err
+    assert f"{tmp_path / 'a.jsonl'}:2: the key 'foo' of a record is not used (in 2 records)" in err
+
+
+def test_of_a_file_that_training_refuses_the_report_is_shown_all_the_same(tmp_path, capsys):
+    (tmp_path / "README.md").write_text('# Title\nwords\n{"text": "a fox"}\n', encoding="utf-8")
+    check(tmp_path / "README.md")
+    out, err = capsys.readouterr()
+    assert "1 samples (plain text" in out
+    assert "README.md: 2 of 3 records cannot be used (first problem: line 1" in err
+
+
+def test_documents_are_split_as_in_pretraining(files, tmp_path, refused, capsys):
+    text = "<|im_start|>a fox<|im_end|> <|im_start|>an owl<|im_end|>"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    check(tmp_path / "a.jsonl")
+    out, err = capsys.readouterr()
+    assert "1 samples" in out and "--split_documents" in err
+    check(tmp_path / "a.jsonl", "--split_documents")
+    out, err = capsys.readouterr()
+    assert "2 samples" in out and "[[ fox<|endoftext|>]]" in out and err == ""
+    refused(check_data, [files / "chats.jsonl", "--split_documents"], "--split_documents is for plain text")

@@ -51,7 +51,8 @@ def test_help_is_grouped_complete_and_imports_nothing_heavy(stage):
     for flag in re.findall(r"^  (--\w+)(?! \| | *\n? *-)", ended.stdout, re.MULTILINE):
         text = ended.stdout.split(f"\n  {flag}", 1)[1].split("\n  --", 1)[0]
         assert "(default:" in text or re.search(r"--(load_from|max_steps|\w+_size|num_\w+|name)", flag) or \
-            flag in ("--strict", "--resume", "--overwrite", "--compile", "--gradient_checkpointing",
+            flag in ("--strict", "--allow_unusable", "--split_documents", "--resume", "--overwrite",
+                     "--compile", "--gradient_checkpointing",
                      "--use_wandb", "--lora_rslora"), flag
 
 
@@ -254,6 +255,26 @@ def test_bad_records(stage, name, workshop, complaint):
     path = workshop.write(f"{name}_{stage}_only.jsonl", records[1:] * 2)
     line = complaint(stage, data_path=path)  # not one good record: fatal without --strict too
     assert str(path) in line and says in line
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_file_of_which_most_is_unusable_is_refused(stage, workshop, complaint):
+    """Such as a README.md with one line of JSON in it."""
+    good = TEXT if stage == "pretrain" else GOOD
+    path = workshop.write(f"most_{stage}.md", ["# Title", "Some words.", good])
+    line = complaint(stage, data_path=path)
+    assert f"{path}: 2 of 3 records cannot be used (first problem: line 1: not valid JSON" in line
+    assert "--allow_unusable" in line
+
+
+def test_flags_for_files_of_others(workshop, tmp_path):
+    text = "<|im_start|>the cat sat on a stone<|im_end|> " * 20
+    path = workshop.write("others.jsonl", ["# Title", "Some words.", {"text": text}])
+    flags = workshop.flags("pretrain", tmp_path / "out", data_path=path)
+    ended = workshop.run("pretrain", *flags, "--allow_unusable", "--split_documents")
+    assert ended.code == 0 and "2 of 3 records cannot be used" in ended.err and "spelled" not in ended.err
+    about = json.loads((tmp_path / "out" / "pretrain" / "training.json").read_text(encoding="utf-8"))
+    assert about["arguments"]["split_documents"] and about["arguments"]["allow_unusable"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
