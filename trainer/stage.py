@@ -120,7 +120,9 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
 
     with ranks.main_first():
         train_set, eval_set, old_set = read(data_path), read(eval_data_path), read(retain_data_path)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # Any id can fill a row: no token sees padding, and no loss is taken there. Some tokenizers name none.
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(token for token in ids if token is not None)
     rows = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_seq_len": max_seq_len,
             "packing": packing, "seed": seed, "pad_token_id": pad}
     # Samples are numbers, in an array or in an Order, which takes no memory. Order(3) holds 0, 1 and 2.
