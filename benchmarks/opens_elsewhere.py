@@ -133,7 +133,7 @@ def learn(model, parameters, chats: list, tokenizer, steps: int) -> None:
     model.eval()
 
 
-# --- the checks: each runs in the environment of a program, without our code, and yields (what, outcome) -----
+# --- the checks: each runs in the environment of a program, without our code, and yields (what, outcome) ----
 
 
 def compare(case: dict, prompt: list, answer: list) -> str:

@@ -31,8 +31,8 @@ CACHE_DIR = Path(__file__).resolve().parents[1] / "out" / "cache"
 MAX_RECORDS_OF_BATCH, MAX_CHARACTERS_OF_BATCH = 1024, 2 << 20
 READS_PER_RELEASE = 16  # after so many reads mapped pages are given back; a read may bring 2 MB into memory
 # The name of a cache depends on these files, too: an edited chat.py must not meet the caches it wrote before.
-MODULES = ("keys", "json_records", "tables", "records", "tool_calls", "messages", "encoder", "foreign_chat", "chat",
-           "token_cache", "lm_dataset")  # fmt: skip
+MODULES = ("keys", "json_records", "tables", "records", "tool_calls", "messages", "encoder", "foreign_chat",
+           "chat", "token_cache", "lm_dataset")  # fmt: skip
 
 # --- the name of a cache ------------------------------------------------------------------------------------
 

@@ -60,8 +60,8 @@ RESPONSE_TEMPLATE = {
         "thinking": {"open": "<think>", "close": "</think>"},
         "tool_calls": {"open_pattern": r"\s*<tool_call>", "close": "</tool_call>", "repeats": True,
                        "content": "json", "transform": {"type": "function", "function": "{content}"}},
-        # The space before the end belongs to no field, so that it does not count as an answer of its own.
-        "content": {"close_pattern": r"\s*(?:<\|im_end\|>|<\|endoftext\|>)"},
+        # Spaces around the end belong to no field. Otherwise they would count as another, empty content.
+        "content": {"close_pattern": r"\s*(?:<\|im_end\|>|<\|endoftext\|>)\s*"},
     },
 }
 

@@ -552,3 +552,19 @@ def test_another_tokenizer_can_be_named_and_must_fit(complaint, workshop, tmp_pa
     line = complaint("full_sft", load_from=tmp_path / "small.pth", tokenizer=workshop.base)
     assert "do not belong together" in line
     assert "nowhere.pth" in complaint("full_sft", load_from=tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_tokenizer_that_names_no_end_and_no_padding(stage, workshop, tmp_path):
+    """Both are in the vocabulary, and tokenizer_config.json says nothing of them."""
+    base = tmp_path / "base"
+    shutil.copytree(workshop.base, base)
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (base / "chat_template.jinja").unlink()
+    own_shape = OWN_SHAPE if stage == "pretrain" else {}
+    flags = workshop.flags(stage, tmp_path, load_from=base, max_steps=2, **own_shape)
+    ended = workshop.run(stage, *flags)
+    assert ended.code == 0, ended
+    if stage != "lora":
+        generation = json.loads((tmp_path / stage / "generation_config.json").read_text(encoding="utf-8"))
+        assert generation["eos_token_id"] == [2, 0]  # known by their names

@@ -174,6 +174,29 @@ CONVERSATIONS = {
         f"{ASSISTANT}{CALL_BLOCK}<|im_end|>\n",
         [f"{CALL_BLOCK}<|im_end|>"],
     ),
+    "content in parts, and the role developer": (
+        [
+            {"role": "developer", "content": [{"type": "text", "text": "Be "}, "kind."]},
+            {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "4"}]},
+        ],
+        {},
+        f"<|im_start|>system\nBe kind.<|im_end|>\n{USER_HI}{ASSISTANT}4<|im_end|>\n",
+        ["4<|im_end|>"],
+    ),
+    "tools after a developer's message in parts": (
+        [{"role": "developer", "content": [{"type": "text", "text": "Be kind."}]}, user()],
+        {"tools": [TOOL], "add_generation_prompt": True},
+        f"<|im_start|>system\nBe kind.\n\n{TOOLS_INTRO}{TOOL_JSON}\n</tools><|im_end|>\n{USER_HI}{ASSISTANT}",
+        [],
+    ),
+    "thinking under the names of transformers and of vLLM": (
+        [user(), assistant("4", thinking="easy"), user(), assistant("5", reasoning="hard")],
+        {},
+        f"{USER_HI}{ASSISTANT}<think>\neasy\n</think>\n\n4<|im_end|>\n"
+        f"{USER_HI}{ASSISTANT}<think>\nhard\n</think>\n\n5<|im_end|>\n",
+        ["<think>\neasy\n</think>\n\n4<|im_end|>", "<think>\nhard\n</think>\n\n5<|im_end|>"],
+    ),
     "the start of an answer": ([user()], {"add_generation_prompt": True}, USER_HI + ASSISTANT, []),
     "the start of an answer without thinking": (
         [user()],
@@ -193,6 +216,30 @@ def test_template_text_and_assistant_mask(tokenizer, name):
     assert output["input_ids"] == encode(tokenizer, text)
     assert tokenizer.decode(output["input_ids"]) == text
     assert masked_spans(tokenizer, output["input_ids"], output["assistant_masks"]) == supervised
+
+
+def test_a_picture_is_refused_and_not_dropped(tokenizer):
+    picture = {"role": "user", "content": [{"type": "image", "url": "x"}, {"type": "text", "text": "Hi"}]}
+    with pytest.raises(Exception, match="this model reads text"):
+        tokenizer.apply_chat_template([picture], tokenize=False)
+
+
+@pytest.mark.parametrize("answer", [
+    {"content": "Hello"},
+    {"content": "4", "thinking": "easy"},
+    {"content": "Let me see.", "tool_calls": [CALL, CALL]},
+    {"tool_calls": [CALL], "thinking": "a < b\n\nso"}])
+def test_transformers_finds_thinking_and_calls_in_an_answer(tokenizer, answer):
+    """parse_response is the inverse of the template, as far as the words are not empty."""
+    calls = [{"type": "function", "function": call} for call in answer.get("tool_calls", [])]
+    message = {"role": "assistant"} | answer | ({"tool_calls": calls} if calls else {})
+    prompt = tokenizer.apply_chat_template([user()], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([user(), message], tokenize=False)
+    assert whole.startswith(prompt)
+    text = whole.removeprefix(prompt)
+    assert tokenizer.parse_response(text, prefix=prompt) == message
+    assert tokenizer.parse_response(encode(tokenizer, text), prefix=encode(tokenizer, prompt)) == message
+    assert tokenizer.parse_response(text.removesuffix("<|im_end|>\n"), prefix=prompt) == message  # cut off
 
 
 def masked_spans(tokenizer, ids, mask):
