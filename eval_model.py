@@ -10,7 +10,7 @@
 
 --load_from also takes the folder of any Llama, Mistral, Qwen2 or Qwen3 model. --lora takes folders, or names
 of folders beside the model or in out/. --data_path takes every chat format, texts, multiple choice and sums:
-inference/scoring.py lists them.
+inference/scoring.py lists them. What a model thinks is shown on stderr, and each tool call on a line.
 """
 
 import argparse
@@ -159,8 +159,9 @@ def say(chat_model, ids: list[int], sampling, in_chat: bool = False) -> dict:
                 continue
             if part != shown and len(reply.parts) > 1:
                 text, gap = text.lstrip("\n"), ""
-            # Line breaks at the end of a part are not shown.
-            text, gap = (gap + text).rstrip("\n"), (gap + text)[len((gap + text).rstrip("\n")):]
+            whole = gap + text
+            text = whole.rstrip("\n")
+            gap = whole[len(text):]  # shown before the next text; at the end of a part it is not shown
             if not text:
                 continue
             if shown == "reasoning" != part:

@@ -97,7 +97,7 @@ class Reply:
     def turn(self, tokenizer) -> dict:
         """The message as a part of the next prompt, in which its ids are those that the model wrote."""
         message = self.message()
-        if plain_encoder(tokenizer).template or assistant_text(message) == self.text:
+        if assistant_text(message) == self.text or plain_encoder(tokenizer).template:
             return message
         return {"role": "assistant", "content": self.text}  # other line breaks, or an answer that was cut off
 

@@ -90,5 +90,12 @@ def test_the_next_prompt_holds_the_tokens_that_the_model_wrote(tokenizer, text):
     assert encode_chat(tokenizer, [user, read(text).turn(tokenizer)]) == (as_trained, mask)
 
 
+def test_the_text_of_a_base_model_is_a_turn_without_a_tokenizer():
+    """A base model's tokenizer may have a template that refuses every conversation."""
+    reply = Reply()
+    reply.add("\n<think>x</think>y\n")
+    assert reply.turn(None) == {"role": "assistant", "content": "\n<think>x</think>y\n"}
+
+
 def test_the_marks_of_our_tokenizer(tokenizer):
     assert mark_ids(tokenizer) == {tokenizer.convert_tokens_to_ids(mark): mark for mark in MARKS}

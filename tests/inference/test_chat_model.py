@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from common.errors import ModelError
+from dataset.chat import encode_text
+from dataset.replies import MARKS
 from inference.chat_model import ChatModel, Sampling, checked_end_tokens
 from model.lora import apply_lora, lora_parameters, save_lora
 from model.transformer import CausalLM, ModelConfig
@@ -157,3 +159,90 @@ def test_some_token_must_end_an_answer(tmp_path):
         model.generation_config = {"eos_token_id": wrong}
         with pytest.raises(ModelError, match="is no token of the model"):
             checked_end_tokens(model, Tokenizer(), tmp_path)
+
+
+# ---------------------------------------------------------------- thinking and tool calls
+
+
+@pytest.fixture(scope="module")
+def thinker(home, tmp_path_factory):
+    """As Qwen3-Thinking: the marks are added tokens that are not special, and the prompt ends in <think>."""
+    folder = tmp_path_factory.mktemp("thinker") / "model"
+    shutil.copytree(home / "chat", folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings, added = (json.loads((folder / name).read_text(encoding="utf-8"))
+                       for name in ("tokenizer_config.json", "tokenizer.json"))
+    settings["chat_template"] = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")
+    settings.pop("added_tokens_decoder", None)
+    for token in added["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in MARKS
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(added), encoding="utf-8")
+    return ChatModel(folder)
+
+
+def said(chat_model, monkeypatch, prompt: list[int], text: str) -> list:
+    """The pieces of an answer that the model gives, token by token."""
+    ids = chat_model.tokenizer(text, add_special_tokens=False)["input_ids"] + chat_model.stop_ids[:1]
+    monkeypatch.setattr(chat_model, "generate", lambda *_: iter(torch.tensor(ids)[:, None]))
+    reply = chat_model.new_reply(prompt)
+    pieces = list(chat_model.stream(prompt, Sampling(), reply))
+    assert chat_model.read(prompt, ids[:-1]).message() == reply.message()  # as a whole and in pieces
+    return [reply.message(), *("".join(piece.text for piece in pieces if piece.part == part).strip()
+                               for part in ("reasoning", "content", "call"))]
+
+
+CALL = '<tool_call>\n{"name": "cat", "arguments": {"猫": "🦊"}}\n</tool_call>'
+
+
+def test_parts_of_an_answer(home, monkeypatch):
+    chat_model = ChatModel(home / "chat")
+    prompt = chat_model.encode([{"role": "user", "content": "Hi <think>"}])
+    assert said(chat_model, monkeypatch, prompt, f"<think>\n猫 🦊 龘.\n</think>\n\nOne moment.\n{CALL}") == [
+        {"role": "assistant", "content": "One moment.", "reasoning_content": "猫 🦊 龘.",
+         "tool_calls": [{"name": "cat", "arguments": {"猫": "🦊"}}]},
+        "猫 🦊 龘.", "One moment.", '{"name": "cat", "arguments": {"猫": "🦊"}}']
+
+
+def test_marks_that_are_no_control_tokens_and_a_prompt_that_begins_the_thought(thinker, monkeypatch):
+    assert thinker.marks and "<think>" in thinker.decode(list(thinker.marks))  # they would be shown as text
+    prompt = thinker.encode([{"role": "user", "content": "Hi"}])
+    message, thought, words, _ = said(thinker, monkeypatch, prompt, "Long.\n</think>\n\nThe Rhine.")
+    assert (thought, words) == ("Long.", "The Rhine.")
+    assert message == {"role": "assistant", "content": "The Rhine.", "reasoning_content": "Long."}
+    assert said(thinker, monkeypatch, prompt, "It never en")[1:] == ["It never en", "", ""]
+
+
+def test_the_letters_of_a_mark_in_ordinary_tokens_are_words(home):
+    chat_model = ChatModel(home / "chat")
+    ids = encode_text(chat_model.tokenizer, "<think> is a tag")
+    assert not chat_model.marks.keys() & set(ids)
+    assert chat_model.read([1], ids).message() == {"role": "assistant", "content": "<think> is a tag"}
+
+
+def test_a_tokenizer_without_marks_spells_them(home, monkeypatch):
+    chat_model = ChatModel(home / "chat")
+    monkeypatch.setattr(chat_model, "marks", {})
+    monkeypatch.setattr(chat_model, "tokenizer", Spelling(chat_model.tokenizer))
+    text = f"<think>\nLong.\n</think>\n\nHi.\n{CALL}"
+    message, thought, words, call = said(chat_model, monkeypatch, [1], text)
+    assert (thought, words, message["content"]) == ("Long.", "Hi.", "Hi.") and "cat" in call
+
+
+class Spelling:
+    """A tokenizer that has no token for <think> and the others."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.decode = tokenizer.decode
+
+    def __call__(self, text, **options):
+        return {"input_ids": encode_text(self.tokenizer, text)}
+
+
+def test_a_base_model_knows_no_parts(home):
+    base = ChatModel(home / "base")
+    ids = base.tokenizer("<think>a</think>b")["input_ids"]
+    assert base.read([1], ids).message() == {"role": "assistant", "content": "ab"}
