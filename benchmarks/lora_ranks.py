@@ -66,7 +66,8 @@ def held_out_loss(args, script: str, name: str, *flags: str) -> float:
         sys.executable, ROOT / "trainer" / script, "--data_path", *args.data_path, *validation,
         "--load_from", args.load_from, "--out_dir", args.out_dir, "--name", name, "--resume",
         "--max_steps", args.max_steps, "--batch_size", args.batch_size, "--max_seq_len", args.max_seq_len,
-        "--optimizer", "adamw", "--weight_decay", 0, "--eval_interval", 0, *flags])
+        "--micro_batch_size", args.batch_size, "--optimizer", "adamw", "--warmup_ratio", 0.02,
+        "--weight_decay", 0, "--eval_interval", 0, *flags])  # all is typed, so that no base changes it
     loss = read_json(args.out_dir / name / "training.json")["eval_loss"]
     print(f"{name:<16} {loss:.4f}", flush=True)
     return loss

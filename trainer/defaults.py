@@ -18,12 +18,12 @@ GROWN_TOKENS, GROWN_RATIO = 100_000_000, 10
 BYTES_PER_TOKEN = 4  # about, in a file of records
 
 # A step has as many tokens as over a young model, in fewer and longer rows: what people write is longer than
-# the chats of the built-in world. Few rows in a forward pass bound the memory. The warm-up is long, because
+# the chats of the built-in world. One row in a forward pass bounds the memory. The warm-up is long, because
 # AdamW's first steps are too large: it does not know yet how large gradients are. Data is shown once. Only
 # where this makes very few steps it is shown again, up to MAX_EPOCHS times.
 ROW, TOKENS_PER_STEP, MIN_STEPS, MAX_EPOCHS = 1024, 4096, 30, 10
 GENTLE = {"optimizer": "adamw", "learning_rate": 1e-4, "warmup_ratio": 0.1, "epochs": 1, "max_seq_len": ROW,
-          "batch_size": TOKENS_PER_STEP // ROW, "micro_batch_size": 2}
+          "batch_size": TOKENS_PER_STEP // ROW, "micro_batch_size": 1}
 LORA_RATIO = 10  # an adapter learns this many times faster than the weights themselves would
 # AdamW changes each weight by about the learning rate. In a wide layer more of these changes add up. So the
 # rate above is for layers up to this width. Beyond it the rate is smaller, in proportion.
