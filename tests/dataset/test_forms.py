@@ -180,6 +180,12 @@ def test_tables_of_every_kind(tmp_path, name, content):
     assert [record for _, record in records] == [ROW] and complaints == []
 
 
+@pytest.mark.parametrize("sep", ['"', "\r", "a", "", "\0", "é"])
+def test_odd_separators_give_a_complaint(tmp_path, sep):
+    with pytest.raises(DataError, match="no usable record"):
+        texts_of(write(tmp_path / "a.csv", f"sep={sep}\r\ntext,n\nA,1,\n"))
+
+
 @pytest.mark.parametrize("name", ["a.xlsx", "a.arrow", "a.jsonl.zip"])
 def test_formats_that_are_not_read_are_named(tmp_path, name):
     with pytest.raises(DataError, match="files are not read; save it as"):
