@@ -208,15 +208,16 @@ def _rows_in(value: dict) -> list:
     """The records of an object: itself, or the rows of a table that was saved as one object."""
     columns = list(value.values())
     if columns and all(isinstance(column, dict) and column for column in columns):
-        if all(key.isdigit() for key in value):  # pandas, orient="index"
+        if all(map(str.isdigit, value)):  # {"0": {"text": "one"}, ...}: pandas, orient="index"
             return columns
-        rows = columns[0].keys()
+        rows = columns[0].keys()  # orient="columns", which is what pandas does unless told otherwise
         if all(map(str.isdigit, rows)) and all(column.keys() == rows for column in columns):
-            return rows_of({name: list(column.values()) for name, column in value.items()})  # "columns"
-    if "columns" in value and isinstance(value.get("data"), list) and isinstance(value["columns"], list):
-        names = value["columns"]  # orient="split"
-        return [dict(zip(names, row, strict=True)) if isinstance(row, list) and len(row) == len(names)
-                else DataError("a row that does not fit the columns") for row in value["data"]]  # fmt: skip
+            return rows_of({name: list(column.values()) for name, column in value.items()})
+    names, rows = value.get("columns"), value.get("data")
+    if value.keys() <= {"columns", "index", "data"} and isinstance(names, list) and isinstance(rows, list):
+        if rows and all(isinstance(name, str) for name in names):  # orient="split"
+            return [dict(zip(names, row, strict=True)) if isinstance(row, list) and len(row) == len(names)
+                    else DataError("a row that does not fit the columns") for row in rows]  # fmt: skip
     if isinstance(value.get("text", value.get("instruction")), list) and (rows := rows_of(value)):
         return rows  # orient="list"
     wrapped = [key for key in value if key not in NO_MEANING]
@@ -237,6 +238,7 @@ def read_json(file) -> Iterator[tuple[int, dict | DataError]]:
 
 
 def _is_jsonl(head: bytes) -> bool:
+    """Whether a file that begins so has a record on each line."""
     first = None  # the first line that is neither blank nor a comment
     for line in head.splitlines():  # of bytes: at \n and \r alone
         if not line.strip() or line.startswith((b"//", b"#")):
@@ -306,6 +308,9 @@ class _JSONSource:
                 return self.buffer[self.position : self.position + 1]
 
     def conversation_begins(self) -> bool:
+        """Whether the list that begins here is one of messages."""
+        if len(self.buffer) - self.position < 100:  # room for "[{" and a key
+            self.read_more()
         return bool(CONVERSATION_BEGINS.match(self.buffer, self.position))
 
     def next_value(self) -> object:

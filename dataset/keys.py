@@ -80,19 +80,22 @@ def value_of(record: dict, key: str) -> object:
 
     Raises DataError where two names hold different values.
     """
-    found = {name: record[name] for name in NAMES[key] if not is_empty(record.get(name))}
-    first, *others = found or [None]
-    for other in others:
-        if found[other] != found[first]:
-            raise DataError(f"{first} and {other} stand side by side and say different things")
-    return found.get(first)
+    first = None
+    for name in NAMES[key]:
+        if name not in record or is_empty(record[name]):
+            continue
+        if first is not None and record[name] != record[first]:
+            raise DataError(f"{first} and {name} stand side by side and say different things")
+        first = name if first is None else first
+    return None if first is None else record[first]
 
 
-def name_unknown(record: dict, known, what: str, note: Note) -> None:
+def name_unknown(record: dict, known: set[str], what: str, note: Note) -> None:
     """Notes each key that is not known and says something. what: such as "message"."""
-    for key, value in record.items():
-        if key not in known and key not in NO_MEANING and not is_empty(value):
-            note(f"the key {str(key)[:20]!r} of a {what} is not used")
+    if unknown := record.keys() - known - NO_MEANING:
+        for key in sorted(unknown, key=list(record).index):
+            if not is_empty(record[key]):
+                note(f"the key {key[:20]!r} of a {what} is not used")
 
 
 def read_flag(record: dict, name: str, note: Note) -> bool | None:
@@ -109,6 +112,8 @@ def is_learnt(record: dict, note: Note) -> bool | None:
 
     Raises DataError where two of them contradict each other.
     """
+    if FLAGS.keys().isdisjoint(record):
+        return None
     found = {name: read_flag(record, name, note) for name in FLAGS if name in record}
     verdicts = {name: truth == FLAGS[name] for name, truth in found.items() if truth is not None}
     if "mask" in verdicts:  # Some mean by it what is learnt.

@@ -28,6 +28,10 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
          "function_call": "assistant", "tool_call": "assistant",
          "tool": "tool", "observation": "tool", "function": "tool", "tool_response": "tool",
          "ipython": "tool"}  # fmt: skip
+# The keys that are read in a message of each role. (A tool's name is not part of the prompt format.)
+MESSAGE_KEYS = {role: {*NAMES["role"], *NAMES["content"], *FLAGS, "name"} for role in ROLES.values()}
+MESSAGE_KEYS["assistant"] |= {*NAMES["calls"], *NAMES["reasoning"]}
+MESSAGE_KEYS["system"] |= {*NAMES["tools"]}
 CALL_ROLES = ("function_call", "tool_call")  # LLaMA-Factory's: the content is the call
 NO_ANSWER = ("", "无")  # as the last answer: MiniMind's prompts for reinforcement learning end so
 TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
@@ -155,10 +159,8 @@ def _to_message(turn: object, name: str, note: Note) -> dict:
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{name} has the role {str(role)[:30]!r}; known are system, user, assistant, tool")
     message, content = {"role": ROLES[role]}, value_of(turn, "content")
-    known = {*NAMES["role"], *NAMES["content"], *FLAGS, "name"}
     trained = is_learnt(turn, note)
     if message["role"] == "assistant":
-        known |= {*NAMES["calls"], *NAMES["reasoning"]}
         calls = value_of(turn, "calls")
         if role in CALL_ROLES and content is not None:
             if calls not in (None, content):
@@ -168,13 +170,11 @@ def _to_message(turn: object, name: str, note: Note) -> dict:
         if trained is False:
             message["trained"] = False
     else:
-        if message["role"] == "system":
-            known |= {*NAMES["tools"]}
         if trained:
             note(f"a message of the {message['role']} is marked as to be learnt: only answers are")
         is_absent = content is None and (message["role"] == "system" or "" in map(turn.get, NAMES["content"]))
         message["content"] = "" if is_absent else _content(content, name, note)[0]
-    name_unknown(turn, known, "message", note)
+    name_unknown(turn, MESSAGE_KEYS[message["role"]], "message", note)
     return message
 
 

@@ -13,7 +13,7 @@ from common.errors import DataError
 from dataset.json_records import MAX_RECORD_BYTES, Stop, head_of, lines_of, reason_of, too_long, without_nulls
 
 MAX_CHARACTERS_READ_AGAIN = 64 * MAX_RECORD_BYTES  # of a .csv file, because of wrong quotes
-SEP_LINE = re.compile(rb"sep=(.)[\r\n]+")  # Excel's first line, which says what stands between the cells
+SEP_LINE = re.compile(rb"sep=([,;|:\t])[\r\n]+")  # Excel's first line: what stands between the cells
 
 
 def read_csv(file) -> Iterator[tuple[int, object]]:

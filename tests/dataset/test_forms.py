@@ -84,6 +84,17 @@ def test_a_wrapper_with_keys_that_mean_something_is_none(tmp_path):
     assert read(write(tmp_path / "a.json", json.dumps(record)))[0] == [(1, record)]
 
 
+@pytest.mark.parametrize("value", [
+    {"columns": [[1]], "data": [[2]]}, {"columns": ["a"], "data": []}, {"columns": ["a"], "data": [[1, 2]]},
+    {"columns": ["a"], "data": [["b"]], "system": "S"}, {"text": []}, {"text": [], "x": []}, {"0": {}},
+    {"a": {"0": 1}, "b": {"1": 2}}, {"data": []}, {"data": [1]}, {"data": [[]]}, [[]], [[], {}], [{}], {},
+])  # fmt: skip
+def test_odd_tables_are_a_record_or_a_complaint(tmp_path, value):
+    good = {"text": "one"}
+    found, complaints = read(write(tmp_path / "a.jsonl", f"{json.dumps(good)}\n{json.dumps(value)}\n"))
+    assert found[0] == (1, good) and len(found) + len(complaints) >= 2
+
+
 BAD_ELEMENTS = [
     '{"text": two}', '{"text": "two"', '{"text": "two}', '{"text: "two"}', '{"text": "a "quoted" word"}',
     '{"text": "two",}', "{'text': 'two'}", '{"text": "two" "x": 1}', '{"text": "\\q"}', '{"text": ["two"}',
@@ -167,6 +178,12 @@ ROW = {"instruction": "A; B", "input": "", "output": "x\ny"}
 def test_tables_of_every_kind(tmp_path, name, content):
     records, complaints = read(write(tmp_path / name, content))
     assert [record for _, record in records] == [ROW] and complaints == []
+
+
+@pytest.mark.parametrize("sep", ['"', "\r", "a", "", "\0", "é"])
+def test_odd_separators_give_a_complaint(tmp_path, sep):
+    with pytest.raises(DataError, match="no usable record"):
+        texts_of(write(tmp_path / "a.csv", f"sep={sep}\r\ntext,n\nA,1,\n"))
 
 
 @pytest.mark.parametrize("name", ["a.xlsx", "a.arrow", "a.jsonl.zip"])

@@ -346,3 +346,35 @@ def test_nulls_that_a_table_filled_in_are_left_out():
     assert list(tools[0]["parameters"]["properties"]) == ["city", "unit"]
     as_text = {"name": "weather", "arguments": '{"unit": null}'}  # no table fills a text
     assert to_messages(chat({"role": "assistant", "tool_calls": [as_text]}))[0][1]["tool_calls"] == [as_text]
+
+
+# ---------------------------------------------------------------- against transformers
+
+
+WRITTEN = [  # a record as others write it, and the messages and tools that transformers' template is given
+    ({"conversations": [{"role": "system", "content": "# Tools", "tools": json.dumps([TOOL])},
+                        {"role": "user", "content": "2 + 3?"},
+                        {"role": "assistant", "tool_calls": '[{"name": "add", "arguments": {"a": 2}}]'},
+                        {"role": "tool", "content": '{"sum": 5}'}, {"role": "assistant", "content": "5"}]},
+     [{"role": "system", "content": "# Tools"}, {"role": "user", "content": "2 + 3?"},
+      {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {"a": 2}}]},
+      {"role": "tool", "content": '{"sum": 5}'}, {"role": "assistant", "content": "5"}], [TOOL]),
+    ({"messages": [{"role": "developer", "content": "Be brief."}, ASK, {
+        "role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, "A"], "weight": 1}]},
+     [{"role": "system", "content": "Be brief."}, ASK,
+      {"role": "assistant", "content": "A", "reasoning_content": "hm"}], None),
+    ({"instruction": "B?", "input": "", "output": 2, "history": [["A?", "1"]], "system_prompt": "S"},
+     [{"role": "system", "content": "S"}, {"role": "user", "content": "A?"},
+      {"role": "assistant", "content": "1"}, {"role": "user", "content": "B?"},
+      {"role": "assistant", "content": "2"}], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record, messages, tools", WRITTEN)
+def test_ids_and_labels_are_those_of_transformers(tokenizer, tmp_path, record, messages, tools):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record), encoding="utf-8")
+    (ids, labels), = SFTDataset(tmp_path / "a.jsonl", tokenizer, cache_dir=tmp_path / "cache")
+    theirs = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True,
+                                           return_assistant_tokens_mask=True)  # fmt: skip
+    assert ids.tolist() == theirs["input_ids"]
+    assert (labels != -100).tolist() == [bool(learnt) for learnt in theirs["assistant_masks"]]
