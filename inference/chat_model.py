@@ -27,7 +27,7 @@ from model.generate import generate
 from model.int8 import quantize_int8
 from model.one_token import prepare_to_decode
 from model.quantize import count_parameters
-from model.tokenizer_files import check_vocabulary, load_tokenizer
+from model.tokenizer_files import OWN_IS_TAKEN, check_vocabulary, load_tokenizer
 from model.weights import end_tokens, load_model
 
 DEFAULT_NEW_TOKENS = 256
@@ -67,7 +67,7 @@ class ChatModel:
     context: how many tokens, prompt and answer together, the model was trained to see.
     max_positions: how many tokens the model can see. Beyond `context` a small model forgets how to speak.
     adapter: the adapters in use, for a person to read. adapted_layers: how many layers they change.
-    reports: one line for each adapter that was loaded at the start.
+    reports: one line for each adapter that was loaded at the start, and one on a tokenizer that was missing.
     """
 
     def __init__(self, path, adapters=(), device="auto", dtype="auto", quantize="none", plain=False,
@@ -109,7 +109,8 @@ class ChatModel:
         self.adapters = Adapters(self.model)
         self.adapter, self.adapted_layers = None, 0
         # All are loaded now, so that a bad one is found now. The first comes last and stays in use.
-        self.reports = [report for name in reversed(adapters) if (report := self.switch(name))]
+        self.reports = [OWN_IS_TAKEN.format(path)] if self.path.is_file() and not tokenizer else []
+        self.reports += [report for name in reversed(adapters) if (report := self.switch(name))]
 
     # --- adapters -----------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from common import files
 from common.errors import ModelError
 
 OWN_TOKENIZER = Path(__file__).resolve().with_name("tokenizer")
+OWN_IS_TAKEN = "{} holds no tokenizer, so it gets Seedling's own; --tokenizer names another"
 VOCABULARY, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"  # a folder of templates with other names
 FILES = (VOCABULARY, SETTINGS, TEMPLATE, MORE_TEMPLATES, "special_tokens_map.json", "added_tokens.json",

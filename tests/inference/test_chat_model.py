@@ -139,7 +139,11 @@ def test_a_pth_file_and_its_lora_answer_as_the_folder_does(home, tmp_path):
     for name in (tmp_path / "lora_x.pth", "lora_x.pth"):  # the name of a file beside the model
         chat_model = ChatModel(tmp_path / "sft_32.pth", [name], tokenizer=home / "chat")
         assert ask(chat_model) == ask(folder) and chat_model.stop_ids == folder.stop_ids
-    assert ChatModel(tmp_path / "sft_32.pth").tokenizer.get_vocab() == folder.tokenizer.get_vocab()
+        assert len(chat_model.reports) == 1
+    without = ChatModel(tmp_path / "sft_32.pth")
+    assert without.tokenizer.get_vocab() == folder.tokenizer.get_vocab()
+    assert without.reports == [f"{without.path} holds no tokenizer, so it gets Seedling's own; "
+                               "--tokenizer names another"]
 
 
 def test_some_token_must_end_an_answer(tmp_path):
