@@ -231,6 +231,8 @@ def choose(chat_model: ChatModel, question: Question) -> None:
         ids, mask = torch.tensor([[ids], [mask]], device=chat_model.device)  # each (1, T)
         labels = ids.where(mask == 1, -100)  # (1, T)
         scores.append(-chat_model.model(ids, labels=labels).token_losses.sum().item())
+    if not all(map(math.isfinite, scores)):
+        raise RunError(f"the likelihoods of the choices are {scores}: {why_not_finite(chat_model.model)}")
     per_byte = [score / len(choice.encode()) for score, choice in zip(scores, choices, strict=True)]
     best = per_byte.index(max(per_byte))
     question.answer = choices[best]
