@@ -202,7 +202,6 @@ def frame_of(tokenizer, messages, tools) -> list[int]:
 
 def said_nothing_about(record: dict, messages: list, tools: list | None) -> str | None:
     """A key of a chat that was dropped without a word: without it the messages and tools are the same."""
-    from dataset.json_records import without_nulls
     from dataset.keys import FLAGS, HISTORY_FLAG, NAMES, NO_MEANING
     from dataset.messages import to_messages
 
@@ -215,8 +214,7 @@ def said_nothing_about(record: dict, messages: list, tools: list | None) -> str 
         is_read_as_keys = not {*around} - may_hold_keys
         key = path[-1] if path and isinstance(path[-1], str) and is_read_as_keys else ""
         is_named = any(repr(name[:20])[1:-1] in note for note in notes for name in (*around, key) if name)
-        says_nothing = str(without_nulls(at(record, path))).strip() in ("", "[]", "{}", "null", "None", "nan")
-        if key in harmless or is_named or says_nothing:
+        if key in harmless or is_named or says_nothing(at(record, path)):
             continue
         less = copy.deepcopy(record)
         del at(less, path[:-1])[key]
@@ -228,6 +226,15 @@ def said_nothing_about(record: dict, messages: list, tools: list | None) -> str 
         except DataError:
             pass  # The key was needed.
     return None
+
+
+def says_nothing(value) -> bool:
+    """Whether a value is empty, in whatever way people write that: [{"type": "text", "text": ""}], "null"."""
+    if isinstance(value, dict):
+        value = [inner for key, inner in value.items() if key != "type"]
+    if isinstance(value, list):
+        return all(map(says_nothing, value))
+    return str(value).strip() in ("", "[]", "{}", "null", "None", "nan")
 
 
 def said_twice(key: str, less: dict, path: tuple) -> bool:

@@ -89,7 +89,8 @@ def _turns_of(record: dict, note: Note) -> tuple[object, set[str]]:
     is_pair = not is_empty(chosen)
     if turns is None and "instruction" in record and ("output" in record or is_pair):
         if not all(is_empty(record.get(key)) for key in ALPACA):
-            turns, known = _alpaca_turns(record), {*ALPACA}
+            known = {*ALPACA} - ({"output"} if is_pair else set())
+            turns = _alpaca_turns(record, "output" in known)
     elif turns is None and is_pair and not is_empty(prompt):
         known = {"prompt"}
         turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -108,7 +109,8 @@ def _turns_of(record: dict, note: Note) -> tuple[object, set[str]]:
     return turns, known
 
 
-def _alpaca_turns(record: dict) -> list:
+def _alpaca_turns(record: dict, with_output: bool) -> list:
+    """The history of a record, its question, and (with_output) its answer."""
     turns = []
     history = [] if is_empty(record.get("history")) else record["history"]
     history = parse_field(history, "history") if isinstance(history, str) else history
@@ -122,7 +124,7 @@ def _alpaca_turns(record: dict) -> list:
             raise DataError("history is not a list of [question, answer]")
     parts = [_text(record.get(key), key) for key in ("instruction", "input")]
     turns.append({"role": "user", "content": "\n".join(part for part in parts if part)})
-    if "output" in record:
+    if with_output:
         turns.append({"role": "assistant", "content": _text(record["output"], "output")})
     return turns
 
@@ -134,9 +136,16 @@ def _with_chosen(turns: list | None, chosen: object) -> list:
             raise DataError("chosen is a text, and there is no prompt before it")
         chosen = {"role": "assistant", "content": chosen}
     answer = chosen if isinstance(chosen, list) else [chosen]
-    begins = value_of(answer[0], "role") if isinstance(answer[0], dict) else None
-    is_answer = isinstance(begins, str) and ROLES.get(begins) == "assistant"
-    return [*turns, *answer] if is_answer and isinstance(turns, list) else answer
+    if _role_of(answer[0]) != "assistant" or not isinstance(turns, list) or not turns:
+        return answer
+    if _role_of(turns[-1]) == "assistant":
+        raise DataError("a chosen answer to a conversation that ends with another answer")
+    return [*turns, *answer]
+
+
+def _role_of(turn: object) -> str | None:
+    role = value_of(turn, "role") if isinstance(turn, dict) else None
+    return ROLES.get(role) if isinstance(role, str) else None
 
 
 def _text(value: object, name: str) -> str:
@@ -257,7 +266,7 @@ def _add_system(messages: list[dict], record: dict, note: Note) -> None:
 
 def _tools_of(record: dict, first_turn: dict) -> list | None:
     """The tools of a record, or of its system message. Raises DataError where both have some, and differ."""
-    places = [record] + [first_turn] * (ROLES[value_of(first_turn, "role")] == "system")
+    places = [record] + [first_turn] * (_role_of(first_turn) == "system")
     found = [read_tools(value_of(place, "tools")) for place in places]
     if all(found) and found[0] != found[-1]:
         raise DataError("the tools of the record and those of its system message differ")

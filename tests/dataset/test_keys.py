@@ -321,6 +321,15 @@ def test_a_prompt_beside_a_whole_chosen_conversation():
         assert any(f"'{key}' beside a whole" in note for note in notes_on({**pair, key: other}))
 
 
+def test_a_pair_beside_another_answer():
+    pair = {"instruction": "Q", "output": "C", "chosen": "A", "rejected": "bad"}
+    assert learnt(pair) == ["A"] and "the key 'output' of a record is not used" in notes_on(pair)
+    assert learnt({**pair, "output": ""}) == ["A"] and len(notes_on({**pair, "output": ""})) == 1
+    assert learnt({"messages": "[]", "chosen": ANSWER, "rejected": ANSWER}) == ["A"]
+    with pytest.raises(DataError, match="ends with another answer"):
+        to_messages(chat(chosen=ANSWER, rejected=ANSWER))
+
+
 def test_a_chosen_answer_may_be_json_text():
     assert learnt({"prompt": "Q", "chosen": '{"a": 1}', "rejected": "x"}) == ['{"a": 1}']
     with pytest.raises(DataError, match="no prompt before it"):
