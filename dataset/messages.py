@@ -241,7 +241,7 @@ def _leave_out_empty_answers(messages: list[dict], note: Note) -> None:
             continue
         if number == len(messages):
             messages.pop()
-            note("the last answer is empty, or 无: the conversation is a prompt without its answer")
+            note("the content of the last answer is empty, or 无: the conversation is a prompt")
         elif not message["content"].strip():
             raise DataError(f"message {number}: the assistant says nothing")
     if not messages:

@@ -288,7 +288,7 @@ def test_a_prompt_is_no_answer(content):
     with pytest.raises(NothingToLearn, match="a prompt"):
         learnt({"conversations": [ASK, last]})
     longer = {"conversations": [ASK, ANSWER, ASK, last]}
-    assert learnt(longer) == ["A"] and "a prompt without its answer" in notes_on(longer)[0]
+    assert learnt(longer) == ["A"] and "the conversation is a prompt" in notes_on(longer)[0]
 
 
 def test_prompts_are_counted_and_are_no_bad_lines(tokenizer, tmp_path, capsys):
