@@ -30,7 +30,7 @@ from common.errors import DataError, RunError
 from dataset.answers import AnswerTest, answer_test, required
 from dataset.chat import assistant_text, encode_chat, encode_continuation, encode_text
 from dataset.foreign_chat import thinks
-from dataset.keys import value_of
+from dataset.keys import no_note, value_of
 from dataset.lm_dataset import PretrainDataset, SFTDataset, collate
 from dataset.messages import to_messages
 from dataset.records import Report, read_records, reason_of
@@ -65,13 +65,16 @@ class Question:
     is_right_by_sum: bool | None = None  # of a choice, by its likelihood not divided by its length
 
 
-def parse_question(record: dict, file: Path, line: int | None = None) -> Question:
-    """Raises DataError, with the reason alone, for a record of an unknown kind or with unusable values."""
+def parse_question(record: dict, file: Path, line: int | None = None, note=no_note) -> Question:
+    """The question of a record. note(text) is called for what is not used of a conversation.
+
+    Raises DataError, with the reason alone, for a record of an unknown kind or with unusable values.
+    """
     kind, messages, last_turn, tools, test = "prompt", [], None, None, AnswerTest()
     is_chat = value_of(record, "conversation") or record.get("chosen")
     is_chat = is_chat or {"instruction", "output"} <= record.keys()
     if is_chat or not record.keys() & {"choices", "question", "prompt", "text"}:
-        messages, tools = to_messages(record)
+        messages, tools = to_messages(record, note)
         if messages[-1]["role"] == "assistant":
             kind, messages, last_turn = "chat", messages[:-1], messages[-1]
             said = read_message(last_turn)
@@ -93,7 +96,10 @@ def read_questions(path: Path, limit: int | None = None, report: Report | None =
     questions, report = [], Report() if report is None else report
     for _, line, record in read_records([path], report=report):
         try:
-            questions.append(parse_question(record, Path(path), line))
+            notes = []
+            questions.append(parse_question(record, Path(path), line, notes.append))
+            for text in dict.fromkeys(notes):
+                report.note(path, line, text)
         except (DataError, RecursionError) as error:
             report.add(path, line, reason_of(error))
     if not questions:
@@ -284,6 +290,8 @@ def score(chat_model: ChatModel, paths: list[Path], sampling: Sampling, limit=No
                 losses.append(forced_loss(chat_model, path, some[0].kind, limit, batch_size))
             except DataError as error:  # such as a template that refuses every record
                 report.add(path, None, f"no loss of its words: {error}", "files without a loss")
+    for line in report.note_lines() * (not losses):  # else forced_loss has printed them
+        print(f"warning: {line}", file=sys.stderr)
     for question in questions:
         if question.kind == "choice":
             choose_or_report(chat_model, question, report)
