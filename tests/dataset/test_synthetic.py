@@ -16,7 +16,10 @@ import dataset.world
 from common.errors import DataError
 from dataset import synthetic
 from dataset.synthetic import FAMILIES, World
-from dataset.world import CLINIC, FACTS, HEROES, LANGUAGES, NOUNS, OPPOSITES, PEOPLE, PLACES, in_words, say
+from dataset.world import (
+    CLINIC, FACTS, HEROES, LANGUAGES, NOUNS, OPPOSITES, PEOPLE, PLACES, TALK, VALUES, bare, in_words, say, several_of,
+)
+from dataset.world.hasty import hasty, mistype, noise
 
 SCRIPT = Path(synthetic.__file__)
 TRAINING = ["pretrain", "sft", "lora_identity", "lora_clinic"]
@@ -134,7 +137,7 @@ def test_another_table_is_another_version(edited):
 
 def test_a_mistake_in_a_file_is_named(edited):
     edited("foods.csv", "3 coins", "3, no, 4 coins")
-    with pytest.raises(DataError, match="foods.csv, line 2 has 11 cells, but the table 9 columns"):
+    with pytest.raises(DataError, match="foods.csv, line 2 has 12 cells, but the table 10 columns"):
         dataset.world.read_table("foods")
     edited("plants.csv", "garden", "gardn")
     with pytest.raises(DataError, match="places.csv has no row whose name_en is 'gardn'"):
@@ -170,7 +173,7 @@ def test_a_kind_of_fact_needs_no_code(edited, tmp_path):
     shutil.copy(SCRIPT, tmp_path / "dataset")
     edited("wordings.txt", "\n[animals.sound]", "\n[animals.size]\nhow (big|small|tall|long) is {x}?\n"
            "{x}(多大|有多大|多高|有多高)？\n[animals.sound]")
-    edited("facts.csv", "\n", "\nanimals,animals,size,{name_en},{phrase_en},{name_zh},"
+    edited("facts.csv", "\n", "\nanimals,animals,size,{name_en},{phrase_en},{name_zh},{size_en},{size_zh},"
            "{Phrase_en} is {size_en}.,{name_zh}很{size_zh}。\n")
     lines = (tmp_path / "world" / "animals.csv").read_text(encoding="utf-8").splitlines()
     lines = [lines[0] + ",size_en,size_zh"] + [line + ",tiny,小" for line in lines[1:]]
@@ -218,8 +221,8 @@ def test_every_family_is_there_in_both_languages(files):
             # "gull中文怎么说" is Chinese, "say 猫 in English" is English
             languages = Counter(chinese(question(r)) and len(re.findall("[A-Za-z]+", question(r))) < 3
                                 for r in records)
-            assert min(languages[True], languages[False]) >= 12, (name, family, languages)
-    assert all(len(records) >= 25 for records in by_family(files["sft_test"]).values())
+            assert min(languages[True], languages[False]) >= 40, (name, family, languages)
+    assert all(len(records) >= 100 for records in by_family(files["sft_test"]).values())
 
 
 def test_every_fact_is_told_and_asked(files):
@@ -243,7 +246,7 @@ def test_bodies_of_the_test_are_in_no_training_file(built):
 def test_normalised_wordings_of_the_test_are_new(files):
     """The same from the text alone: what is named becomes @, numbers #, and marks, spaces and case go."""
     world = World(0)
-    named = {x for row in NOUNS for x in (row.name_en, row.name_zh, row.phrase_en)}
+    named = {x for row in NOUNS for x in (row.name_en, row.name_zh, row.phrase_en, several_of(row))}
     named |= {x for row in PLACES for x in (row.name_en, row.name_zh, row.where_en, row.where_zh)}
     named |= {x for row in PEOPLE for x in (row.name_en, row.name_zh, row.job_en, row.job_zh)}
     named |= {x for row in CLINIC for x in (row.symptom_en, row.symptom_zh)}
@@ -253,22 +256,24 @@ def test_normalised_wordings_of_the_test_are_new(files):
         named |= {x for some in world.names[lang] for x in some}
         named |= {in_words(n, lang) for n in range(100)} - {"one"}
         for groups in world.unknown[lang]:
-            named |= {x for split in groups.values() for x in split.training + split.test}
+            things = {x for split in groups.values() for x in split.training + split.test}
+            named |= things | {f"{x}s" for x in things if x.isascii()}
     longest_first = sorted(named, key=lambda x: (-len(x), x))
     named_en = re.compile(r"\b(" + "|".join(x.lower() for x in longest_first if x.isascii()) + r")\b")
     named_zh = re.compile("|".join(x for x in longest_first if chinese(x) and len(x) > 1))
 
     def normal(text):
         text = named_zh.sub("@", named_en.sub("@", text.lower()))
+        text = re.sub(r"\d{3,}", "large", text)  # numbers above 99 are another task, which is refused
         text = re.sub(r"\b(a|an|the) @", "@", re.sub(r"\d+", "#", text))
         text = re.sub(r"@([,、]\s*@)+", "@", re.sub(r"#(,\s*#)+", "#", text))
-        return re.sub(r"[^\w@#+-]", "", text)
+        return re.sub(r"[^\w@#+*/÷×=-]", "", text)
 
     trained = {normal(message["content"]) for name in TRAINING[1:] for record in files[name]
                for message in record["conversations"] if message["role"] == "user"}
-    for name in TESTS:
-        for record in files[name]:
-            assert normal(question(record)) not in trained, question(record)
+    asked = [question(record) for name in TESTS for record in files[name]]
+    assert not [(text, normal(text)) for text in asked if normal(text) in trained]
+
 
 
 OPERANDS = re.compile(r"(\d+) [+-] (\d+) =|(\d+) is (?:larger|smaller) than (\d+)|(\d+) 比 (\d+)")
@@ -297,7 +302,8 @@ def test_operand_pairs_of_the_test_are_in_no_training_text(files):
 def test_hero_and_place_of_the_test_meet_in_no_training_text(files):
     heroes = {name: hero for hero in HEROES for name in (hero.name_en, hero.name_zh)}
     places = {name: place for place in PLACES for name in (place.name_en, place.name_zh)}
-    held = {(heroes[h], places[p]) for h, p in (r["contains"] for r in by_family(files["sft_test"])["story"])}
+    tested = [record["contains"] for record in by_family(files["sft_test"])["story"]]
+    held = {(heroes[words[0]], places[words[1]]) for words in tested if len(words) == 2}
     assert len(held) >= 12
     for text in training_texts(files):
         words = set(re.findall("[a-z]+", text.lower()))
@@ -309,7 +315,8 @@ def test_hero_and_place_of_the_test_meet_in_no_training_text(files):
 
 def test_a_test_story_tells_of_its_hero_and_place(files):
     for record in by_family(files["sft_test"])["story"]:
-        assert all(word in question(record) and word in answer(record) for word in record["contains"])
+        said = answer(record).lower()
+        assert all(word.lower() in said for word in record["contains"]), record
 
 
 def test_names_of_the_test_are_in_no_training_text(files):
@@ -383,14 +390,16 @@ def test_comparisons_are_true(files):
     for record in records_of(files, "comparing"):
         asked, said = question(record), answer(record)
         numbers = [int(n) for n in re.findall(r"\d+", asked)]
-        large = re.search("larger|bigger|greater|higher|大", asked) is not None
-        assert large != (re.search("smaller|lower|less|小(?!问题)|lesser", asked) is not None), record
+        asked = re.sub("(?i)one more thing|小问题|小苗", "", asked)
+        large = re.search("(?i)larger|bigger|greater|higher|more|大", asked) is not None
+        assert large != (re.search("(?i)smaller|lower|less|小|lesser", asked) is not None), record
         assert [int(n) for n in re.findall(r"\d+", said)] == sorted(numbers, reverse=large), record
         assert (re.search("larger|大", said) is not None) == large, record
 
 
 def test_sorted_lists_are_sorted(files):
-    falling = re.compile("large to small|largest to|high to low|falling|largest first|highest first|大到小")
+    falling = re.compile("(large|big|high) to (small|low)|largest to|falling|descending|backwards|largest first|"
+                         "highest first|大到小|倒序", re.IGNORECASE)
     for record in records_of(files, "sorting"):
         numbers = [int(n) for n in re.findall(r"\d+", question(record))]
         down = falling.search(question(record)) is not None
@@ -403,15 +412,20 @@ def test_counts_are_true(files):
         if "appear" in answer(record) or "出现" in answer(record):
             word = re.search(r"(\w+) appears|^(.+)出现", answer(record))
             word = (word[1] or word[2]).lower()
-            listed = asked.lower()
-            if chinese(word):
-                listed = re.search("[^、：？。 ]+(、[^、：？。 ]+)+", asked)[0]
-            named = len(re.findall(rf"\b{word}\b", listed))
-            assert named == count + (not chinese(word)), record  # in English the question names it once more
+            longer = "|".join([row.name_zh for row in NOUNS if word in row.name_zh and row.name_zh != word])
+            listed = re.sub(longer, "", asked.lower()) if longer and chinese(word) else asked.lower()
+            named = len(re.findall(word if chinese(word) else rf"\b{word}\b", listed))
+            assert named == count + 1, record  # the question names it once more
+        elif answer(record).startswith("1, "):
+            assert answer(record) == ", ".join(map(str, range(1, count + 1))), record
+            digits = re.findall(r"\d+", asked)
+            assert digits[-1:] == [str(count)] or any(n in asked for n in spellings(count)[1:]), record
+        elif chinese(asked):
+            assert len(re.findall("|".join(sorted((row.name_zh for row in NOUNS), key=len, reverse=True)), asked)
+                       ) == count, record
         else:
-            separator = "、" if "、" in asked else ", "
-            body = re.sub(r"^(Hey|So|Okay|Excuse me|Now|Dear friend), ", "", asked)
-            assert body.count(separator) + 1 == count, record
+            names = {row.name_en for row in NOUNS}
+            assert sum(word in names for word in re.findall("[a-z]+", asked.lower())) == count, record
 
 
 def test_pretraining_sums_are_true(files):
