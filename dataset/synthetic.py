@@ -10,10 +10,10 @@ What the model learns
                where the cow lives, what Mia's job is, what a lemon costs
   numbers      adding and subtracting step by step, comparing, sorting, counting
   words        opposites, kinds of things, translation, repeating, the first or last of a list, reversing
-  talk         telling stories, remembering names, who the model is, feelings, small talk, what the model cannot
-               do, and saying "I don't know"
+  talk         telling stories, remembering names, who the model is, feelings, small talk, what the model
+               cannot do, and saying "I don't know"
 
-Half of the questions are written as people in a hurry type them (dataset/world/hasty.py), and many records are
+Half of the questions are written as people in a hurry type them (dataset/world/hasty.py). Some records are
 the end of a longer chat, so that the model answers the last question and still remembers the first.
 
 Pretraining texts (stories, descriptions, lists, sums) state the very facts that the chat records ask for. Two
@@ -44,9 +44,9 @@ from common.errors import DataError  # noqa: E402, I001
 from common.files import write_whole  # noqa: E402, I001
 try:
     from dataset.world import (  # noqa: E402, I001  (grouped: tables, names, sentences, numbers)
-        ANIMALS, CLINIC, FACTS, FACTS_ABOUT, FACT_TEMPLATES, FAVOURITES, HEROES, KINDS, LANGUAGES, NAMES, NOUNS,
-        OPPOSITES, PETS, PHRASES, PLACES, PLANTS, QUESTIONS, TABLES, TALK, TRANSLATED,
-        UNKNOWN, VALUES, WORLD_FOLDER,
+        ANIMALS, CLINIC, FACTS, FACTS_ABOUT, FACT_TEMPLATES, FAVOURITES, HEROES, KINDS, LANGUAGES, NAMES,
+        NOUNS, OPPOSITES, PETS, PHRASES, PLACES, PLANTS, QUESTIONS, TABLES, TALK, TRANSLATED, UNKNOWN, VALUES,
+        WORLD_FOLDER,
         cell, find, is_chinese, meetings, name_of, ordinary_text, several_of, words_of,
         BETWEEN_ITEMS, BETWEEN_SENTENCES, bare, capital, fill, read_wordings,
         either_way, say, say_how_often, say_kind, say_translation, tell_story,
@@ -82,15 +82,15 @@ def split_wordings(rng):
     that a held-out wording is new as a whole, while the model has met its parts in other wordings.
     """
     lines = read_wordings(QUESTIONS)
-    bare_fixed = {bare(wording) for some in lines.values() for line, can_hold_out in some
-                  for wording in (line[:1] if can_hold_out and len(line) >= 4 else line)}
+    always = {bare(wording) for some in lines.values() for line, can_hold_out in some
+              for wording in (line[:1] if can_hold_out and len(line) >= 4 else line)}
     test = {}
     for key in lines:
-        free = sorted({wording for line, _ in lines[key] for wording in line if bare(wording) not in bare_fixed})
+        free = sorted({wording for line, _ in lines[key] for wording in line if bare(wording) not in always})
         test[key] = set(rng.sample(free, min(len(free), max(3, len(free) // 8))))
     bare_test = {bare(wording) for wordings in test.values() for wording in wordings}
     split = {}
-    for key, some in lines.items():  # two kinds may share a wording: what the test of one asks, no other trains
+    for key, some in lines.items():  # two kinds may share a wording: what one tests, the other does not train
         training = [[wording for wording in line if bare(wording) not in bare_test] for line, _ in some]
         tested = [[wording for wording in line if wording in test[key]] for line, _ in some]
         split[key] = Split([line for line in training if line], [line for line in tested if line])
@@ -342,7 +342,8 @@ def counting(world, family, lang, for_test):
         items = [word] * count + [rng.choice([other, third]) for _ in range(rng.randint(1, 3))]
         rng.shuffle(items)
         answer = say_how_often(word, items, lang)
-    return world.chat(family, kind, lang, for_test, answer, word=word, list=world.listed(items, lang, between))
+    listed = world.listed(items, lang, between)
+    return world.chat(family, kind, lang, for_test, answer, word=word, list=listed)
 
 
 def opposites(world, family, lang, for_test):
@@ -415,8 +416,8 @@ def a_stranger(world, lang, for_test):
     real, made_up = world.unknown[lang]
     groups = made_up if world.rng.random() < 0.1 else real
     name = world.rng.choice(groups[world.rng.choice(["animals", "animals", "things"])].part(for_test)).lower()
-    article = "an" if name[0] in "aeiou" else "a"
-    return ANIMALS[0]._replace(name_en=name, name_zh=name, known_en=f"the {name}", phrase_en=f"{article} {name}")
+    phrase = f"an {name}" if name[0] in "aeiou" else f"a {name}"
+    return ANIMALS[0]._replace(name_en=name, name_zh=name, known_en=f"the {name}", phrase_en=phrase)
 
 
 def memory(world, family, lang, for_test):
@@ -461,14 +462,15 @@ TALK_KINDS = {family: [section.removeprefix(f"{family}.") for section, lines in 
 
 
 def talk(world, family, lang, for_test):
-    """Who are you? -> I am Seedling ... I am sad. -> I am sorry that you feel sad. ... Any section of talk.txt."""
+    """Any section of talk.txt: I am tired. -> Then take a good rest. You have earned it."""
     rng = world.rng
     kinds = [kind for kind in TALK_KINDS[family] if world.wordings[family, kind, lang].part(for_test)]
     kind = rng.choice(kinds)
     a, _ = world.number_pair(for_test)
     c, d, e = world.three_numbers(for_test)
-    slots = {"x": world.anything(lang, for_test), "a": a, "c": c, "d": d, "e": e, "noise": noise(rng, lang),
-             "big": rng.randint(100, rng.choice([999, 9999])), "large": rng.randint(100, rng.choice([999, 9999]))}
+    big, large = (rng.randint(100, rng.choice([999, 9999])) for _ in range(2))
+    slots = {"x": world.anything(lang, for_test), "a": a, "c": c, "d": d, "e": e, "big": big, "large": large,
+             "noise": noise(rng, lang)}
     return world.chat(family, kind, lang, for_test, say(family, kind, lang), **slots)
 
 
@@ -488,7 +490,7 @@ def unknown(world, family, lang, for_test):
     slots = {"x": x, "name": name, "xs": name if group in ("names", "people") or lang == "zh" else f"{name}s"}
     asked, kind = "unknown", "word"
     if group in TABLES and rng.random() < 0.6:
-        # The same questions as about what is known, without "who is the baker?", which does not name a person.
+        # The same questions as about what is known, without "who is the baker?", which names no person.
         asked = group
         kind = rng.choice([row.kind for row in FACT_TEMPLATES if row.family == group and row.kind != "who"])
         if rng.random() < 0.15 and (group, f"is_{kind}", lang) in world.wordings:
@@ -499,7 +501,8 @@ def unknown(world, family, lang, for_test):
         asked, kind = rng.choice(turned[group])
         slots["value"] = x
     elif group != "people" and rng.random() < 0.12:
-        asked, kind = rng.choice([("translation", "zh_en" if lang == "zh" else "en_zh"), ("opposites", "word")])
+        direction = "zh_en" if lang == "zh" else "en_zh"
+        asked, kind = rng.choice([("translation", direction), ("opposites", "word")])
         slots["x"] = name
     return world.chat(asked, kind, lang, for_test, answer, **slots)
 

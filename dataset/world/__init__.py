@@ -121,8 +121,8 @@ def read_talk(name):
         questions[section] = [line for line in lines if not line.startswith("> ")]
         for lang in LANGUAGES:
             if (family, kind, lang) not in answers:
-                raise DataError(f"dataset/world/{name}.txt: [{section}] has no answer in the language {lang!r}; "
-                                'write one in a line that starts with "> "')
+                raise DataError(f"dataset/world/{name}.txt: [{section}] has no answer in the language "
+                                f'{lang!r}: a line that starts with "> "')
     return questions, answers
 
 
@@ -285,7 +285,7 @@ def make_facts():
 
 
 def facts_by_value():
-    """{(family, kind, language): {value: the facts that state it}}, where questions ask the other way round."""
+    """{(family, kind, language): {value: the facts that state it}}, for questions that are turned round."""
     found = {}
     for fact in FACTS:
         if fact.value:
@@ -341,7 +341,7 @@ def expand(pattern):
 
 def short_forms(lang):
     """(a pattern that finds the short forms of phrases.txt, {short form: the words that it stands for})."""
-    spelled_out = {form.lower(): words.lower() for words, *forms in SHORTENED[lang] for form in [words, *forms]}
+    spelled_out = {form.lower(): forms[0].lower() for forms in SHORTENED[lang] for form in forms}
     longest_first = sorted(spelled_out, key=len, reverse=True)
     edge = r"\b" if lang == "en" else ""  # Chinese has no spaces between words
     return re.compile(edge + "(" + "|".join(map(re.escape, longest_first)) + ")" + edge), spelled_out
@@ -351,27 +351,33 @@ SHORT_FORMS = {lang: short_forms(lang) for lang in LANGUAGES}
 
 
 def bare(wording):
-    """A wording without its marks, capital letters, short forms and "please". "Repeat {word}.", "repeat {word}" and
-    "please repeat {word}" are one wording; so whatever is new in the test stays new when somebody is in a hurry.
-    The slots {x}, {name} and {xs} count as one: they differ by "a", "the" or an "s".
+    """A wording without its marks, capital letters, short forms and "please".
+
+    "Repeat {word}.", "repeat {word}" and "please repeat {word}" are one wording, so that what is new in the
+    test stays new when somebody is in a hurry. The slots {x}, {name} and {xs} count as one, and so do {big}
+    and {large}: they differ by "a", "the" or an "s", or not at all.
     """
     pattern, spelled_out = SHORT_FORMS[language_of(wording)]
-    text = pattern.sub(lambda form: spelled_out[form[0]], wording.lower())
-    text = re.sub(r"\bplease\b|[请?!.,:？！。，：“”]", "", re.sub(r"((a|the) )?\{(x|name|xs)\}", "{x}", text.replace("{large}", "{big}")))
+    text = wording.lower()
+    for _ in range(2):  # wut's, what's, what is
+        text = pattern.sub(lambda form: spelled_out[form[0]], text)
+    text = re.sub(r"((a|the) )?\{(x|name|xs)\}", "{x}", text.replace("{large}", "{big}"))
+    text = re.sub(r"\bplease\b|[请?!.,:？！。，：“”]", "", text)
     return "".join(text.split()) or wording
 
 
 def read_wordings(questions):
     """{(family, kind, lang): [all wordings of the first line, all wordings of the second line, ...]}.
 
-    A line is (its wordings, whether some may be held out for the test). From a line with one bracket none may:
+    A line is (its wordings, whether some may be held out for the test). None may of a line with one bracket:
     each alternative stands in one of its wordings alone, and nothing else would tell what it means.
     """
     wordings = {}
     for section, lines in questions.items():
         for line in lines:
             lang = language_of(line)
-            texts, can_hold_out = expand(line.removeprefix("~ ")), line.count("(") > 1 or line.startswith("~ ")
+            texts = expand(line.removeprefix("~ "))
+            can_hold_out = line.count("(") > 1 or line.startswith("~ ")
             if line.startswith("~ "):
                 carriers = PHRASES[f"carriers {lang}"]
                 texts = [carrier.replace("{clause}", text) for text in texts for carrier in carriers]
@@ -382,8 +388,8 @@ def read_wordings(questions):
             lines = wordings.get((family, kind, lang), [])
             has_enough = any(can_hold_out and len(texts) >= 4 for texts, can_hold_out in lines)
             if not has_enough and f"{family}.{kind}" not in TALK:
-                raise DataError(f"dataset/world/wordings.txt: [{family}.{kind}] needs a line with two brackets, "
-                                f"four wordings or more, in the language {lang!r}, as some are for the test")
+                raise DataError(f"dataset/world/wordings.txt: [{family}.{kind}] needs a line with two "
+                                f"brackets and four wordings in the language {lang!r}, as some are for the test")
     return wordings
 
 

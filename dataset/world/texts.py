@@ -1,13 +1,32 @@
-"""The texts that a model is pretrained on: stories, descriptions, lists and sums. They state the facts and show
-the skills that the chat records ask for. A reader may skip this file.
+"""The texts that a model is pretrained on: stories, descriptions, lists and sums. They state the facts and
+show the skills that the chat records ask for. A reader may skip this file.
 
-A generator(world, lang) returns the sentences of one text. `world` is a World of dataset/synthetic.py: it knows
-what is held out for the test.
+A generator(world, lang) returns the sentences of one text. `world` is a World of dataset/synthetic.py: it
+knows what is held out for the test.
 """
 
 from dataset.world import (
-    BETWEEN_ITEMS, ENTITIES, FACTS, FACTS_ABOUT, FAVOURITE_KINDS, HEROES, NOUNS, OPPOSITES, PETS, PLACES, TABLES,
-    either_way, in_words, name_of, say, say_how_often, say_kind, say_translation, tell_story, with_commas, worked,
+    BETWEEN_ITEMS,
+    ENTITIES,
+    FACTS,
+    FACTS_ABOUT,
+    FAVOURITE_KINDS,
+    HEROES,
+    NOUNS,
+    OPPOSITES,
+    PETS,
+    PLACES,
+    TABLES,
+    either_way,
+    in_words,
+    name_of,
+    say,
+    say_how_often,
+    say_kind,
+    say_translation,
+    tell_story,
+    with_commas,
+    worked,
 )
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -17,7 +18,20 @@ from common.errors import DataError
 from dataset import synthetic
 from dataset.synthetic import FAMILIES, World
 from dataset.world import (
-    CLINIC, FACTS, HEROES, LANGUAGES, NOUNS, OPPOSITES, PEOPLE, PLACES, TALK, VALUES, bare, in_words, say, several_of,
+    CLINIC,
+    FACTS,
+    HEROES,
+    LANGUAGES,
+    NOUNS,
+    OPPOSITES,
+    PEOPLE,
+    PLACES,
+    TALK,
+    VALUES,
+    bare,
+    in_words,
+    say,
+    several_of,
 )
 from dataset.world.hasty import hasty, mistype, noise
 
@@ -349,6 +363,80 @@ def test_unknown_things_are_not_of_the_world(files):
             assert all((answer(record) in refusals) == (family == "unknown") for record in records), family
 
 
+# ------------------------------------------------------------------------------------------ as people type
+
+
+def test_haste_keeps_the_slots_and_is_the_same_for_the_same_seed():
+    wording = "What is the sound of {x} {where}, please?"
+    texts, again = ([hasty(random.Random(seed), wording, "en") for seed in range(400)] for _ in range(2))
+    assert texts == again
+    assert all(re.findall(r"\{\w+\}", text) == ["{x}", "{where}"] for text in texts)
+    assert len(set(texts)) > 30 and any(text.startswith("whats") and not text.endswith("?") for text in texts)
+    spared = [hasty(random.Random(seed), "Sort {list} in order.", "en", typos=False) for seed in range(200)]
+    assert {text.lower().rstrip(".") for text in spared} == {"sort {list} in order"}
+
+
+def test_a_mistyped_word_is_one_keystroke_away():
+    words = ["frog", "elephant", "where", "library"]
+    for seed in range(400):
+        word = words[seed % len(words)]
+        typed = mistype(random.Random(seed), word)
+        assert typed[0] == word[0] and abs(len(typed) - len(word)) <= 1, (word, typed)
+        left_out = {word[:i] + word[i + 1:] for i in range(len(word))}
+        shared = {typed[:i] + typed[i + 1:] for i in range(len(typed))} | {typed}
+        assert shared & (left_out | {word}), (word, typed)  # one letter less on each side makes them equal
+    assert mistype(random.Random(0), "cow") == "cow"
+
+
+def test_a_wording_in_haste_counts_as_the_same_wording():
+    """Otherwise a wording of the test could come into training in its short form."""
+    for wording in ("What is the colour of {x}?", "who is {name}", "你知道{x}为什么住在哪里吗？",
+                    "Please tell me about the {x}."):
+        lang = "zh" if chinese(wording) else "en"
+        for seed in range(60):
+            assert bare(hasty(random.Random(seed), wording, lang, typos=False)) == bare(wording), wording
+
+
+def test_noise_is_no_word_of_the_world():
+    world = World(0)
+    for lang in LANGUAGES:
+        found = [noise(random.Random(seed), lang) for seed in range(300)]
+        assert all(3 <= len(text) <= 8 and chinese(text) == (lang == "zh") for text in found)
+        assert sum(world.is_new(text) for text in found) > 290
+
+
+def test_talk_has_one_answer_a_section_in_the_language_of_the_question(files):
+    answers = {lang: {say(*section.split("."), lang) for section in TALK} for lang in LANGUAGES}
+    for family in ("small_talk", "self", "limits"):
+        for record in by_family(files["sft"])[family]:
+            asked, said = question(record), answer(record)
+            assert said in answers["zh" if chinese(said) else "en"], record
+            letters = re.sub("[^A-Za-z\u4e00-\u9fff]", "", asked)
+            if chinese(letters) and not re.search("[A-Za-z]", letters):
+                assert chinese(said), record
+
+
+def test_questions_come_turned_round_and_with_yes_or_no(files):
+    asked = {question(record).rstrip("?"): answer(record) for record in files["sft"]}
+    assert any(text.lower().startswith("who eats") for text in asked)
+    for text, said in asked.items():
+        right = re.fullmatch("(?i)does (?:a|the) (\\w+) eat (\\w+)", text)
+        if right and said.endswith((" so yes.", " so no.")):
+            assert said.endswith("so yes.") == (right[2].lower() in said.lower()), (text, said)
+    for (family, kind, lang), values in VALUES.items():
+        for value, facts in values.items():
+            if f"{family}.who_{kind}" == "animals.who_home" and len(facts) <= 4:
+                together = (" " if lang == "en" else "").join(fact.statement for fact in facts)
+                assert together in asked.values(), value
+
+
+def test_some_records_are_the_end_of_a_longer_chat(files):
+    turns = Counter(len(record["conversations"]) // 2 for record in files["sft"])
+    assert turns[1] > 0.7 * turns.total() and all(turns[n] > 300 for n in (2, 3, 4, 5)), turns
+    for record in files["lora_identity"]:
+        assert not re.search("Seedling,? (a|I)|小苗，(一|我)", "".join(contents(record)[1::2])), record
+
+
 # ----------------------------------------------------------------------------------------------- true answers
 
 
@@ -398,8 +486,8 @@ def test_comparisons_are_true(files):
 
 
 def test_sorted_lists_are_sorted(files):
-    falling = re.compile("(large|big|high) to (small|low)|largest to|falling|descending|backwards|largest first|"
-                         "highest first|大到小|倒序", re.IGNORECASE)
+    falling = re.compile("(large|big|high) to (small|low)|largest to|falling|descending|backwards|"
+                         "largest first|highest first|大到小|倒序", re.IGNORECASE)
     for record in records_of(files, "sorting"):
         numbers = [int(n) for n in re.findall(r"\d+", question(record))]
         down = falling.search(question(record)) is not None
@@ -421,8 +509,8 @@ def test_counts_are_true(files):
             digits = re.findall(r"\d+", asked)
             assert digits[-1:] == [str(count)] or any(n in asked for n in spellings(count)[1:]), record
         elif chinese(asked):
-            assert len(re.findall("|".join(sorted((row.name_zh for row in NOUNS), key=len, reverse=True)), asked)
-                       ) == count, record
+            longest_first = sorted((row.name_zh for row in NOUNS), key=len, reverse=True)
+            assert len(re.findall("|".join(longest_first), asked)) == count, record
         else:
             names = {row.name_en for row in NOUNS}
             assert sum(word in names for word in re.findall("[a-z]+", asked.lower())) == count, record
