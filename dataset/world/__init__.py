@@ -327,6 +327,56 @@ def ordinary_text():
     return "\n".join(text for row in rows for text in row if isinstance(text, str)).lower()
 
 
+# ---------------------------------------------------------------------------------------------------- numbers
+
+BELOW_TWENTY = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+                "fifteen sixteen seventeen eighteen nineteen").split()
+TENS = "- ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+DIGITS_ZH = "零一二三四五六七八九"
+
+
+def in_words(number, lang):
+    """0 to 99: forty-seven, 四十七."""
+    tens, ones = divmod(number, 10)
+    if lang == "zh":
+        if tens == 0:
+            return DIGITS_ZH[ones]
+        before = "十" if tens == 1 else DIGITS_ZH[tens] + "十"
+        return before if ones == 0 else before + DIGITS_ZH[ones]
+    if number < 20:
+        return BELOW_TWENTY[number]
+    return TENS[tens] if ones == 0 else f"{TENS[tens]}-{BELOW_TWENTY[ones]}"
+
+
+NUMBERS_EN = {in_words(number, "en") for number in range(100)}
+
+
+def with_commas(numbers):
+    return ", ".join(map(str, numbers))
+
+
+def tens_and_ones(a, sign, b):
+    """Tens and ones apart, as people calculate in the head: 47 + 38 -> (70, 15), 92 - 57 -> (40, -5)."""
+    factor = 1 if sign == "+" else -1
+    return a // 10 * 10 + factor * (b // 10 * 10), a % 10 + factor * (b % 10)
+
+
+def worked(a, sign, b):
+    """47 + 38 = 70 + 15 = 85; 92 - 57 = 40 - 5 = 35. Numbers below ten need no step between: 3 + 9 = 12."""
+    tens, ones = tens_and_ones(a, sign, b)
+    if a < 10 and b < 10:
+        return f"{a} {sign} {b} = {ones}"
+    return f"{a} {sign} {b} = {tens} {'-' if ones < 0 else '+'} {abs(ones)} = {tens + ones}"
+
+
+def pairs_in_between(a, b):
+    """The pairs (larger, smaller) that the worked sum and difference of a and b calculate with in between."""
+    if a < 10 and b < 10:
+        return []
+    steps = [tens_and_ones(a, "+", b), tens_and_ones(a, "-", b)]
+    return [(max(tens, abs(ones)), min(tens, abs(ones))) for tens, ones in steps]
+
+
 # ------------------------------------------------------------------------------------------------- wordings
 
 
@@ -348,20 +398,26 @@ def short_forms(lang):
 
 
 SHORT_FORMS = {lang: short_forms(lang) for lang in LANGUAGES}
+NAMED_EN = {word.lower() for row in NOUNS + PEOPLE for word in (row.name_en, several_of(row))}
+NAMED_EN |= NUMBERS_EN | {word for pair in OPPOSITES["en"] for word in pair} | {row.job_en for row in PEOPLE}
+NAMED_ZH = {row.name_zh for row in NOUNS + PEOPLE if len(row.name_zh) > 1} | {row.job_zh for row in PEOPLE}
+# The part before the bracket makes the search fast: it asks for the first character of a name.
+NAMED_ZH = re.compile(f"(?=[{''.join({name[0] for name in NAMED_ZH})}])({'|'.join(sorted(NAMED_ZH))})")
 
 
 def bare(wording):
-    """A wording without its marks, capital letters, short forms and "please".
+    """A wording without its marks, capital letters, short forms and "please", and with @ for what it names.
 
     "Repeat {word}.", "repeat {word}" and "please repeat {word}" are one wording, so that what is new in the
-    test stays new when somebody is in a hurry. The slots {x}, {name} and {xs} count as one, and so do {big}
-    and {large}: they differ by "a", "the" or an "s", or not at all.
+    test stays new when somebody is in a hurry. "Draw the {x}", "draw {name}" and "draw a cat" are one, too.
     """
     pattern, spelled_out = SHORT_FORMS[language_of(wording)]
     text = wording.lower()
     for _ in range(2):  # wut's, what's, what is
         text = pattern.sub(lambda form: spelled_out[form[0]], text)
-    text = re.sub(r"((a|the) )?\{(x|name|xs)\}", "{x}", text.replace("{large}", "{big}"))
+    text = re.sub(r"\{(x|name|xs)\}", "@", text.replace("{large}", "{big}"))
+    text = re.sub("[a-z-]+", lambda word: "@" if word[0] in NAMED_EN else word[0], text)
+    text = re.sub(r"\b(a|an|the) @", "@", NAMED_ZH.sub("@", text))
     text = re.sub(r"\bplease\b|[请?!.,:？！。，：“”]", "", text)
     return "".join(text.split()) or wording
 
@@ -389,52 +445,5 @@ def read_wordings(questions):
             has_enough = any(can_hold_out and len(texts) >= 4 for texts, can_hold_out in lines)
             if not has_enough and f"{family}.{kind}" not in TALK:
                 raise DataError(f"dataset/world/wordings.txt: [{family}.{kind}] needs a line with two "
-                                f"brackets and four wordings in the language {lang!r}, as some are for the test")
+                                f"brackets and four wordings in the language {lang!r}: some are for the test")
     return wordings
-
-
-# ---------------------------------------------------------------------------------------------------- numbers
-
-BELOW_TWENTY = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-                "fifteen sixteen seventeen eighteen nineteen").split()
-TENS = "- ten twenty thirty forty fifty sixty seventy eighty ninety".split()
-DIGITS_ZH = "零一二三四五六七八九"
-
-
-def in_words(number, lang):
-    """0 to 99: forty-seven, 四十七."""
-    tens, ones = divmod(number, 10)
-    if lang == "zh":
-        if tens == 0:
-            return DIGITS_ZH[ones]
-        before = "十" if tens == 1 else DIGITS_ZH[tens] + "十"
-        return before if ones == 0 else before + DIGITS_ZH[ones]
-    if number < 20:
-        return BELOW_TWENTY[number]
-    return TENS[tens] if ones == 0 else f"{TENS[tens]}-{BELOW_TWENTY[ones]}"
-
-
-def with_commas(numbers):
-    return ", ".join(map(str, numbers))
-
-
-def tens_and_ones(a, sign, b):
-    """Tens and ones apart, as people calculate in the head: 47 + 38 -> (70, 15), 92 - 57 -> (40, -5)."""
-    factor = 1 if sign == "+" else -1
-    return a // 10 * 10 + factor * (b // 10 * 10), a % 10 + factor * (b % 10)
-
-
-def worked(a, sign, b):
-    """47 + 38 = 70 + 15 = 85; 92 - 57 = 40 - 5 = 35. Numbers below ten need no step between: 3 + 9 = 12."""
-    tens, ones = tens_and_ones(a, sign, b)
-    if a < 10 and b < 10:
-        return f"{a} {sign} {b} = {ones}"
-    return f"{a} {sign} {b} = {tens} {'-' if ones < 0 else '+'} {abs(ones)} = {tens + ones}"
-
-
-def pairs_in_between(a, b):
-    """The pairs (larger, smaller) that the worked sum and difference of a and b calculate with in between."""
-    if a < 10 and b < 10:
-        return []
-    steps = [tens_and_ones(a, "+", b), tens_and_ones(a, "-", b)]
-    return [(max(tens, abs(ones)), min(tens, abs(ones))) for tens, ones in steps]
