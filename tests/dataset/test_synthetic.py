@@ -157,9 +157,12 @@ def test_a_mistake_in_a_file_is_named(edited):
     with pytest.raises(DataError, match="places.csv has no row whose name_en is 'gardn'"):
         dataset.world.read_table("plants", home=PLACES)
     edited("wordings.txt", "\n[animals.sound]",
-           "\n[animals.size]\nhow (big|small|tall|long) is {x}?\n[animals.sound]")
+           "\n[animals.size]\nhow (big|small|tall|long) is {x}(|, then)?\n[animals.sound]")
     with pytest.raises(DataError, match=r"\[animals.size\] .* language 'zh'"):
         dataset.world.read_wordings(dataset.world.read_sections("wordings"))
+    edited("talk.txt", "\n> 你好！你想知道什么？", "")
+    with pytest.raises(DataError, match=r"talk.txt: \[small_talk.hello\] has no answer in the language 'zh'"):
+        dataset.world.read_talk("talk")
     with pytest.raises(DataError, match="uses the slot {hat}; it may use hero, friend"):
         dataset.world.fill("{Hero} has a {hat}.", hero="the fox", friend="Mia")
     with pytest.raises(DataError, match="'{hero has' can't be filled in"):
@@ -185,8 +188,8 @@ def test_a_kind_of_fact_needs_no_code(edited, tmp_path):
     shutil.copytree(root / "common", tmp_path / "common")
     (tmp_path / "dataset").mkdir()
     shutil.copy(SCRIPT, tmp_path / "dataset")
-    edited("wordings.txt", "\n[animals.sound]", "\n[animals.size]\nhow (big|small|tall|long) is {x}?\n"
-           "{x}(多大|有多大|多高|有多高)？\n[animals.sound]")
+    edited("wordings.txt", "\n[animals.sound]", "\n[animals.size]\nhow (big|small|tall|long) is {x}(|, then)?\n"
+           "{x}(多大|有多大|多高|有多高)(|呢)？\n[animals.sound]")
     edited("facts.csv", "\n", "\nanimals,animals,size,{name_en},{phrase_en},{name_zh},{size_en},{size_zh},"
            "{Phrase_en} is {size_en}.,{name_zh}很{size_zh}。\n")
     lines = (tmp_path / "world" / "animals.csv").read_text(encoding="utf-8").splitlines()
