@@ -188,7 +188,8 @@ def test_a_kind_of_fact_needs_no_code(edited, tmp_path):
     shutil.copytree(root / "common", tmp_path / "common")
     (tmp_path / "dataset").mkdir()
     shutil.copy(SCRIPT, tmp_path / "dataset")
-    edited("wordings.txt", "\n[animals.sound]", "\n[animals.size]\nhow (big|small|tall|long) is {x}(|, then)?\n"
+    edited("wordings.txt", "\n[animals.sound]",
+           "\n[animals.size]\nhow (big|small|tall|long) is {x}(|, then)?\n"
            "{x}(多大|有多大|多高|有多高)(|呢)？\n[animals.sound]")
     edited("facts.csv", "\n", "\nanimals,animals,size,{name_en},{phrase_en},{name_zh},{size_en},{size_zh},"
            "{Phrase_en} is {size_en}.,{name_zh}很{size_zh}。\n")
