@@ -10,7 +10,11 @@ What the model learns
                where the cow lives, what Mia's job is, what a lemon costs
   numbers      adding and subtracting step by step, comparing, sorting, counting
   words        opposites, kinds of things, translation, repeating, the first or last of a list, reversing
-  talk         telling stories, remembering names, who the model is, small talk, and saying "I don't know"
+  talk         telling stories, remembering names, who the model is, feelings, small talk, what the model
+               cannot do, and saying "I don't know"
+
+Half of the questions are written as people in a hurry type them (dataset/world/hasty.py). Some records are
+the end of a longer chat, so that the model answers the last question and still remembers the first.
 
 Pretraining texts (stories, descriptions, lists, sums) state the very facts that the chat records ask for. Two
 more sets of chat records train adapters: another identity, and the knowledge of a plant clinic.
@@ -40,13 +44,16 @@ from common.errors import DataError  # noqa: E402, I001
 from common.files import write_whole  # noqa: E402, I001
 try:
     from dataset.world import (  # noqa: E402, I001  (grouped: tables, names, sentences, numbers)
-        ANIMALS, CLINIC, ENTITIES, FACTS, FACTS_ABOUT, FACT_TEMPLATES, FAVOURITES, FAVOURITE_KINDS, HEROES,
-        KINDS, LANGUAGES, NAMES, NOUNS, OPPOSITES, PETS, PHRASES, PLACES, PLANTS, QUESTIONS, TABLES, UNKNOWN,
-        WORLD_FOLDER, cell, find, is_chinese, meetings, name_of, ordinary_text, words_of,
+        ANIMALS, CLINIC, FACTS, FACTS_ABOUT, FACT_TEMPLATES, FAVOURITES, HEROES, KINDS, LANGUAGES, NAMES,
+        NOUNS, OPPOSITES, PETS, PHRASES, PLACES, PLANTS, QUESTIONS, TABLES, TALK, TRANSLATED, UNKNOWN, VALUES,
+        WORLD_FOLDER,
+        cell, find, is_chinese, meetings, name_of, ordinary_text, several_of, words_of,
         BETWEEN_ITEMS, BETWEEN_SENTENCES, bare, capital, fill, read_wordings,
         either_way, say, say_how_often, say_kind, say_translation, tell_story,
         in_words, pairs_in_between, with_commas, worked,
     )
+    from dataset.world.hasty import hasty, mistype, noise  # noqa: E402, I001
+    from dataset.world.texts import TEXTS  # noqa: E402, I001
 except DataError as error:  # a mistake in an edited file; a training script reports it by itself
     if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
@@ -67,28 +74,26 @@ class Split(NamedTuple):
 
 
 def split_wordings(rng):
-    """{(family, kind, lang): Split of its wordings}; no wording of a test is in the training of any kind.
+    """{(family, kind, lang): Split of its lines, each a list of wordings}.
+
+    No wording of a test is in the training of any kind.
 
     The first wording of each line stays in training. Of the other combinations one in eight is held out, so
     that a held-out wording is new as a whole, while the model has met its parts in other wordings.
     """
-    fixed, free = {}, {}
-    for key, lines in read_wordings(QUESTIONS).items():
-        fixed[key], free[key] = [], []
-        for wordings in lines:
-            always = 1 if len(wordings) >= 4 else len(wordings)
-            fixed[key] += wordings[:always]
-            free[key] += wordings[always:]
-    bare_fixed = {bare(wording) for wordings in fixed.values() for wording in wordings}
+    lines = read_wordings(QUESTIONS)
+    always = {bare(wording) for some in lines.values() for line, can_hold_out in some
+              for wording in (line[:1] if can_hold_out and len(line) >= 4 else line)}
     test = {}
-    for key, wordings in free.items():
-        wordings = sorted(wording for wording in set(wordings) if bare(wording) not in bare_fixed)
-        test[key] = rng.sample(wordings, max(3, len(wordings) // 8))
+    for key in lines:
+        free = sorted({wording for line, _ in lines[key] for wording in line if bare(wording) not in always})
+        test[key] = set(rng.sample(free, min(len(free), max(3, len(free) // 8))))
     bare_test = {bare(wording) for wordings in test.values() for wording in wordings}
     split = {}
-    for key in fixed:  # two kinds may share a wording: what the test of one asks, no kind's training asks
-        wordings = dict.fromkeys(fixed[key] + free[key])  # each once, in order
-        split[key] = Split([wording for wording in wordings if bare(wording) not in bare_test], test[key])
+    for key, some in lines.items():  # two kinds may share a wording: what one tests, the other does not train
+        training = [[wording for wording in line if bare(wording) not in bare_test] for line, _ in some]
+        tested = [[wording for wording in line if wording in test[key]] for line, _ in some]
+        split[key] = Split([line for line in training if line], [line for line in tested if line])
     return split
 
 
@@ -171,27 +176,34 @@ class World:
 
     # The methods below draw what several generators need. `for_test` asks for what is held out.
 
-    def ask(self, family, kind, lang, for_test, /, dressed=True, **slots):
-        """(question, wording). A dressed question may have an opener ("Hey, ") and a closer (" Thanks!")."""
-        rng = self.rng
-        wording = rng.choice(self.wordings[family, kind, lang].part(for_test))
-        text = fill(wording, **slots)
-        if lang == "zh" and rng.random() < 0.5:  # 12加34 becomes 12 加 34
-            text = re.sub("(?<=[0-9a-z])(?=[\u4e00-\u9fff])|(?<=[\u4e00-\u9fff])(?=[0-9a-z])", " ", text)
+    def ask(self, family, kind, lang, for_test, /, **slots):
+        """(question, wording). Each line of wordings.txt is drawn as often as any other.
+
+        A question may have an opener ("Hey, ") and a closer (" Thanks!"), and half of them are hasty.
+        """
+        rng, is_talk = self.rng, f"{family}.{kind}" in TALK
+        text = wording = rng.choice(rng.choice(self.wordings[family, kind, lang].part(for_test)))
         opener = closer = ""
-        if dressed and rng.random() < 0.3:
+        if rng.random() < (0.12 if is_talk else 0.25):
             opener = rng.choice(PHRASES[f"openers {lang}"])
-        if dressed and rng.random() < 0.15 and text[-1] in "?.？。":
+        if text[-1] in "?.？。" and rng.random() < (0.03 if is_talk else 0.12):
             closer = rng.choice(PHRASES[f"closers {lang}"])
-        if lang == "zh":
-            return opener + text + closer, wording
-        if not opener or opener.endswith("!"):
-            text = capital(text)
-        if not opener and not closer and not for_test and rng.random() < 0.1:  # as people type in a hurry
-            text = text.rstrip("?.")
-            if not text.startswith("I "):
-                text = text[0].lower() + text[1:]
-        return f"{opener} {text} {closer}".strip(), wording
+        if is_talk and text[-1] in ".。" and rng.random() < 0.25:
+            text = text[:-1] + ("!" if lang == "en" else "！")
+        text = opener + text + closer if lang == "zh" else f"{opener} {text} {closer}".strip()
+        is_hasty, can_mistype = rng.random() < 0.55, family not in EXACT and not for_test
+        if is_hasty:
+            text = hasty(rng, text, lang, typos=can_mistype)
+            slots |= {slot: slots[slot].lower() for slot in ("x", "xs", "name") if slot in slots}
+            if can_mistype and rng.random() < 0.1:
+                slots |= {slot: mistype(rng, slots[slot]) for slot in ("x", "xs", "name") if slot in slots}
+        text = fill(text, **slots)
+        if lang == "zh" and rng.random() < 0.4:  # 12加34 becomes 12 加 34
+            text = re.sub("(?<=[0-9a-z])(?=[\u4e00-\u9fff])|(?<=[\u4e00-\u9fff])(?=[0-9a-z])", " ", text)
+        if lang == "en" and not is_hasty and (not opener or opener.endswith("!")):
+            start = len(opener) + 1 if opener else 0
+            text = text[:start] + capital(text[start:])
+        return text.strip(), wording
 
     def chat(self, family, kind, lang, for_test, answer, /, **slots):
         """A chat of one question, asked with these slots, and its answer."""
@@ -223,9 +235,28 @@ class World:
                 self.rng.shuffle(three)
                 return three
 
+    def exchange(self, lang):
+        """[question, answer] of some family, for the middle of a longer chat."""
+        family = self.rng.choice(IN_BETWEEN)
+        generator, _ = FAMILIES[family]
+        return generator(self, family, lang, False).turns
+
     def words(self, lang, count):
         """Different nouns of the world."""
         return [name_of(noun, lang) for noun in self.rng.sample(NOUNS, count)]
+
+    def anything(self, lang, for_test):
+        """The name of something or somebody, of this world or not."""
+        if self.rng.random() < 0.35:
+            return name_of(self.rng.choice([noun for noun in NOUNS if noun.table != "seasons"]), lang)
+        real, made_up = self.unknown[lang]
+        groups = real if self.rng.random() < 0.85 else made_up
+        return self.rng.choice(self.rng.choice(list(groups.values())).part(for_test))
+
+    def listed(self, items, lang, between):
+        """The items as people write a list: "5, 2, 9", "5,2,9" or "5 2 9"."""
+        other = [" ", ","] if lang == "en" or items[0].isdigit() else [" ", "，"]
+        return (between if self.rng.random() < 0.7 else self.rng.choice(other)).join(items)
 
 
 # --------------------------------------------------------------------- one generator a family of chat records
@@ -240,12 +271,28 @@ class Chat(NamedTuple):
 
 
 def ask_fact(world, family, lang, for_test):
-    """What noise does a cow make? -> A cow says moo."""
-    fact = world.rng.choice([fact for fact in FACTS if fact.family == family and fact.lang == lang])
+    """What noise does a cow make? Who says moo? Does a cow say woof? -> A cow says moo."""
+    rng = world.rng
+    fact = rng.choice([fact for fact in FACTS if fact.family == family and fact.lang == lang])
+    same = VALUES.get((family, fact.kind, lang), {})  # {yip: the facts of all that say it}
+    slots, about = slots_of(rng, fact), fact.kind
+    answer, way = fact.statement, rng.choices(["what", "who", "is"], [6, 4, 2])[0]
+    if way == "who" and (family, f"who_{fact.kind}", lang) in world.wordings and len(same[fact.value]) <= 4:
+        about, slots = f"who_{fact.kind}", {"value": fact.value}
+        if fact.kind == "thing" and lang == "en":  # a little lighthouse, the lighthouse
+            slots["value"] = rng.choice([fact.value, f"the {fact.value.split()[-1]}"])
+        answer = BETWEEN_SENTENCES[lang].join(other.statement for other in same[fact.value])
+    elif way == "is" and (family, f"is_{fact.kind}", lang) in world.wordings:
+        about, slots["value"] = f"is_{fact.kind}", rng.choice([fact.value, rng.choice(list(same))])
+    return world.chat(family, about, lang, for_test, answer, **slots)
+
+
+def slots_of(rng, fact):
+    """How a question may name what it asks about: a cow or the cow, cow, cows; on the farm."""
     x = fact.asked
-    if lang == "en" and family in ("animals", "plants") and world.rng.random() < 0.4:
+    if fact.lang == "en" and fact.family in ("animals", "plants") and rng.random() < 0.4:
         x = f"the {fact.entity}"  # What noise does the cow make?
-    return world.chat(family, fact.kind, lang, for_test, fact.statement, x=x, where=x)
+    return {"x": x, "xs": fact.several, "name": fact.entity if fact.lang == "en" else x, "where": x}
 
 
 def arithmetic(world, family, lang, for_test):
@@ -275,21 +322,27 @@ def sorting(world, family, lang, for_test):
     """Sort 31, 7, 64 from low to high. -> 7, 31, 64"""
     three, kind = world.three_numbers(for_test), world.rng.choice(["up", "up", "down"])
     answer = with_commas(sorted(three, reverse=kind == "down"))
-    return world.chat(family, kind, lang, for_test, answer, list=with_commas(three))
+    listed = world.listed([str(number) for number in three], lang, ", ")
+    return world.chat(family, kind, lang, for_test, answer, list=listed)
 
 
 def counting(world, family, lang, for_test):
-    """How long is this list: fox, rice, oak? -> There are 3."""
-    rng, kind = world.rng, world.rng.choice(["items", "times"])
+    """How long is this list: fox, rice, oak? -> There are 3. Count to 4. -> 1, 2, 3, 4"""
+    rng, between = world.rng, BETWEEN_ITEMS[lang]
+    kind = rng.choices(["items", "times", "up_to"], [5, 5, 3])[0]
+    if kind == "up_to":
+        number = rng.randint(4, 20)  # a list of three could be one that is held out from sorting
+        slots = {"n": in_words(number, lang) if rng.random() < 0.3 else str(number)}
+        return world.chat(family, kind, lang, for_test, with_commas(range(1, number + 1)), **slots)
     if kind == "items":
-        word, items = None, world.words(lang, rng.randint(2, 6))
+        word, items = "", world.words(lang, rng.randint(2, 6))
         answer = say(family, kind, lang, count=len(items))
     else:
         count, (word, other, third) = rng.randint(1, 4), world.words(lang, 3)
         items = [word] * count + [rng.choice([other, third]) for _ in range(rng.randint(1, 3))]
         rng.shuffle(items)
         answer = say_how_often(word, items, lang)
-    listed = BETWEEN_ITEMS[lang].join(items)
+    listed = world.listed(items, lang, between)
     return world.chat(family, kind, lang, for_test, answer, word=word, list=listed)
 
 
@@ -301,20 +354,23 @@ def opposites(world, family, lang, for_test):
 
 
 def categories(world, family, lang, for_test):
-    """Is a fox a food or an animal? -> A fox is an animal."""
+    """Is a fox a food or an animal? -> A fox is an animal. Is a fox a food? -> A fox is an animal."""
     rng, noun = world.rng, world.rng.choice(NOUNS)
-    right, slots = KINDS[noun.table], {"x": name_of(noun, lang, "phrase")}
-    kind = rng.choice(["kind", "choice"])
+    right, answer, kind = KINDS[noun.table], say_kind(noun, lang), rng.choice(["kind", "choice", "is_kind"])
+    slots = {"x": name_of(noun, lang, "phrase"), "xs": several_of(noun), "name": name_of(noun, lang)}
+    wrong = rng.choice([other for other in KINDS.values() if other is not right])
     if kind == "choice":
-        two = [right, rng.choice([other for other in KINDS.values() if other is not right])]
-        rng.shuffle(two)
-        slots |= {"this": cell(two[0], "phrase", lang), "that": cell(two[1], "phrase", lang)}
-    return world.chat(family, kind, lang, for_test, say_kind(noun, lang), **slots)
+        this, that = either_way(rng, (right, wrong))
+        slots |= {"this": cell(this, "phrase", lang), "that": cell(that, "phrase", lang)}
+    elif kind == "is_kind":
+        asked = rng.choice([right, wrong])
+        slots |= {"value": cell(asked, "phrase", lang), "values": f"{asked.name_en}s"}
+    return world.chat(family, kind, lang, for_test, answer, **slots)
 
 
 def translation(world, family, lang, for_test):
     """How do you say fox in Chinese? -> Fox is 狐狸 in Chinese."""
-    noun, direction = world.rng.choice(NOUNS), world.rng.choice(["en_zh", "zh_en"])
+    noun, direction = world.rng.choice(TRANSLATED), world.rng.choice(["en_zh", "zh_en"])
     x = noun.name_en if direction == "en_zh" else noun.name_zh
     return world.chat(family, direction, lang, for_test, say_translation(noun, lang, direction), x=x)
 
@@ -324,41 +380,55 @@ def words(world, family, lang, for_test):
     rng, between = world.rng, BETWEEN_ITEMS[lang]
     kind = rng.choice(["repeat", "first", "last", "reverse", "join"])
     if kind == "repeat":
-        answer = rng.choice([world.words(lang, 1)[0], rng.choice(world.names[lang].part(for_test))])
+        answer = rng.choice([world.anything(lang, for_test), rng.choice(world.names[lang].part(for_test))])
         return world.chat(family, kind, lang, for_test, answer, word=answer)
     if kind == "join":
         first, second = world.words(lang, 2)
         return world.chat(family, kind, lang, for_test, f"{first}-{second}", first=first, second=second)
     items = world.words(lang, 3 if kind == "reverse" else rng.randint(2, 5))
     answer = {"first": items[0], "last": items[-1], "reverse": between.join(items[::-1])}[kind]
-    return world.chat(family, kind, lang, for_test, answer, list=between.join(items))
+    return world.chat(family, kind, lang, for_test, answer, list=world.listed(items, lang, between))
 
 
 def story(world, family, lang, for_test):
     """Tell me a story about the fox by the river. -> One summer morning, the fox went for a walk ..."""
     rng = world.rng
-    if for_test:
+    kind = rng.choices(["tell", "hero", "any"], [6, 4, 0 if for_test else 1])[0]
+    if for_test and kind == "tell":
         hero, place = rng.choice(sorted(world.held_stories))
         hero, place = find(hero, HEROES), find(place, PLACES)
     else:
         hero, place = rng.choice(HEROES), rng.choice(PLACES)
-    x, place_name = name_of(hero, lang, "known"), name_of(place, lang)
-    if hero in ANIMALS and rng.random() >= 0.5:
+    if kind == "hero" and not for_test and rng.random() < 0.5:
+        hero = a_stranger(world, lang, for_test)
+    x, name, place_name = name_of(hero, lang, "known"), name_of(hero, lang), name_of(place, lang)
+    if hero.table == "animals" and rng.random() >= 0.4:
         x = name_of(hero, lang, "phrase")
-    slots = {"x": x, "where": cell(place, "where", lang), "place": place_name}
-    question, wording = world.ask(family, "tell", lang, for_test, **slots)
+    slots = {"x": x, "name": name, "where": cell(place, "where", lang), "place": place_name}
+    question, wording = world.ask(family, kind, lang, for_test, **slots)
     answer = BETWEEN_SENTENCES[lang].join(tell_story(rng, hero, place, lang))
-    return Chat([question, answer], wording, [name_of(hero, lang), place_name])
+    return Chat([question, answer], wording, {"tell": [name, place_name], "hero": [name]}.get(kind))
+
+
+def a_stranger(world, lang, for_test):
+    """A hero from outside of the world: a row like that of an animal, for a penguin or a rocket."""
+    real, made_up = world.unknown[lang]
+    groups = made_up if world.rng.random() < 0.1 else real
+    name = world.rng.choice(groups[world.rng.choice(["animals", "animals", "things"])].part(for_test)).lower()
+    phrase = f"an {name}" if name[0] in "aeiou" else f"a {name}"
+    return ANIMALS[0]._replace(name_en=name, name_zh=name, known_en=f"the {name}", phrase_en=phrase)
 
 
 def memory(world, family, lang, for_test):
     """I am Mara. -> Nice to meet you, Mara! What is my name? -> Your name is Mara.
 
     One or two things are told and acknowledged, perhaps something else is talked about, and one is asked for.
+    Sometimes nothing was told.
     """
     rng, turns, told = world.rng, [], []
-    count = rng.choice([1, 2])
-    for kind in rng.sample(["name", "favourite", "pet"], count):
+    kinds = rng.sample(["name", "favourite", "pet"], rng.choice([1, 2]))
+    is_told = rng.random() < 0.88
+    for kind in kinds:
         slots = {"name": rng.choice(world.names[lang].part(for_test))}
         if kind == "favourite":
             noun = rng.choice(FAVOURITES)
@@ -366,56 +436,83 @@ def memory(world, family, lang, for_test):
         elif kind == "pet":
             slots["kind"] = name_of(rng.choice(PETS), lang)
         told.append((kind, slots))
-        turns.append(fill(rng.choice(PHRASES[f"telling {kind} {lang}"]), **slots))
-        turns.append(say(family, "reply_to_name" if kind == "name" else "reply", lang, **slots))
-    if count == 1 and rng.random() < 0.5:  # not after two things: a record stays under 128 tokens
-        between = rng.choice(["addition", "opposites", "translation", "small_talk"])
-        generator, _ = FAMILIES[between]
-        turns += generator(world, between, lang, False).turns
+        if is_told:
+            said = rng.choice(PHRASES[f"telling {kind} {lang}"])
+            if rng.random() < 0.4:
+                said = hasty(rng, said, lang)
+                if rng.random() < 0.5:
+                    slots["name"] = slots["name"].lower()
+            turns.append(capital(fill(said, **slots)) if said[0].isupper() else fill(said, **slots))
+            turns.append(say(family, "reply_to_name" if kind == "name" else "reply", lang, **slots))
+    if not for_test and len(turns) == 2 and rng.random() < 0.2:  # nothing is asked for yet
+        return Chat(turns, "")
+    for _ in range(rng.choices([0, 1, 2, 3], [70, 30, 0, 0] if for_test else [56, 24, 13, 7])[0]):
+        turns += world.exchange(lang)
     kind, slots = rng.choice(told)
     question, wording = world.ask(family, kind, lang, for_test, **slots)
-    return Chat([*turns, question, say(family, kind, lang, **slots)], wording)
+    answer = say(family, kind, lang, **slots) if is_told else say(family, "untold", lang)
+    if len(turns) == 2 and rng.random() < 0.15:  # My name is Mara. What is my name?
+        question = f"{turns[0]}{BETWEEN_SENTENCES[lang] or '，'}{question}"
+        turns = []
+    return Chat([*turns, question, answer], wording)
 
 
-def about_self(world, family, lang, for_test):
-    """Who are you? -> I am Seedling, a tiny language model grown from nothing."""
-    kind = world.rng.choice(["who", "who", "maker", "skills", "human"])
-    return world.chat(family, kind, lang, for_test, say(family, kind, lang))
+# {family: its kinds, each as often as its section has lines}
+TALK_KINDS = {family: [section.removeprefix(f"{family}.") for section, lines in TALK.items()
+                       if section.startswith(f"{family}.") for _ in lines]
+              for family in ("small_talk", "self", "limits", "unknown")}
+
+
+def talk(world, family, lang, for_test):
+    """Any section of talk.txt: I am tired. -> Then take a good rest. You have earned it."""
+    rng = world.rng
+    kinds = [kind for kind in TALK_KINDS[family] if world.wordings[family, kind, lang].part(for_test)]
+    kind = rng.choice(kinds)
+    a, _ = world.number_pair(for_test)
+    c, d, e = world.three_numbers(for_test)
+    big, large = (rng.randint(100, rng.choice([999, 9999])) for _ in range(2))
+    slots = {"x": world.anything(lang, for_test), "a": a, "c": c, "d": d, "e": e, "big": big, "large": large,
+             "noise": noise(rng, lang)}
+    return world.chat(family, kind, lang, for_test, say(family, kind, lang), **slots)
 
 
 def unknown(world, family, lang, for_test):
     """Where does a penguin live? What is a plookrem? -> I don't know about that yet."""
     rng, answer = world.rng, say(family, "word", lang)  # the same answer to every question
+    if rng.random() < 0.25:
+        return talk(world, family, lang, for_test)
     group = rng.choice(["animals", "animals", "foods", "plants", "people", "things", "things", "names"])
     groups, made_up = world.unknown[lang]
-    if group in made_up and rng.random() < 0.5:
+    if group in made_up and rng.random() < 0.35:
         groups = made_up
     name = x = rng.choice(groups[group].part(for_test))
     if lang == "en" and group not in ("names", "people", "foods"):
         article = "an" if name[0] in "aeiou" else "a"
-        x = rng.choice([f"{article} {name}", f"the {name}"])
-    if group not in TABLES or rng.random() < 0.35:
-        return world.chat(family, "word", lang, for_test, answer, x=x)
-    if group != "people" and rng.random() < 0.12:
+        x = rng.choice([f"{article} {name}", f"the {name}", f"{article} {name}"])
+    slots = {"x": x, "name": name, "xs": name if group in ("names", "people") or lang == "zh" else f"{name}s"}
+    asked, kind = "unknown", "word"
+    if group in TABLES and rng.random() < 0.6:
+        # The same questions as about what is known, without "who is the baker?", which names no person.
+        asked = group
+        kind = rng.choice([row.kind for row in FACT_TEMPLATES if row.family == group and row.kind != "who"])
+        if rng.random() < 0.15 and (group, f"is_{kind}", lang) in world.wordings:
+            slots["value"] = rng.choice(list(VALUES[group, kind, lang]))
+            kind = f"is_{kind}"
+    turned = {"foods": [("animals", "who_food"), ("people", "who_likes")], "animals": [("people", "who_pet")]}
+    if group in turned and rng.random() < 0.12:  # Who eats pizza?
+        asked, kind = rng.choice(turned[group])
+        slots["value"] = x
+    elif group != "people" and rng.random() < 0.12:
         direction = "zh_en" if lang == "zh" else "en_zh"
-        return world.chat("translation", direction, lang, for_test, answer, x=name)
-    # The same questions as about what is known, without "who is the baker?", which does not name a person.
-    kinds = [row.kind for row in FACT_TEMPLATES if row.family == group and row.kind != "who"]
-    return world.chat(group, rng.choice(kinds), lang, for_test, answer, x=x)
-
-
-def small_talk(world, family, lang, for_test):
-    """Hello there! -> Hello! What would you like to know?"""
-    kind = world.rng.choice(["hello", "thanks", "bye", "mood"])
-    mark = world.rng.choice("！。" if lang == "zh" else "!.")
-    return world.chat(family, kind, lang, for_test, say(family, kind, lang), dressed=False, mark=mark)
+        asked, kind = rng.choice([("translation", direction), ("opposites", "word")])
+        slots["x"] = name
+    return world.chat(asked, kind, lang, for_test, answer, **slots)
 
 
 def identity(world, family, lang, for_test):
     """For an adapter: Who are you? -> Hoot! I am Toto the owl, and I count the stars at midnight."""
     kind = world.rng.choice(["who", "who", "who", "maker", "skills", "human", "home", "love"])
-    asked = family if kind in ("home", "love") else "self"  # the other questions are those of about_self
-    return world.chat(asked, kind, lang, for_test, say(family, kind, lang))
+    return world.chat("self", kind, lang, for_test, say(family, kind, lang))
 
 
 def clinic(world, family, lang, for_test):
@@ -427,137 +524,17 @@ def clinic(world, family, lang, for_test):
 
 # {family: (generator, records for training)}. Harder skills and larger tables get more.
 FAMILIES = {
-    "animals": (ask_fact, 2900), "people": (ask_fact, 1600), "foods": (ask_fact, 1200),
-    "plants": (ask_fact, 1200), "seasons": (ask_fact, 900), "places": (ask_fact, 700),
-    "addition": (arithmetic, 4800), "subtraction": (arithmetic, 4700), "comparing": (comparing, 3200),
-    "sorting": (sorting, 6000), "counting": (counting, 4000), "opposites": (opposites, 1500),
-    "categories": (categories, 1100), "translation": (translation, 2200), "words": (words, 6000),
-    "story": (story, 1500), "memory": (memory, 4800), "self": (about_self, 900), "unknown": (unknown, 3600),
-    "small_talk": (small_talk, 500),
+    "animals": (ask_fact, 6400), "people": (ask_fact, 3600), "foods": (ask_fact, 2200),
+    "plants": (ask_fact, 2200), "seasons": (ask_fact, 1400), "places": (ask_fact, 1000),
+    "addition": (arithmetic, 4800), "subtraction": (arithmetic, 4700), "comparing": (comparing, 4500),
+    "sorting": (sorting, 8500), "counting": (counting, 6500), "opposites": (opposites, 1500),
+    "categories": (categories, 1800), "translation": (translation, 2200), "words": (words, 6000),
+    "story": (story, 2000), "memory": (memory, 7500), "self": (talk, 5000), "unknown": (unknown, 8000),
+    "small_talk": (talk, 11000), "limits": (talk, 8500),
 }
+EXACT = ("comparing", "sorting", "counting", "words", "addition", "subtraction")  # no typing mistakes here
+IN_BETWEEN = [family for family in FAMILIES if family not in ("memory", "story", "self")]  # of a longer chat
 ADAPTERS = {"identity": (identity, 1600), "clinic": (clinic, 2000)}
-
-# ------------------------------------------------------------------- one generator a kind of pretraining text
-
-# A generator(world, lang) returns the sentences of one text.
-
-
-def text_story(world, lang):
-    """A story, and perhaps a fact about its hero."""
-    rng, hero = world.rng, world.rng.choice(HEROES)
-    sentences = tell_story(rng, hero, rng.choice(PLACES), lang)
-    if rng.random() < 0.4:
-        known = [fact.statement for fact in FACTS_ABOUT[hero.name_en, lang] if fact.kind != "about"]
-        sentences.append(rng.choice(known))
-    return sentences
-
-
-def text_entity(world, lang):
-    """Facts about one entity, in any order: A cow eats grass. A cow is brown. A cow lives on the farm. ..."""
-    known = [fact.statement for fact in FACTS_ABOUT[world.rng.choice(ENTITIES), lang]]
-    world.rng.shuffle(known)
-    return known[:world.rng.randint(4, 7)]
-
-
-def text_kind(world, lang):
-    """The same kind of fact about several entities: A cow eats grass. A fox eats berries. ..."""
-    family, kind, *_ = world.rng.choice(FACTS)
-    known = [fact.statement for fact in FACTS
-             if fact.family == family and fact.kind == kind and fact.lang == lang]
-    count = world.rng.randint(3, 6)
-    return world.rng.sample(known, min(len(known), count))
-
-
-def text_sums(world, lang):
-    """Line by line: 47 + 38 = 70 + 15 = 85; forty-three minus two: 43 - 2 = 40 + 1 = 41."""
-    rng, lines = world.rng, []
-    for _ in range(rng.randint(3, 6)):
-        a, b = world.number_pair(False)
-        sign, kind = ("-", "minus") if rng.random() < 0.45 else ("+", "plus")
-        if sign == "+" and rng.random() < 0.5:
-            a, b = b, a
-        line = worked(a, sign, b)
-        if rng.random() < 0.3:  # in words first, as a question may ask
-            line = say("texts", kind, lang, a=in_words(a, lang), b=in_words(b, lang), worked=line)
-        lines.append(line)
-    return ["\n".join(lines)]
-
-
-def text_numbers(world, lang):
-    """Numbers in a row: 17, 18, 19, 20, 21, 22; or in words: forty-seven is 47, three is 3, ..."""
-    rng = world.rng
-    chosen = rng.sample(range(100), 6)
-    if rng.random() < 0.3:
-        start = rng.randint(0, 88)
-        return [with_commas(range(start, start + rng.randint(6, 11)))]
-    parts = [say("texts", "number", lang, word=in_words(number, lang), number=number) for number in chosen]
-    return [("，" if lang == "zh" else ", ").join(parts)]
-
-
-def text_compare(world, lang):
-    """9 is larger than 4. 12 is smaller than 80. ..."""
-    sentences = []
-    while len(sentences) < 4:
-        large, small = world.number_pair(False)
-        if large > small:
-            kind = world.rng.choice(["larger", "smaller"])
-            sentences.append(say("comparing", kind, lang, large=large, small=small))
-    return sentences
-
-
-def text_sort(world, lang):
-    """Line by line: 31, 7, 64 from small to large: 7, 31, 64"""
-    lines = []
-    for _ in range(2):
-        three, falling = world.three_numbers(False), world.rng.random() < 0.35
-        in_order = with_commas(sorted(three, reverse=falling))
-        kind = "falling" if falling else "rising"
-        lines.append(say("texts", kind, lang, list=with_commas(three), sorted=in_order))
-    return ["\n".join(lines)]
-
-
-def text_translation(world, lang):
-    """Fox is 狐狸 in Chinese. 橡树 is oak in English. ..."""
-    nouns = world.rng.sample(NOUNS, world.rng.randint(3, 5))
-    return [say_translation(noun, lang, "en_zh" if world.rng.random() < 0.5 else "zh_en") for noun in nouns]
-
-
-def text_opposites(world, lang):
-    """The opposite of hot is cold. ..."""
-    pairs = [either_way(world.rng, pair) for pair in world.rng.sample(OPPOSITES[lang], 4)]
-    return [say("opposites", "word", lang, word=word, opposite=opposite) for word, opposite in pairs]
-
-
-def text_categories(world, lang):
-    """A fox is an animal. Rice is a food. ..."""
-    return [say_kind(noun, lang) for noun in world.rng.sample(NOUNS, 5)]
-
-
-def text_list(world, lang):
-    """fox, oak: There are 2. The first is fox, the last is oak. Backwards: oak, fox."""
-    rng, between = world.rng, BETWEEN_ITEMS[lang]
-    items = world.words(lang, rng.randint(2, 5))
-    if rng.random() < 0.5:  # fox, oak, fox: Fox appears 2 times.
-        items = [rng.choice(items[:3]) for _ in range(rng.randint(2, 6))]
-        how_often = say_how_often(items[0], items, lang)
-        return [say("texts", "repeated", lang, list=between.join(items), count=how_often)]
-    count = say("counting", "items", lang, count=len(items))
-    return [say("texts", "list", lang, list=between.join(items), count=count, first=items[0], last=items[-1],
-                backwards=between.join(items[::-1]))]
-
-
-def text_person(world, lang):
-    """My name is Mara, my favourite food is rice ... Nice to meet you, Mara! Your favourite food is ..."""
-    rng, names = world.rng, world.names[lang].training
-    name, pet, kind = rng.choice(names), rng.choice(names), rng.choice(FAVOURITE_KINDS)
-    favourite, animal = rng.choice(TABLES[kind.of_table]), rng.choice(PETS[:4])  # the chats name all pets
-    return [say("texts", "person", lang, name=name, pet=pet, kind=name_of(kind, lang),
-                favourite=name_of(favourite, lang, "known"), animal=name_of(animal, lang))]
-
-
-TEXTS = [(text_story, 2500), (text_entity, 4000), (text_kind, 2200), (text_sums, 3500), (text_numbers, 600),
-         (text_compare, 2500), (text_sort, 3500), (text_translation, 1800), (text_opposites, 600),
-         (text_categories, 600), (text_list, 6000), (text_person, 4000)]  # (generator, texts)
 
 # ------------------------------------------------------------------------------------------------------ files
 
@@ -587,14 +564,19 @@ def make_texts(world):
 def make_chats(world, family, generator, count, for_test, asked):
     """Up to `count` chats as [(record, wording)]. Their questions are new, and `asked` collects them.
 
-    The languages alternate. Where the wordings of one language are used up, later attempts draw the language.
+    The languages take turns. Where the wordings of one are used up, later attempts draw the language.
     """
     found = []
     for attempt in range(count * 40):
         if len(found) == count:
             break
-        lang = LANGUAGES[len(found) % 2] if attempt < count * 20 else world.rng.choice(LANGUAGES)
+        # In training 3 of 5 are English, which people shorten and misspell in more ways.
+        turn = len(found) % 2 if for_test else len(found) % 5 % 2
+        lang = LANGUAGES[turn] if attempt < count * 20 else world.rng.choice(LANGUAGES)
         chat = generator(world, family, lang, for_test)
+        if not for_test and family != "memory" and world.rng.random() < 0.1:  # a chat that had begun before
+            before = [turn for _ in range(world.rng.randint(1, 4)) for turn in world.exchange(lang)]
+            chat = chat._replace(turns=before + chat.turns)
         question = "\n".join(chat.turns[:-1])
         if question in asked or (not for_test and world.leaks("\n".join(chat.turns))):
             continue
@@ -617,7 +599,7 @@ def build(seed=0):
     for family, (generator, count) in FAMILIES.items():
         files["sft"] += make_chats(world, family, generator, count, False, asked)
         files["sft_eval"] += make_chats(world, family, generator, 15, False, asked)
-        files["sft_test"] += make_chats(world, family, generator, 28, True, asked)
+        files["sft_test"] += make_chats(world, family, generator, 100, True, asked)
     rng.shuffle(files["sft"])
     for family, (generator, count) in ADAPTERS.items():
         asked = set()
@@ -630,7 +612,7 @@ def build(seed=0):
         chats += rng.sample(unanswered, count * 3 // 4) + rng.sample(ordinary, count * 13 // 4)
         rng.shuffle(chats)
         files[f"lora_{family}"] = chats
-        files[f"lora_{family}_test"] = make_chats(world, family, generator, 60, True, asked)
+        files[f"lora_{family}_test"] = make_chats(world, family, generator, 100, True, asked)
     return {name: files[name] for name in FILES}
 
 

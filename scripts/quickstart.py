@@ -1,6 +1,6 @@
 """From nothing to a chat: writes a small world, trains a model on it in four stages, scores every stage.
 
-    python scripts/quickstart.py               # about 6 minutes on 2 CPU cores; uses a GPU if there is one
+    python scripts/quickstart.py               # about 7 minutes on 2 CPU cores; uses a GPU if there is one
     python scripts/quickstart.py --minutes 20  # train longer
     python scripts/quickstart.py               # again: goes on where it was stopped, or shows the report
     python scripts/quickstart.py --fresh       # start over
@@ -33,16 +33,17 @@ from common.cli import ROOT, Parser, run_script
 from common.errors import INTERRUPTED, ModelError, RunError
 from common.files import json_text, read_json, read_json_if_there, write_whole
 
-DEFAULT_MINUTES = 6.0  # the steps and seconds below are for so many; --minutes scales the steps
+DEFAULT_MINUTES = 7.0  # the steps and seconds below are for so many; --minutes scales the steps
 
 # stage: its script, steps, seconds that they take on 2 CPU cores, and its flags
-ROW_FLAGS = "--max_seq_len 128 --log_interval 20 --eval_interval 1000 --batch_size"
+ROW_FLAGS = "--log_interval 20 --eval_interval 1000 --max_seq_len"  # ... and the rows of a step
+CHAT_ROWS = f"{ROW_FLAGS} 256 --batch_size"  # a chat of about eight questions: the model remembers so many
 MUON_FLAGS = "--optimizer muon --learning_rate"  # these two end with a flag whose value each stage gives
-ADAPTER_FLAGS = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {ROW_FLAGS} 8"
+ADAPTER_FLAGS = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {CHAT_ROWS} 4"
 STAGES = {
     "pretrain": ("train_pretrain.py", 300, 30,
-                 f"--preset tiny {MUON_FLAGS} 1e-2 {ROW_FLAGS} 8 --lr_schedule cosine"),
-    "full_sft": ("train_full_sft.py", 1750, 205, f"{MUON_FLAGS} 7e-3 {ROW_FLAGS} 16"),
+                 f"--preset tiny {MUON_FLAGS} 1e-2 {ROW_FLAGS} 128 --batch_size 8 --lr_schedule cosine"),
+    "full_sft": ("train_full_sft.py", 3200, 250, f"{MUON_FLAGS} 7e-3 {CHAT_ROWS} 8"),
     "lora_identity": ("train_lora.py", 420, 30, ADAPTER_FLAGS),
     "lora_clinic": ("train_lora.py", 800, 52, ADAPTER_FLAGS),
 }
@@ -51,7 +52,9 @@ PARENT = {"full_sft": "pretrain", "lora_identity": "full_sft", "lora_clinic": "f
 DATA_OF_STAGE = {"full_sft": "sft"}  # the file of the world; the other stages have a file with their own name
 TESTS = {"pretrain": ["sft"], "full_sft": ["sft", *ADAPTERS],  # the test files that a stage answers
          "lora_identity": ["sft", "lora_identity"], "lora_clinic": ["sft", "lora_clinic"]}
-SCORED_AFTER_PRETRAIN = 200  # questions of a test: a model that never saw a chat answers none of them
+# Questions of a test, where not all are asked: a model that never saw a chat answers none of them, and 30 of
+# each family show whether an adapter forgets.
+SCORED_AFTER = {"pretrain": 200, "lora_identity": 630, "lora_clinic": 630}
 SCORED_PER_MINUTE = 600  # questions of a test, so that a trial of a few seconds does not score for minutes
 SECONDS_TO_START = 5  # Python, torch and the tokenizer
 SECONDS_TO_SCORE = 8  # one stage
@@ -119,10 +122,8 @@ def scoring_command(out: Path, stage: str, minutes: float) -> list[str]:
         model = [f"{out / PARENT[stage]}", "--lora", f"{out / stage}"]
     files = [f"{out / 'world' / test}_test.jsonl" for test in TESTS[stage]] + [f"{out / 'samples.jsonl'}"]
     command = [f"{ROOT / 'eval_model.py'}", "--load_from", *model, "--data_path", *files]
-    limit = max(1, round(SCORED_PER_MINUTE * minutes))
-    if stage == "pretrain":
-        limit = min(limit, SCORED_AFTER_PRETRAIN)
-    if limit < SCORED_PER_MINUTE:
+    limit = min(max(1, round(SCORED_PER_MINUTE * minutes)), SCORED_AFTER.get(stage, sys.maxsize))
+    if limit < SCORED_PER_MINUTE * DEFAULT_MINUTES:
         command += ["--limit", f"{limit}"]
     return [*command, "--temperature", "0", "--json", f"{out / f'scores_{stage}.json'}"]
 

@@ -107,6 +107,33 @@ def read_words(name):
     return sections
 
 
+def read_talk(name):
+    """NAME.txt as (questions, answers): {section: its lines}, and {(family, kind, language): the answer}.
+
+    Lines that start with "> " are the answers of their section, one a language.
+    """
+    questions, answers = read_sections(name), {}
+    for section, lines in questions.items():
+        family, _, kind = section.partition(".")
+        for line in lines:
+            if line.startswith("> "):
+                answers[family, kind, language_of(line)] = line.removeprefix("> ")
+        questions[section] = [line for line in lines if not line.startswith("> ")]
+        for lang in LANGUAGES:
+            if (family, kind, lang) not in answers:
+                raise DataError(f"dataset/world/{name}.txt: [{section}] has no answer in the language "
+                                f'{lang!r}: a line that starts with "> "')
+    return questions, answers
+
+
+def is_chinese(text):
+    return re.search("[\u4e00-\u9fff]", text) is not None
+
+
+def language_of(text):
+    return "zh" if is_chinese(text) else "en"
+
+
 COLOURS = read_table("colours")
 PLACES = read_table("places")
 SEASONS = read_table("seasons")
@@ -118,27 +145,28 @@ TABLES = {"animals": ANIMALS, "people": PEOPLE, "foods": FOODS, "plants": PLANTS
           "places": PLACES, "colours": COLOURS}
 KINDS = {kind.of_table: kind for kind in read_table("kinds")}  # KINDS["animals"] is the row of "an animal"
 FACT_TEMPLATES = read_table("facts")
-SENTENCES = {(row.family, row.kind): row for row in read_table("sentences")}
+TALK, ANSWERS = read_talk("talk")  # what people say that needs no knowledge of the world, and the answers
+SENTENCES = ANSWERS | {(row.family, row.kind, lang): sentence for row in read_table("sentences")
+                       for lang, sentence in zip(LANGUAGES, (row.sentence_en, row.sentence_zh), strict=True)}
 CLINIC = read_table("clinic")  # symptoms of plants: only the clinic's adapter is trained on them
 OPPOSITES = {lang: [(row.word, row.opposite) for row in read_table("opposites") if row.language == lang]
              for lang in LANGUAGES}
 QUESTIONS = read_sections("wordings")
+QUESTIONS.update(TALK)
 PHRASES = read_sections("phrases")
+SHORTENED = {lang: [line.split(" | ") for line in PHRASES[f"shortened {lang}"]] for lang in LANGUAGES}
 STORIES = read_sections("stories")
 NAMES = read_words("names")
 UNKNOWN = read_words("unknown")
 
 HEROES = ANIMALS + PEOPLE  # of stories
 NOUNS = [noun for table in KINDS for noun in TABLES[table]]
+TRANSLATED = NOUNS + read_table("words")
 FAVOURITE_KINDS = [kind for kind in KINDS.values() if kind.favourite == "yes"]
 FAVOURITES = [noun for kind in FAVOURITE_KINDS for noun in TABLES[kind.of_table]]
 PETS = [find(name, ANIMALS) for name in NAMES["pets en"]]
 
 # -------------------------------------------------------------------------------------------- words and names
-
-
-def is_chinese(text):
-    return re.search("[\u4e00-\u9fff]", text) is not None
 
 
 def words_of(text):
@@ -154,6 +182,11 @@ def cell(row, column, lang):
 def name_of(noun, lang, form="name"):
     """fox or 狐狸. English has two more forms: "phrase" (a fox) and "known" (the fox)."""
     return cell(noun, form if lang == "en" else "name", lang)
+
+
+def several_of(row):
+    """foxes; for a thing that has no plural in its table, its name."""
+    return row.plural_en if "plural_en" in row._fields else row.name_en
 
 
 def named_in(text, rows):
@@ -197,9 +230,9 @@ def fill(template, **slots):
 
 def say(family, kind, lang, /, **slots):
     """A sentence of sentences.csv: say("counting", "items", "en", count=3) is "There are 3." """
-    if (family, kind) not in SENTENCES:
+    if (family, kind, lang) not in SENTENCES:
         raise DataError(f"dataset/world/sentences.csv has no row of family {family!r} and kind {kind!r}")
-    return fill(cell(SENTENCES[family, kind], "sentence", lang), **slots)
+    return fill(SENTENCES[family, kind, lang], **slots)
 
 
 def say_how_often(word, items, lang):
@@ -227,6 +260,8 @@ class Fact(NamedTuple):
     lang: str  # en
     entity: str  # fox: the English name of what the fact is about, in both languages
     asked: str  # a fox: how a question names what it asks about
+    several: str  # foxes
+    value: str  # yip: what the statement says of it; "" if nobody asks the other way round
     statement: str  # A fox says yip.
 
 
@@ -241,13 +276,25 @@ def make_facts():
             for template in templates:
                 for lang in LANGUAGES:
                     entity = fill(template.entity, **slots)
-                    asked = fill(cell(template, "asked", lang), **slots)
-                    statement = fill(cell(template, "statement", lang), **slots)
-                    facts.append(Fact(template.family, template.kind, lang, entity, asked, statement))
+                    asked, value, statement = (fill(cell(template, column, lang), **slots)
+                                               for column in ("asked", "value", "statement"))
+                    several = several_of(row) if lang == "en" else asked
+                    facts.append(Fact(template.family, template.kind, lang, entity, asked, several, value,
+                                      statement))
     return facts
 
 
+def facts_by_value():
+    """{(family, kind, language): {value: the facts that state it}}, for questions that are turned round."""
+    found = {}
+    for fact in FACTS:
+        if fact.value:
+            found.setdefault((fact.family, fact.kind, fact.lang), {}).setdefault(fact.value, []).append(fact)
+    return found
+
+
 FACTS = make_facts()
+VALUES = facts_by_value()
 ENTITIES = list(dict.fromkeys(fact.entity for fact in FACTS))
 FACTS_ABOUT = {(entity, lang): [fact for fact in FACTS if fact.entity == entity and fact.lang == lang]
                for entity in ENTITIES for lang in LANGUAGES}
@@ -273,50 +320,11 @@ def tell_story(rng, hero, place, lang):
 
 def ordinary_text():
     """All that the world's texts say apart from names and unknown things, in lower case."""
-    # Of the sentences only those about the model count. The others would add one word, the "don" of "don't",
-    # and forbid it as the name of an unknown thing: some seeds would then give another world.
-    about_model = [row for row in SENTENCES.values() if row.family in ("self", "identity")]
-    rows = [*FACTS, *NOUNS, *CLINIC, *about_model, *OPPOSITES["en"], *OPPOSITES["zh"], BELOW_TWENTY, TENS]
+    rows = [*FACTS, *NOUNS, *CLINIC, *OPPOSITES["en"], *OPPOSITES["zh"], BELOW_TWENTY, TENS,
+            list(ANSWERS.values())]
     for sections in (QUESTIONS, PHRASES, STORIES):
         rows += [sections, *sections.values()]  # `sections` are the names of the sections
     return "\n".join(text for row in rows for text in row if isinstance(text, str)).lower()
-
-
-# ------------------------------------------------------------------------------------------------- wordings
-
-
-def expand(pattern):
-    """Every combination of the alternatives: "a (b|c)" -> ["a b", "a c"]."""
-    texts = [""]
-    for i, part in enumerate(re.split(r"\(([^()]*\|[^()]*)\)", pattern)):
-        choices = part.split("|") if i % 2 else [part]  # re.split puts what stood in brackets at odd places
-        texts = [text + choice for text in texts for choice in choices]
-    return texts
-
-
-def bare(wording):
-    """A wording without its marks: "repeat {word}" and "repeat {word}." are one wording."""
-    return re.sub("[?!.,:？！。，：“”]", "", wording)
-
-
-def read_wordings(questions):
-    """{(family, kind, lang): [all wordings of the first line, all wordings of the second line, ...]}."""
-    wordings = {}
-    for section, lines in questions.items():
-        for line in lines:
-            lang = "zh" if is_chinese(line) else "en"
-            texts = expand(line.removeprefix("~ "))
-            if line.startswith("~ "):
-                carriers = PHRASES[f"carriers {lang}"]
-                texts = [carrier.replace("{clause}", text) for text in texts for carrier in carriers]
-            for name in section.split():
-                wordings.setdefault((*name.split("."), lang), []).append(texts)
-    for family, kind, _ in list(wordings):
-        for lang in LANGUAGES:
-            if all(len(texts) < 4 for texts in wordings.get((family, kind, lang), [])):
-                raise DataError(f"dataset/world/wordings.txt: [{family}.{kind}] needs a line that stands for "
-                                f"four wordings or more in the language {lang!r}, as some are for the test")
-    return wordings
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
@@ -338,6 +346,9 @@ def in_words(number, lang):
     if number < 20:
         return BELOW_TWENTY[number]
     return TENS[tens] if ones == 0 else f"{TENS[tens]}-{BELOW_TWENTY[ones]}"
+
+
+NUMBERS_EN = {in_words(number, "en") for number in range(100)}
 
 
 def with_commas(numbers):
@@ -364,3 +375,75 @@ def pairs_in_between(a, b):
         return []
     steps = [tens_and_ones(a, "+", b), tens_and_ones(a, "-", b)]
     return [(max(tens, abs(ones)), min(tens, abs(ones))) for tens, ones in steps]
+
+
+# ------------------------------------------------------------------------------------------------- wordings
+
+
+def expand(pattern):
+    """Every combination of the alternatives: "a (b|c)" -> ["a b", "a c"]."""
+    texts = [""]
+    for i, part in enumerate(re.split(r"\(([^()]*\|[^()]*)\)", pattern)):
+        choices = part.split("|") if i % 2 else [part]  # re.split puts what stood in brackets at odd places
+        texts = [text + choice for text in texts for choice in choices]
+    return texts
+
+
+def short_forms(lang):
+    """(a pattern that finds the short forms of phrases.txt, {short form: the words that it stands for})."""
+    spelled_out = {form.lower(): forms[0].lower() for forms in SHORTENED[lang] for form in forms}
+    longest_first = sorted(spelled_out, key=len, reverse=True)
+    edge = r"\b" if lang == "en" else ""  # Chinese has no spaces between words
+    return re.compile(edge + "(" + "|".join(map(re.escape, longest_first)) + ")" + edge), spelled_out
+
+
+SHORT_FORMS = {lang: short_forms(lang) for lang in LANGUAGES}
+NAMED_EN = {word.lower() for row in NOUNS + PEOPLE for word in (row.name_en, several_of(row))}
+NAMED_EN |= NUMBERS_EN | {word for pair in OPPOSITES["en"] for word in pair} | {row.job_en for row in PEOPLE}
+NAMED_ZH = {row.name_zh for row in NOUNS + PEOPLE if len(row.name_zh) > 1} | {row.job_zh for row in PEOPLE}
+# The part before the bracket makes the search fast: it asks for the first character of a name.
+NAMED_ZH = re.compile(f"(?=[{''.join({name[0] for name in NAMED_ZH})}])({'|'.join(sorted(NAMED_ZH))})")
+
+
+def bare(wording):
+    """A wording without its marks, capital letters, short forms and "please", and with @ for what it names.
+
+    "Repeat {word}.", "repeat {word}" and "please repeat {word}" are one wording, so that what is new in the
+    test stays new when somebody is in a hurry. "Draw the {x}", "draw {name}" and "draw a cat" are one, too.
+    """
+    pattern, spelled_out = SHORT_FORMS[language_of(wording)]
+    text = wording.lower()
+    for _ in range(2):  # wut's, what's, what is
+        text = pattern.sub(lambda form: spelled_out[form[0]], text)
+    text = re.sub(r"\{(x|name|xs)\}", "@", text.replace("{large}", "{big}"))
+    text = re.sub("[a-z-]+", lambda word: "@" if word[0] in NAMED_EN else word[0], text)
+    text = re.sub(r"\b(a|an|the) @", "@", NAMED_ZH.sub("@", text))
+    text = re.sub(r"\bplease\b|[请?!.,:？！。，：“”]", "", text)
+    return "".join(text.split()) or wording
+
+
+def read_wordings(questions):
+    """{(family, kind, lang): [all wordings of the first line, all wordings of the second line, ...]}.
+
+    A line is (its wordings, whether some may be held out for the test). None may of a line with one bracket:
+    each alternative stands in one of its wordings alone, and nothing else would tell what it means.
+    """
+    wordings = {}
+    for section, lines in questions.items():
+        for line in lines:
+            lang = language_of(line)
+            texts = expand(line.removeprefix("~ "))
+            can_hold_out = line.count("(") > 1 or line.startswith("~ ")
+            if line.startswith("~ "):
+                carriers = PHRASES[f"carriers {lang}"]
+                texts = [carrier.replace("{clause}", text) for text in texts for carrier in carriers]
+            for name in section.split():
+                wordings.setdefault((*name.split("."), lang), []).append((texts, can_hold_out))
+    for family, kind, _ in list(wordings):
+        for lang in LANGUAGES:
+            lines = wordings.get((family, kind, lang), [])
+            has_enough = any(can_hold_out and len(texts) >= 4 for texts, can_hold_out in lines)
+            if not has_enough and f"{family}.{kind}" not in TALK:
+                raise DataError(f"dataset/world/wordings.txt: [{family}.{kind}] needs a line with two "
+                                f"brackets and four wordings in the language {lang!r}: some are for the test")
+    return wordings

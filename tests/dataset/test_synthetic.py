@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -16,7 +17,23 @@ import dataset.world
 from common.errors import DataError
 from dataset import synthetic
 from dataset.synthetic import FAMILIES, World
-from dataset.world import CLINIC, FACTS, HEROES, LANGUAGES, NOUNS, OPPOSITES, PEOPLE, PLACES, in_words, say
+from dataset.world import (
+    CLINIC,
+    FACTS,
+    HEROES,
+    LANGUAGES,
+    NOUNS,
+    OPPOSITES,
+    PEOPLE,
+    PLACES,
+    TALK,
+    VALUES,
+    bare,
+    in_words,
+    say,
+    several_of,
+)
+from dataset.world.hasty import hasty, mistype, noise
 
 SCRIPT = Path(synthetic.__file__)
 TRAINING = ["pretrain", "sft", "lora_identity", "lora_clinic"]
@@ -134,15 +151,18 @@ def test_another_table_is_another_version(edited):
 
 def test_a_mistake_in_a_file_is_named(edited):
     edited("foods.csv", "3 coins", "3, no, 4 coins")
-    with pytest.raises(DataError, match="foods.csv, line 2 has 11 cells, but the table 9 columns"):
+    with pytest.raises(DataError, match="foods.csv, line 2 has 12 cells, but the table 10 columns"):
         dataset.world.read_table("foods")
     edited("plants.csv", "garden", "gardn")
     with pytest.raises(DataError, match="places.csv has no row whose name_en is 'gardn'"):
         dataset.world.read_table("plants", home=PLACES)
     edited("wordings.txt", "\n[animals.sound]",
-           "\n[animals.size]\nhow (big|small|tall|long) is {x}?\n[animals.sound]")
+           "\n[animals.size]\nhow (big|small|tall|long) is {x}(|, then)?\n[animals.sound]")
     with pytest.raises(DataError, match=r"\[animals.size\] .* language 'zh'"):
         dataset.world.read_wordings(dataset.world.read_sections("wordings"))
+    edited("talk.txt", "\n> 你好！你想知道什么？", "")
+    with pytest.raises(DataError, match=r"talk.txt: \[small_talk.hello\] has no answer in the language 'zh'"):
+        dataset.world.read_talk("talk")
     with pytest.raises(DataError, match="uses the slot {hat}; it may use hero, friend"):
         dataset.world.fill("{Hero} has a {hat}.", hero="the fox", friend="Mia")
     with pytest.raises(DataError, match="'{hero has' can't be filled in"):
@@ -168,9 +188,10 @@ def test_a_kind_of_fact_needs_no_code(edited, tmp_path):
     shutil.copytree(root / "common", tmp_path / "common")
     (tmp_path / "dataset").mkdir()
     shutil.copy(SCRIPT, tmp_path / "dataset")
-    edited("wordings.txt", "\n[animals.sound]", "\n[animals.size]\nhow (big|small|tall|long) is {x}?\n"
-           "{x}(多大|有多大|多高|有多高)？\n[animals.sound]")
-    edited("facts.csv", "\n", "\nanimals,animals,size,{name_en},{phrase_en},{name_zh},"
+    edited("wordings.txt", "\n[animals.sound]",
+           "\n[animals.size]\nhow (big|small|tall|long) is {x}(|, then)?\n"
+           "{x}(多大|有多大|多高|有多高)(|呢)？\n[animals.sound]")
+    edited("facts.csv", "\n", "\nanimals,animals,size,{name_en},{phrase_en},{name_zh},{size_en},{size_zh},"
            "{Phrase_en} is {size_en}.,{name_zh}很{size_zh}。\n")
     lines = (tmp_path / "world" / "animals.csv").read_text(encoding="utf-8").splitlines()
     lines = [lines[0] + ",size_en,size_zh"] + [line + ",tiny,小" for line in lines[1:]]
@@ -218,8 +239,8 @@ def test_every_family_is_there_in_both_languages(files):
             # "gull中文怎么说" is Chinese, "say 猫 in English" is English
             languages = Counter(chinese(question(r)) and len(re.findall("[A-Za-z]+", question(r))) < 3
                                 for r in records)
-            assert min(languages[True], languages[False]) >= 12, (name, family, languages)
-    assert all(len(records) >= 25 for records in by_family(files["sft_test"]).values())
+            assert min(languages[True], languages[False]) >= 40, (name, family, languages)
+    assert all(len(records) >= 100 for records in by_family(files["sft_test"]).values())
 
 
 def test_every_fact_is_told_and_asked(files):
@@ -243,7 +264,7 @@ def test_bodies_of_the_test_are_in_no_training_file(built):
 def test_normalised_wordings_of_the_test_are_new(files):
     """The same from the text alone: what is named becomes @, numbers #, and marks, spaces and case go."""
     world = World(0)
-    named = {x for row in NOUNS for x in (row.name_en, row.name_zh, row.phrase_en)}
+    named = {x for row in NOUNS for x in (row.name_en, row.name_zh, row.phrase_en, several_of(row))}
     named |= {x for row in PLACES for x in (row.name_en, row.name_zh, row.where_en, row.where_zh)}
     named |= {x for row in PEOPLE for x in (row.name_en, row.name_zh, row.job_en, row.job_zh)}
     named |= {x for row in CLINIC for x in (row.symptom_en, row.symptom_zh)}
@@ -253,22 +274,24 @@ def test_normalised_wordings_of_the_test_are_new(files):
         named |= {x for some in world.names[lang] for x in some}
         named |= {in_words(n, lang) for n in range(100)} - {"one"}
         for groups in world.unknown[lang]:
-            named |= {x for split in groups.values() for x in split.training + split.test}
+            things = {x for split in groups.values() for x in split.training + split.test}
+            named |= things | {f"{x}s" for x in things if x.isascii()}
     longest_first = sorted(named, key=lambda x: (-len(x), x))
     named_en = re.compile(r"\b(" + "|".join(x.lower() for x in longest_first if x.isascii()) + r")\b")
     named_zh = re.compile("|".join(x for x in longest_first if chinese(x) and len(x) > 1))
 
     def normal(text):
         text = named_zh.sub("@", named_en.sub("@", text.lower()))
+        text = re.sub(r"\d{3,}", "large", text)  # numbers above 99 are another task, which is refused
         text = re.sub(r"\b(a|an|the) @", "@", re.sub(r"\d+", "#", text))
         text = re.sub(r"@([,、]\s*@)+", "@", re.sub(r"#(,\s*#)+", "#", text))
-        return re.sub(r"[^\w@#+-]", "", text)
+        return re.sub(r"[^\w@#+*/÷×=-]", "", text)
 
     trained = {normal(message["content"]) for name in TRAINING[1:] for record in files[name]
                for message in record["conversations"] if message["role"] == "user"}
-    for name in TESTS:
-        for record in files[name]:
-            assert normal(question(record)) not in trained, question(record)
+    asked = [question(record) for name in TESTS for record in files[name]]
+    assert not [(text, normal(text)) for text in asked if normal(text) in trained]
+
 
 
 OPERANDS = re.compile(r"(\d+) [+-] (\d+) =|(\d+) is (?:larger|smaller) than (\d+)|(\d+) 比 (\d+)")
@@ -297,7 +320,8 @@ def test_operand_pairs_of_the_test_are_in_no_training_text(files):
 def test_hero_and_place_of_the_test_meet_in_no_training_text(files):
     heroes = {name: hero for hero in HEROES for name in (hero.name_en, hero.name_zh)}
     places = {name: place for place in PLACES for name in (place.name_en, place.name_zh)}
-    held = {(heroes[h], places[p]) for h, p in (r["contains"] for r in by_family(files["sft_test"])["story"])}
+    tested = [record["contains"] for record in by_family(files["sft_test"])["story"]]
+    held = {(heroes[words[0]], places[words[1]]) for words in tested if len(words) == 2}
     assert len(held) >= 12
     for text in training_texts(files):
         words = set(re.findall("[a-z]+", text.lower()))
@@ -309,7 +333,8 @@ def test_hero_and_place_of_the_test_meet_in_no_training_text(files):
 
 def test_a_test_story_tells_of_its_hero_and_place(files):
     for record in by_family(files["sft_test"])["story"]:
-        assert all(word in question(record) and word in answer(record) for word in record["contains"])
+        said = answer(record).lower()
+        assert all(word.lower() in said for word in record["contains"]), record
 
 
 def test_names_of_the_test_are_in_no_training_text(files):
@@ -340,6 +365,84 @@ def test_unknown_things_are_not_of_the_world(files):
     for name in ("sft", "sft_test"):
         for family, records in by_family(files[name]).items():
             assert all((answer(record) in refusals) == (family == "unknown") for record in records), family
+
+
+# ------------------------------------------------------------------------------------------ as people type
+
+
+def test_haste_keeps_the_slots_and_is_the_same_for_the_same_seed():
+    wording = "What is the sound of {x} {where}, please?"
+    texts, again = ([hasty(random.Random(seed), wording, "en") for seed in range(400)] for _ in range(2))
+    assert texts == again
+    assert all(re.findall(r"\{\w+\}", text) == ["{x}", "{where}"] for text in texts)
+    assert len(set(texts)) > 30 and any(text.startswith("whats") and not text.endswith("?") for text in texts)
+    spared = [hasty(random.Random(seed), "Sort {list} in order.", "en", typos=False) for seed in range(200)]
+    assert {text.lower().rstrip(".") for text in spared} == {"sort {list} in order"}
+
+
+def test_a_mistyped_word_is_one_keystroke_away():
+    words = ["frog", "elephant", "where", "library"]
+    for seed in range(400):
+        word = words[seed % len(words)]
+        typed = mistype(random.Random(seed), word)
+        assert typed[0] == word[0] and abs(len(typed) - len(word)) <= 1, (word, typed)
+        left_out = {word[:i] + word[i + 1:] for i in range(len(word))}
+        shared = {typed[:i] + typed[i + 1:] for i in range(len(typed))} | {typed}
+        assert shared & (left_out | {word}), (word, typed)  # one letter less on each side makes them equal
+    assert mistype(random.Random(0), "cow") == "cow"
+
+
+def test_a_wording_in_haste_counts_as_the_same_wording():
+    """Otherwise a wording of the test could come into training in its short form."""
+    for wording in ("What is the colour of {x}?", "who is {name}", "你知道{x}为什么住在哪里吗？",
+                    "Please tell me about the {x}."):
+        lang = "zh" if chinese(wording) else "en"
+        for seed in range(60):
+            assert bare(hasty(random.Random(seed), wording, lang, typos=False)) == bare(wording), wording
+
+
+def test_noise_is_no_word_of_the_world():
+    world = World(0)
+    for lang in LANGUAGES:
+        found = [noise(random.Random(seed), lang) for seed in range(300)]
+        assert all(3 <= len(text) <= 8 and chinese(text) == (lang == "zh") for text in found)
+        assert sum(world.is_new(text) for text in found) > 290
+
+
+def test_talk_has_one_answer_a_section_in_the_language_of_the_question(files):
+    answers = {lang: {say(*section.split("."), lang) for section in TALK} for lang in LANGUAGES}
+    for family in ("small_talk", "self", "limits"):
+        for record in by_family(files["sft"])[family]:
+            asked, said = question(record), answer(record)
+            assert said in answers["zh" if chinese(said) else "en"], record
+            letters = re.sub("[^A-Za-z\u4e00-\u9fff]", "", asked)
+            if chinese(letters) and not re.search("[A-Za-z]", letters):
+                assert chinese(said), record
+
+
+def test_questions_come_turned_round_and_are_answered_with_what_is_so(files):
+    records = by_family(files["sft"])["animals"]
+    asked = {question(record).lower().rstrip("?"): answer(record) for record in records}
+    found = 0
+    for food, facts in VALUES["animals", "food", "en"].items():
+        turned = {asked[text] for text in (f"who eats {food}", f"what eats {food}") if text in asked}
+        whether = {asked[text] for text in asked if text.startswith("does") and text.endswith(f" {food}")}
+        assert turned <= {" ".join(fact.statement for fact in facts)}, (food, turned)
+        assert not any(food in said for said in whether if said != facts[0].statement), (food, whether)
+        found += bool(turned) + bool(whether)
+    assert found > 10
+    for (family, kind, lang), values in VALUES.items():
+        for value, facts in values.items():
+            if f"{family}.who_{kind}" == "animals.who_home" and len(facts) <= 4:
+                together = (" " if lang == "en" else "").join(fact.statement for fact in facts)
+                assert together in {answer(record) for record in files["sft"]}, value
+
+
+def test_some_records_are_the_end_of_a_longer_chat(files):
+    turns = Counter(len(record["conversations"]) // 2 for record in files["sft"])
+    assert turns[1] > 0.7 * turns.total() and all(turns[n] > 300 for n in (2, 3, 4, 5)), turns
+    for record in files["lora_identity"]:
+        assert not re.search("Seedling,? (a|I)|小苗，(一|我)", "".join(contents(record)[1::2])), record
 
 
 # ----------------------------------------------------------------------------------------------- true answers
@@ -383,14 +486,16 @@ def test_comparisons_are_true(files):
     for record in records_of(files, "comparing"):
         asked, said = question(record), answer(record)
         numbers = [int(n) for n in re.findall(r"\d+", asked)]
-        large = re.search("larger|bigger|greater|higher|大", asked) is not None
-        assert large != (re.search("smaller|lower|less|小(?!问题)|lesser", asked) is not None), record
+        asked = re.sub("(?i)one more thing|小问题|小苗", "", asked)
+        large = re.search("(?i)larger|bigger|greater|higher|more|大", asked) is not None
+        assert large != (re.search("(?i)smaller|lower|less|小|lesser", asked) is not None), record
         assert [int(n) for n in re.findall(r"\d+", said)] == sorted(numbers, reverse=large), record
         assert (re.search("larger|大", said) is not None) == large, record
 
 
 def test_sorted_lists_are_sorted(files):
-    falling = re.compile("large to small|largest to|high to low|falling|largest first|highest first|大到小")
+    falling = re.compile("(large|big|high) to (small|low)|largest to|falling|descending|backwards|"
+                         "largest first|highest first|大到小|倒序", re.IGNORECASE)
     for record in records_of(files, "sorting"):
         numbers = [int(n) for n in re.findall(r"\d+", question(record))]
         down = falling.search(question(record)) is not None
@@ -403,15 +508,20 @@ def test_counts_are_true(files):
         if "appear" in answer(record) or "出现" in answer(record):
             word = re.search(r"(\w+) appears|^(.+)出现", answer(record))
             word = (word[1] or word[2]).lower()
-            listed = asked.lower()
-            if chinese(word):
-                listed = re.search("[^、：？。 ]+(、[^、：？。 ]+)+", asked)[0]
-            named = len(re.findall(rf"\b{word}\b", listed))
-            assert named == count + (not chinese(word)), record  # in English the question names it once more
+            longer = "|".join([row.name_zh for row in NOUNS if word in row.name_zh and row.name_zh != word])
+            listed = re.sub(longer, "", asked.lower()) if longer and chinese(word) else asked.lower()
+            named = len(re.findall(word if chinese(word) else rf"\b{word}\b", listed))
+            assert named == count + 1, record  # the question names it once more
+        elif answer(record).startswith("1, "):
+            assert answer(record) == ", ".join(map(str, range(1, count + 1))), record
+            digits = re.findall(r"\d+", asked)
+            assert digits[-1:] == [str(count)] or any(n in asked for n in spellings(count)[1:]), record
+        elif chinese(asked):
+            longest_first = sorted((row.name_zh for row in NOUNS), key=len, reverse=True)
+            assert len(re.findall("|".join(longest_first), asked)) == count, record
         else:
-            separator = "、" if "、" in asked else ", "
-            body = re.sub(r"^(Hey|So|Okay|Excuse me|Now|Dear friend), ", "", asked)
-            assert body.count(separator) + 1 == count, record
+            names = {row.name_en for row in NOUNS}
+            assert sum(word in names for word in re.findall("[a-z]+", asked.lower())) == count, record
 
 
 def test_pretraining_sums_are_true(files):
