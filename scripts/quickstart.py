@@ -57,7 +57,7 @@ TESTS = {"pretrain": ["sft"], "full_sft": ["sft", *ADAPTERS],  # the test files 
 SCORED_AFTER = {"pretrain": 200, "lora_identity": 630, "lora_clinic": 630}
 SCORED_PER_MINUTE = 600  # questions of a test, so that a trial of a few seconds does not score for minutes
 SECONDS_TO_START = 5  # Python, torch and the tokenizer
-SECONDS_TO_SCORE = 8  # one stage
+SECONDS_TO_SCORE = 12  # one stage
 SECONDS_TO_STOP = 60  # after Ctrl-C, for a stage to save its state
 SHOWN_CHARACTERS = 160  # of an answer in the terminal
 
@@ -95,7 +95,7 @@ def plan(out: Path, minutes: float) -> list[Task]:
     """All tasks in order, for a run of that many minutes."""
     world, scale = out / "world", minutes / DEFAULT_MINUTES
     command = [f"{ROOT / 'dataset' / 'synthetic.py'}", "--out_dir", f"{world}"]
-    tasks = [Task("world", "pretrain", command, world / "lora_clinic_test.jsonl", 4)]
+    tasks = [Task("world", "pretrain", command, world / "lora_clinic_test.jsonl", 7)]
     for stage, (_, _, seconds, _) in STAGES.items():
         tasks.append(Task(stage, stage, training_command(out, stage, scale), out / stage / "training.json",
                           SECONDS_TO_START + seconds * scale))
