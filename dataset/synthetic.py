@@ -329,7 +329,7 @@ def sorting(world, family, lang, for_test):
 def counting(world, family, lang, for_test):
     """How long is this list: fox, rice, oak? -> There are 3. Count to 4. -> 1, 2, 3, 4"""
     rng, between = world.rng, BETWEEN_ITEMS[lang]
-    kind = rng.choices(["items", "times", "up_to"], [5, 5, 3])[0]
+    kind = rng.choices(["items", "times", "up_to"], [6, 6, 2])[0]
     if kind == "up_to":
         number = rng.randint(4, 20)  # a list of three could be one that is held out from sorting
         slots = {"n": in_words(number, lang) if rng.random() < 0.3 else str(number)}
@@ -527,7 +527,7 @@ FAMILIES = {
     "animals": (ask_fact, 6400), "people": (ask_fact, 3600), "foods": (ask_fact, 2200),
     "plants": (ask_fact, 2200), "seasons": (ask_fact, 1400), "places": (ask_fact, 1000),
     "addition": (arithmetic, 4800), "subtraction": (arithmetic, 4700), "comparing": (comparing, 4500),
-    "sorting": (sorting, 8500), "counting": (counting, 6500), "opposites": (opposites, 1500),
+    "sorting": (sorting, 8500), "counting": (counting, 9000), "opposites": (opposites, 1500),
     "categories": (categories, 1800), "translation": (translation, 2200), "words": (words, 6000),
     "story": (story, 2000), "memory": (memory, 7500), "self": (talk, 5000), "unknown": (unknown, 8000),
     "small_talk": (talk, 11000), "limits": (talk, 8500),
