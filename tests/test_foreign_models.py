@@ -231,10 +231,11 @@ def test_bad_records_of_a_foreign_model_are_shown_with_their_line(folders, tmp_p
                {"messages": [*say("Hi", "Hello"), {"role": "assistant", "content": "again"}]},
                {"messages": [{"role": "user", "content": "x"},
                              {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}]
+    records += records[:1] * 3  # most records of a file must be usable
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     data = SFTDataset(path, tokenizer, 64, cache_dir=tmp_path / "cache")
     err = capsys.readouterr().err
-    assert len(data) == 1 and "skipped: 3" in err
+    assert len(data) == 4 and "skipped: 3" in err
     for line, reason in ((2, "'</s>' in a message"), (3, "roles must alternate"), (4, "tool calls")):
         assert any(f"{path}:{line}: " in text and reason in text for text in err.splitlines())
     ids, labels = data[0]

@@ -66,7 +66,7 @@ def conversation(text: str) -> tuple[list[dict], list[dict]]:
 
 
 def test_in_training_and_in_use_hostile_text_changes_no_control_token(tokenizer):
-    chat_model = SimpleNamespace(tokenizer=tokenizer, plain=False)
+    chat_model = SimpleNamespace(tokenizer=tokenizer, plain=False, thinking=False)
     plain = SimpleNamespace(tokenizer=tokenizer, plain=True, stop_ids=[2])
     harmless = control_of(tokenizer, chat.encode_chat(tokenizer, *conversation("x"))[0])
     prompt = control_of(tokenizer, ChatModel.encode(chat_model, *conversation("x")))

@@ -65,9 +65,9 @@ def test_a_young_model_learns_as_before(stage, chosen, make_folder, capsys):
 @pytest.mark.parametrize("stage", ("pretrain", "full_sft", "lora_identity", "lora_clinic"))
 def test_the_quickstart_does_what_it_did(stage, chosen, make_folder, tmp_path, capsys):
     right = {"pretrain": ("muon", 1e-2, 0.02, "cosine", 128, 8, None, 1, 0.1),
-             "full_sft": ("muon", 7e-3, 0.02, "cosine", 128, 16, None, 1, 0.1),
-             "lora_identity": ("adamw", 3e-3, 0.02, "cosine", 128, 8, None, 3, 0.0),
-             "lora_clinic": ("adamw", 3e-3, 0.02, "cosine", 128, 8, None, 3, 0.0)}
+             "full_sft": ("muon", 7e-3, 0.02, "cosine", 256, 8, None, 1, 0.1),
+             "lora_identity": ("adamw", 3e-3, 0.02, "cosine", 256, 4, None, 3, 0.0),
+             "lora_clinic": ("adamw", 3e-3, 0.02, "cosine", 256, 4, None, 3, 0.0)}
     make_folder("pretrain", {"stage": "pretrain", "parent": None, "tokens": 298_625, "tokens_seen": 298_625})
     make_folder("full_sft", {"stage": "full_sft", "tokens": 3_377_866, "tokens_seen": 3_676_491})
     script, *flags = training_command(tmp_path, stage, scale=1)
