@@ -43,7 +43,7 @@ ADAPTER_FLAGS = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {CHAT_ROWS
 STAGES = {
     "pretrain": ("train_pretrain.py", 300, 30,
                  f"--preset tiny {MUON_FLAGS} 1e-2 {ROW_FLAGS} 128 --batch_size 8 --lr_schedule cosine"),
-    "full_sft": ("train_full_sft.py", 3200, 250, f"{MUON_FLAGS} 7e-3 {CHAT_ROWS} 8"),
+    "full_sft": ("train_full_sft.py", 3850, 270, f"{MUON_FLAGS} 7e-3 {CHAT_ROWS} 8"),
     "lora_identity": ("train_lora.py", 420, 30, ADAPTER_FLAGS),
     "lora_clinic": ("train_lora.py", 800, 52, ADAPTER_FLAGS),
 }
