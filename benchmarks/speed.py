@@ -337,7 +337,7 @@ def start(args):
     command = [sys.executable, ROOT / "trainer" / "train_full_sft.py", "--data_path", *chat_files(args),
                "--load_from", base, "--out_dir", folder.name, "--name", "run", "--max_steps", 1000,
                "--log_interval", 1, "--batch_size", 1, "--eval_fraction", 0, "--overwrite",
-               "--device", args.device]
+               "--max_seq_len", 256, "--device", args.device]  # for a model from elsewhere it would be 1024
 
     def ours(folder=folder):  # a default value, which keeps the folder until the process ends
         shared.seconds_to_first_step(command)
