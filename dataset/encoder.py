@@ -55,8 +55,8 @@ class PlainEncoder:
         self.control = {token.content: index for index, token in added.items() if is_control(token, template)}
         self.ordinary = {token.content: index for index, token in added.items()
                          if token.content not in self.control}  # fmt: skip
-        # As text the new names look like the control tokens that they stand for: tokenizers may ask what
-        # stands beside a word.
+        # Some tokenizers look at what stands beside a word. Most control tokens begin with "<" and end with
+        # ">", and so do their new names.
         number = secrets.token_hex(8)
         self.names = {text: f"<{number}{index}>" for text, index in self.control.items()}
         self.backend = Tokenizer.from_str(json.dumps(_renamed(self.config, self.names)))
@@ -91,13 +91,13 @@ class PlainEncoder:
         encode = self.backend.encode_batch if has_mask else self.backend.encode_batch_fast
         result = []
         for pieces, encoding in zip(conversations, self._call(encode, texts), strict=True):
-            mask, reached_over = self._mask(pieces, encoding)
-            if reached_over and cut_answers:
+            ids = encoding.ids  # a new list each time it is asked for
+            mask, reached_over = self._mask(pieces, encoding, ids)
+            if reached_over is not None and cut_answers:
                 halves = pieces[:reached_over], pieces[reached_over:]
                 (ids, mask), (more_ids, more_mask) = self.encode_pieces(halves, cut_answers)
-                result.append((ids + more_ids, mask + more_mask))
-            else:
-                result.append((encoding.ids, mask))
+                ids, mask = ids + more_ids, mask + more_mask
+            result.append((ids, mask))
         return result
 
     def _written(self, piece: Piece) -> str:
@@ -123,25 +123,25 @@ class PlainEncoder:
             raise DataError("this tokenizer makes control tokens of ordinary text, which is not safe")
         return places
 
-    def _mask(self, pieces: list[Piece], encoding) -> tuple[list[int], int | None]:
+    def _mask(self, pieces: list[Piece], encoding, ids: list[int]) -> tuple[list[int], int | None]:
         """The mask, and the index of a supervised piece that begins within a token, or None."""
         controls = [self.control[text] for text, control, _ in pieces if control and text in self.control]
-        places = iter(self._places(encoding.ids, controls))
-        mask, start, reached_over = [0] * len(encoding.ids), 0, None
+        places = iter(self._places(ids, controls))
+        mask, start, reached_over = [0] * len(ids), 0, None
         for index, piece in enumerate(pieces):
             text, control, supervised = piece
             end = start + len(self._written(piece))
             if control and text in self.control:
                 mask[next(places)] = int(supervised)
             elif supervised and text:
-                first, last = self._first_token(encoding, start), self._first_token(encoding, end)
+                first, last = (self._first_token(encoding, ids, place) for place in (start, end))
                 if first < len(mask) and encoding.token_to_chars(first)[0] < start:
                     reached_over = index
                 mask[first:last] = [1] * (last - first)
             start = end
         return mask, reached_over
 
-    def _first_token(self, encoding, start: int) -> int:
+    def _first_token(self, encoding, ids: list[int], start: int) -> int:
         """The place of the first token that stands for a character at or after `start`.
 
         Some tokenizers write a token for a space before a text that has none. This token stands for no
@@ -152,9 +152,9 @@ class PlainEncoder:
             before -= 1
         place = 0 if before < 0 else encoding.char_to_token(before)
         # One character may have several tokens, of which char_to_token gives the first.
-        while place < len(encoding.ids) and encoding.token_to_chars(place)[0] < start:
+        while place < len(ids) and encoding.token_to_chars(place)[0] < start:
             # A control token may take blanks after it along. It is a piece of its own, whatever it takes.
-            if encoding.token_to_chars(place)[1] > start and encoding.ids[place] not in self.control_ids:
+            if encoding.token_to_chars(place)[1] > start and ids[place] not in self.control_ids:
                 break
             place += 1
         return place

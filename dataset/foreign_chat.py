@@ -99,7 +99,7 @@ class ForeignTemplate:
     def way_of_calls(self, messages: list[dict]) -> tuple[bool, bool, bool]:
         """How the messages should hold tool calls: templates differ. See with_standard_calls."""
         if self.way is None and any(message.get("tool_calls") for message in messages):
-            for self.way in WAYS_OF_CALLS:  # the first that works
+            for self.way in WAYS_OF_CALLS:  # The first that works stays. `_write` reads self.way.
                 with suppress(DataError):
                     self._check_all_is_there(TOOL_USE, self._layout(TOOL_USE, TOOLS, False, False)[1])
                     break

@@ -276,8 +276,7 @@ def _tools_of(record: dict, first_turn: dict) -> list | None:
 def _obey_flags(record: dict, messages: list[dict], note: Note) -> None:
     """Marks the answers that the record, as a whole, says must not be learnt."""
     answers = [message for message in messages if message["role"] == "assistant"]
-    learns_history = read_flag(record, HISTORY_FLAG, note) in (False, None)
-    unlearnt = answers[:-1] * (not learns_history)
+    unlearnt = answers[:-1] if read_flag(record, HISTORY_FLAG, note) else []
     if is_learnt(record, note) is False:
         unlearnt = answers
     for message in unlearnt:

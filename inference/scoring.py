@@ -290,8 +290,9 @@ def score(chat_model: ChatModel, paths: list[Path], sampling: Sampling, limit=No
                 losses.append(forced_loss(chat_model, path, some[0].kind, limit, batch_size))
             except DataError as error:  # such as a template that refuses every record
                 report.add(path, None, f"no loss of its words: {error}", "files without a loss")
-    for line in report.note_lines() * (not losses):  # else forced_loss has printed them
-        print(f"warning: {line}", file=sys.stderr)
+    if not losses:  # else forced_loss has read the file as training does, and has named what is not used
+        for line in report.note_lines():
+            print(f"warning: {line}", file=sys.stderr)
     for question in questions:
         if question.kind == "choice":
             choose_or_report(chat_model, question, report)
