@@ -192,8 +192,12 @@ def cached_tokens(dataset, tokenizer, strict: bool, allow_unusable: bool, cache_
     elif strict and cache.meta["examples"]:
         raise DataError(f"{cache.meta['examples'][0]} (fatal with --strict)")
     if os.environ.get("RANK", "0") == "0":
-        summary = [f"{', '.join(dataset.paths)}: {cache.meta['summary']}"] * bool(cache.meta["summary"])
-        for line in [*cache.meta["notes"], *summary, *cache.meta["refusals"] * allow_unusable]:
+        lines = list(cache.meta["notes"])
+        if cache.meta["summary"]:
+            lines.append(f"{', '.join(dataset.paths)}: {cache.meta['summary']}")
+        if allow_unusable:
+            lines += cache.meta["refusals"]
+        for line in lines:
             print(f"warning: {line}", file=sys.stderr)
     if cache.meta["refusals"] and not allow_unusable:
         raise DataError(f"{cache.meta['refusals'][0]}; --allow_unusable uses the others all the same")
@@ -228,7 +232,7 @@ def build_cache(folder: Path, dataset, tokenizer, report: Report) -> None:
             refusals += [refusal] if (refusal := report.refusal(path)) else []
         writer.meta = dict(first_samples=first_samples, summary=report.summary(), examples=report.examples,
                            notes=report.note_lines(), refusals=refusals,
-                           unusable=report.unusable.total())  # fmt: skip
+                           unusable=report.unusable.total())  # for benchmarks/data.py  # fmt: skip
 
 
 def batches(dataset, tokenizer, path: str, report: Report) -> Iterator[list[tuple[int, str | list]]]:

@@ -95,7 +95,7 @@ class ChatModel:
         self.plain = plain or is_base_model or not self.tokenizer.chat_template
         self.marks = {} if self.plain else mark_ids(self.tokenizer)  # token -> <think> and such
         self.stop_ids = checked_end_tokens(self.model, self.tokenizer, self.path)
-        self.sampling = own_sampling(self.path / "generation_config.json")
+        self.sampling = own_sampling(self.model.generation_config or {}, self.path)
         arguments = training.get("arguments")
         trained_length = arguments.get("max_seq_len") if isinstance(arguments, dict) else None
         self.context = self.max_positions = self.model.config.max_position_embeddings
@@ -235,23 +235,23 @@ class ChatModel:
         return self.decode(ids)[len(self.decode(ids[:count])):]
 
 
-def own_sampling(file: Path) -> Sampling:
-    """The settings in a generation_config.json, and our defaults for those that it does not hold.
+def own_sampling(settings: dict, path: Path) -> Sampling:
+    """The settings of a model's generation_config.json, and our defaults for those that it does not hold.
 
-    Raises ModelError for a setting that is no number in its range.
+    path: of the model, for the message. Raises ModelError for a setting that is no number in its range.
     """
-    found = read_json_if_there(file)
     sampling = Sampling()
     for name, (lowest, highest) in SAMPLING_RANGES.items():
-        value = found.get(name)
+        value = settings.get(name)
         if value is None:
             continue
         is_number = isinstance(value, int) or (isinstance(value, float) and name != "top_k")
         if not is_number or not lowest <= value <= highest:
+            file = path / "generation_config.json"
             raise ModelError(f"{file}: {name} {str(value)[:50]} is no number from {lowest} to {highest}")
         setattr(sampling, name, value)
     # Divided by less than that, logits overflow.
-    if found.get("do_sample") is False or sampling.temperature < 0.001:
+    if settings.get("do_sample") is False or sampling.temperature < 0.001:
         sampling.temperature = 0.0
     return sampling
 
