@@ -82,6 +82,11 @@ class TokenDataset(torch.utils.data.Dataset):
     lengths = property(lambda self: self.cache.lengths)  # tokens, int32
     num_targets = property(lambda self: self.cache.num_targets)  # supervised tokens, int32
     num_bytes = property(lambda self: self.cache.num_bytes)  # UTF-8 bytes of supervised tokens, int64
+    num_units = num_targets  # of the loss, which is a mean over supervised tokens
+
+    def collate(self, rows: list[list[int]], pad_token_id: int) -> dict:
+        """A micro-batch of rows of sample numbers."""
+        return collate(self, rows, pad_token_id)
 
 
 class PretrainDataset(TokenDataset):

@@ -15,6 +15,8 @@ from common.errors import EXIT_CODES
 from trainer.defaults import GENTLE, LORA_RATIO, gentle_defaults
 from trainer.interrupt import command_to_resume
 
+LORA_FLAGS = ("lora_alpha", "lora_rslora", "lora_dropout", "lora_init", "lora_plus_ratio", "target_modules",
+              "quantize")
 row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
 
 
@@ -101,8 +103,21 @@ def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
 def lora_parser(description: str) -> argparse.ArgumentParser:
     """The flags of fine-tuning through adapters."""
     parser = fine_tuning_parser(description)
+    add_lora_flags(parser, rank=16)
+    return parser
+
+
+def tuning_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of a stage after SFT, in which all weights train, or adapters with --lora_rank."""
+    parser = training_parser(description)
+    add_lora_flags(parser, rank=0)
+    return parser
+
+
+def add_lora_flags(parser: argparse.ArgumentParser, rank: int) -> None:
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora_rank", type=int, default=16, metavar="R", help="width of the adapters")
+    add("--lora_rank", type=any_count, default=rank, metavar="R",
+        help="width of the adapters" + ("" if rank else "; 0: no adapters, all weights train"))
     add("--lora_alpha", type=float, metavar="A", help="adapters are scaled by alpha / rank (default: rank)")
     add("--lora_rslora", action="store_true",
         help="scale by alpha / sqrt(rank): high ranks learn as fast as low ones")
@@ -114,7 +129,6 @@ def lora_parser(description: str) -> argparse.ArgumentParser:
     add("--target_modules", nargs="+", default="all-linear", metavar="NAME",
         help="all-linear (all but the head), square, suffixes such as q_proj o_proj, or a regular expression")
     add("--quantize", choices=("none", "nf4"), default="none", help="nf4: frozen layers in 4 bits (QLoRA)")
-    return parser
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -153,6 +167,8 @@ def explain_gentle_defaults(parser: argparse.ArgumentParser) -> None:
 def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """A flag that has no effect, or that is impossible with another flag, is a mistake."""
     fsdp, is_8bit = args.parallel == "fsdp", "8bit" in args.optimizer
+    without_lora = [f"--{name}" for name in vars(args) if getattr(args, "lora_rank", None) == 0
+                    and name in LORA_FLAGS and getattr(args, name) != parser.get_default(name)]
     for is_wrong, message in (
         (args.max_minutes and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)),
          "--max_minutes and torchrun's --max-restarts don't go together: an ended run would restart"),
@@ -162,6 +178,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         (args.replay and not args.retain_data_path, "--replay needs --retain_data_path, the old data"),
         (args.wandb_project and not args.use_wandb, "--wandb_project has no effect without --use_wandb"),
         (args.use_wandb and not find_spec("wandb"), "--use_wandb needs wandb: pip install wandb"),
+        (without_lora, f"{' '.join(without_lora)}: adapters need --lora_rank, such as --lora_rank 16"),
         (is_8bit and not find_spec("bitsandbytes"),
          f"--optimizer {args.optimizer} needs bitsandbytes: pip install bitsandbytes"),
         (fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1,

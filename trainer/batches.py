@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Dataset
 
-from dataset.lm_dataset import collate
 from dataset.packing import Order, pack_rows, single_rows
 from trainer.distributed import Ranks
 
@@ -16,10 +15,11 @@ class Batches(Dataset):
 
     There is no last batch: after len(self) batches, which are one epoch, the next epoch begins.
 
-    batches[n] is (micro-batches, supervised tokens, all tokens). A micro-batch holds the rows of one
-    forward pass of this process. The two numbers of tokens are those of all processes together. Every
-    process knows the rows of every batch, so none has to ask the others for these numbers. A batch follows
-    from its number and the seed alone, so a resumed run reads what the first run would have read.
+    batches[n] is (micro-batches, number of units, number of tokens). A micro-batch holds the rows of one
+    forward pass of this process. Units are what the loss is a mean over: supervised tokens, or pairs. Both
+    numbers are those of all processes together. Every process knows the rows of every batch, so none has to
+    ask the others for these numbers. A batch follows from its number and the seed alone, so a resumed run
+    reads what the first run would have read.
 
         6 rows in a batch, 2 processes, micro_batch_size 2
         process 0   rows 0 2 4   in two forward passes: [0 2] [4]
@@ -63,11 +63,11 @@ class Batches(Dataset):
         size = self.micro_batch_size or share
         # All processes make the same number of forward passes. Where a process has no row left, its
         # micro-batch has no target.
-        micro_batches = [collate(self.dataset, mine[start:start + size], self.pad_token_id)
+        micro_batches = [self.dataset.collate(mine[start:start + size], self.pad_token_id)
                          for start in range(0, share, size)]
-        num_targets = int(self.dataset.num_targets[samples].sum())
+        num_units = int(self.dataset.num_units[samples].sum())
         num_tokens = int(self.dataset.lengths[samples].sum())
-        return micro_batches, num_targets, num_tokens
+        return micro_batches, num_units, num_tokens
 
     def rows_of(self, number: int) -> list[np.ndarray]:
         """The sample numbers in each row of batch `number`."""
@@ -110,13 +110,20 @@ class Batches(Dataset):
         return self.dataset.identity
 
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the supervised text in one pass over the data."""
+        """UTF-8 bytes of the supervised text in one pass over the data; 0: bits per byte mean nothing."""
         return int(self.dataset.num_bytes[self.samples].sum())
+
+    def state(self) -> dict:
+        """What a checkpoint must hold of the batches. Here nothing: they follow from their numbers."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """Takes back what `state` gave."""
 
     def singly(self, number: int) -> Iterator[tuple[str, dict]]:
         """Yields for each sample of batch `number` its record ("x.jsonl:17") and a batch of it alone."""
         for sample in np.concatenate(self.rows_of(number)).tolist():
-            yield self.dataset.where(sample), collate(self.dataset, [[sample]], self.pad_token_id)
+            yield self.dataset.where(sample), self.dataset.collate([[sample]], self.pad_token_id)
 
 
 def shuffled_again(size: int, start: int, count: int, seed: int) -> np.ndarray:

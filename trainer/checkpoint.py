@@ -36,7 +36,7 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-VERSION = 2  # of what a checkpoint holds; a run is resumed by code of the same version
+VERSION = 3  # of what a checkpoint holds; a run is resumed by code of the same version
 # Flags that may differ between the first part of a run and its continuation. The last three change the result
 # by float rounding alone, or by the elements that --lora_dropout draws.
 FLAGS_FREE_TO_CHANGE = (
@@ -73,7 +73,8 @@ class Progress:
 
     def result(self, settings: dict[str, str]) -> dict:
         """What training.json says about the run; settings: as settings_of gives them."""
-        last = {n: self.metrics[n] for n in ("loss", "eval_loss", "bits_per_byte") if n in self.metrics}
+        last = {name: value for name, value in self.metrics.items()
+                if name in ("loss", "bits_per_byte") or name.startswith("eval_")}
         content = {name: value for name, value in settings.items() if not name.startswith("--")}
         return {"steps": self.step, "skipped": self.batch - self.step, "tokens": self.tokens,
                 "seconds": self.seconds, **last, "content": content}
@@ -114,10 +115,11 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def training_state(model: nn.Module, optimizers: list, scaler, run: Progress, settings: dict) -> dict:
+def training_state(model: nn.Module, optimizers: list, scaler, batches, run: Progress,
+                   settings: dict) -> dict:
     """The content of state.pt. The tensors of a sharded model lie beside it, see sharded_state."""
     state = {"version": VERSION, "parameters": None, "optimizers": None, "scaler": scaler.state_dict(),
-             "settings": settings}
+             "batches": batches.state(), "settings": settings}
     if not is_sharded(model):
         state["parameters"] = trained_state(model)
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
@@ -137,13 +139,13 @@ def sharded_state(model: nn.Module, optimizers: list) -> dict[str, torch.Tensor]
 # --- writing ------------------------------------------------------------------------------------------------
 
 
-def save(run_dir: Path, run: Progress, model, optimizers, scaler, settings: dict, keep_last: int,
+def save(run_dir: Path, run: Progress, model, optimizers, scaler, batches, settings: dict, keep_last: int,
          tracker, required: bool) -> None:
     """Writes a checkpoint. Where that fails it warns, or raises RunError if the checkpoint is required."""
     ranks = tracker.ranks
     refuse_bad_weights(model, run.step, run_dir, ranks)
     run.sums = tracker.sums_of_all()
-    failed, state = "", training_state(model, optimizers, scaler, run, settings)
+    failed, state = "", training_state(model, optimizers, scaler, batches, run, settings)
     shards = sharded_state(model, optimizers) if is_sharded(model) else {}
     try:
         tracker.sync()
@@ -230,13 +232,14 @@ def read_shards(folder: Path, model: nn.Module, optimizers: list, ranks: Ranks) 
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def resume_or_begin(run_dir: Path, resume: bool, settings: dict, model, optimizers, scaler,
+def resume_or_begin(run_dir: Path, resume: bool, settings: dict, model, optimizers, scaler, batches,
                     ranks: Ranks) -> Progress:
     """The state of the newest checkpoint, if `resume` and there is one. Else a run begins anew."""
     state = load_checkpoint(run_dir, settings, ranks.is_main) if resume else None
     if not ranks.same(state["step"] if state else 0):
         raise UsageError(f"--resume: hosts see different checkpoints in {run_dir}, which must be shared")
     if state:
+        batches.load_state(state["batches"])
         return restore(state, model, optimizers, scaler, run_dir, ranks)
     if ranks.is_main:
         begin_anew(run_dir)

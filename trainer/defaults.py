@@ -45,7 +45,7 @@ def gentle_defaults(flags: dict, typed: dict) -> tuple[dict, str]:
         return {}, ""
     row = min(ROW, whole(config.get("max_position_embeddings")) or ROW)
     rate = GENTLE["learning_rate"] * min(1, WIDTH / (whole(config.get("hidden_size")) or WIDTH))
-    rate *= LORA_RATIO if "lora_rank" in flags else 1
+    rate *= LORA_RATIO if flags.get("lora_rank") else 1
     chosen = GENTLE | {"max_seq_len": row, "learning_rate": float(f"{rate:.0e}")}  # one digit: easy to type
     chosen["batch_size"] = max(1, TOKENS_PER_STEP // (typed["max_seq_len"] or row))
     if flags["max_steps"]:

@@ -75,6 +75,14 @@ class Ranks:
         """True in every process if it is true in one."""
         return self.max(float(flag), group) > 0
 
+    def gather(self, value) -> list:
+        """What each process passes, in the order of their ranks, in every process. Any picklable value."""
+        if self.world_size == 1:
+            return [value]
+        found = [None] * self.world_size
+        dist.all_gather_object(found, value, self.patient)
+        return found
+
     def same(self, value: float) -> bool:
         """Whether all processes have the same value."""
         return self.max(value) == -self.max(-value)

@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader
 
 from common.device import autocast, choose_dtype, to_device
 from common.errors import UsageError
-from model.held_out import mean_loss
-from trainer.batches import Batches
 from trainer.checkpoint import lock_folder, resume_or_begin, save, settings_of, unlock
 from trainer.diagnose import diagnose, refuse_too_many
 from trainer.distributed import Ranks, full_tensor, leave_ranks, parallelise
@@ -24,15 +22,30 @@ from trainer.optim import build_optimizers, learning_rate_factor
 from trainer.tracking import Tracker
 
 
-def evaluate(model, batches: Batches, dtype: torch.dtype, ranks: Ranks) -> dict[str, float]:
-    """Loss (nats per supervised token) and bits per UTF-8 byte of supervised text, in one epoch.
+@torch.no_grad()
+def evaluate(model, batches, loss, dtype: torch.dtype, ranks: Ranks) -> dict[str, float]:
+    """The means, over one epoch, of the loss and of what the loss function names: {"eval_loss": ...}.
 
-    Bits per byte = summed loss / ln 2 / bytes. Unlike the loss per token it can be compared between
-    tokenizers.
+    For text also its bits per UTF-8 byte = summed loss / ln 2 / bytes. Unlike the loss per token this can be
+    compared between tokenizers.
     """
-    loss, num_targets = mean_loss(model, batches.one_epoch(), dtype, ranks.sum)
-    bits = loss * num_targets / math.log(2)
-    return {"eval_loss": loss, "bits_per_byte": bits / max(1, batches.num_bytes())}
+    was_training = model.training
+    model.eval()
+    sums, num_units = {}, 0
+    for number in range(len(batches)):
+        micro_batches, num_units_of_batch, _ = batches[number]
+        num_units += num_units_of_batch
+        for batch in micro_batches:
+            with autocast(ranks.device, dtype):
+                loss_sum, named_sums = loss(model, to_device(batch, ranks.device))
+            for name, value in {"loss": loss_sum, **named_sums}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+    model.train(was_training)
+    totals = dict(zip(sums, ranks.sum(*sums.values()), strict=True))
+    means = {f"eval_{name}": total / max(1, num_units) for name, total in totals.items()}
+    if num_bytes := batches.num_bytes():
+        means["bits_per_byte"] = totals["loss"] / math.log(2) / num_bytes
+    return means
 
 
 def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
@@ -65,7 +78,7 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     lock = lock_folder(args.run_dir) if ranks.is_main else None  # no other process trains here now
-    run = resume_or_begin(args.run_dir, args.resume, settings, model, optimizers, scaler, ranks)
+    run = resume_or_begin(args.run_dir, args.resume, settings, model, optimizers, scaler, batches, ranks)
     tracker = Tracker(args.run_dir, ranks, run, max_steps, args.use_wandb, args.wandb_project, settings)
     data = f"{batches.description()}, {max_steps:,} steps of {args.batch_size} rows"
     tracker.log_start(run, data, settings["--dtype"], args.parallel, args.resume)
@@ -129,13 +142,13 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
             if is_finite and run.is_due(args.log_interval, max_steps):
                 tracker.log_step(run, args.learning_rate * factor, grad_norm.item())
             if is_finite and eval_batches and run.is_due(args.eval_interval or max_steps, max_steps):
-                tracker.log_evaluation(run, evaluate(model, eval_batches, dtype, ranks))
+                tracker.log_evaluation(run, evaluate(model, eval_batches, loss, dtype, ranks))
                 run.logged_seconds += time.perf_counter() - began - run.seconds  # no part of tokens/s
             stop = int(ranks.max(stop_requested()))  # the exit code of a requested stop, or 0
             save_now = is_finite and run.is_due(args.save_interval, max_steps)
             if save_now or (stop and run.step > 0):
                 run.seconds = time.perf_counter() - began
-                save(args.run_dir, run, model, optimizers, scaler, settings, args.keep_last, tracker,
+                save(args.run_dir, run, model, optimizers, scaler, batches, settings, args.keep_last, tracker,
                      required=stop > 0 or args.on_full_disk == "stop")
             if stop and run.step < max_steps:
                 tracker.say(f"stopped at step {run.step}; to go on: {command_to_resume()}")

@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset
 
 from common.device import choose_dtype
 from common.errors import UsageError
+from dataset.lm_dataset import collate
 from model.held_out import mean_loss
 from trainer.batches import Batches, split
 from trainer.distributed import Ranks
@@ -29,9 +30,12 @@ class TwoDatasets(ConcatDataset):
 
     def __init__(self, new, old):
         super().__init__([new, old])
-        for name in ("lengths", "num_targets", "num_bytes"):
+        for name in ("lengths", "num_targets", "num_units", "num_bytes"):
             setattr(self, name, np.concatenate([getattr(new, name), getattr(old, name)]))
         self.identity = f"{new.identity}, and old data of {old.identity}"
+
+    def collate(self, rows: list[list[int]], pad_token_id: int) -> dict:
+        return collate(self, rows, pad_token_id)
 
     def where(self, sample: int) -> str:
         new, old = self.datasets

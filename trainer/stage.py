@@ -14,14 +14,14 @@ from common.cli import ROOT
 from common.device import choose_dtype
 from common.errors import RunError, UsageError
 from dataset.packing import Order
-from model.lora import apply_lora, cast_frozen, count_line, freeze_all_but_lora
+from model.lora import apply_lora, cast_frozen, count_line, freeze_all_but_lora, save_lora
 from model.quantize import count_parameters, memory_line, quantize_model
 from model.tokenizer_files import OWN_IS_TAKEN, check_vocabulary, load_tokenizer
-from model.weights import load_model
+from model.weights import load_model, save_model
 from trainer.batches import Batches, split
 from trainer.checkpoint import checkpoints, drop_checkpoints
 from trainer.defaults import tokens_seen
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, gather_weights
 from trainer.interrupt import command_to_resume
 from trainer.retention import TwoDatasets, hold_out
 
@@ -143,6 +143,18 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
         train_set = TwoDatasets(train_set, old_set)
     batches = Batches(train_set, train_samples, ranks, replayed=replayed, replay=replay, **rows)
     return batches, eval_batches, retained
+
+
+def save_result(model, tokenizer, args, result: dict, ranks: Ranks) -> None:
+    """Saves what has trained: the adapters, or the whole model. For stages that train either."""
+    gather_weights(model, ranks)  # --parallel fsdp cut the weights into slices
+    if ranks.is_main:
+        with last_save(args.run_dir):
+            training = describe(args, result)
+            if args.lora_rank:
+                save_lora(model, args.run_dir, base=args.load_from, training=training)
+            else:
+                save_model(model, args.run_dir, tokenizer, training=training)
 
 
 @contextmanager

@@ -92,8 +92,9 @@ class Tracker:
     def log_evaluation(self, run, found: dict[str, float]) -> None:
         run.metrics |= found
         self.log({"step": run.step} | found)
-        self.say(f"{self.place(run)} | validation loss {found['eval_loss']:.4f} | "
-                 f"{found['bits_per_byte']:.4f} bits per byte")
+        named = [f"{name.replace('eval_', 'validation ').replace('_', ' ')} {value:.4f}"
+                 for name, value in found.items()]
+        self.say(" | ".join([self.place(run), *named]))
 
     def place(self, run) -> str:
         return f"step {run.step:>{len(str(self.max_steps))}}/{self.max_steps}"

@@ -1,6 +1,16 @@
 """What several tests of the trainer build in the same way."""
 
+from dataset.lm_dataset import collate
 from trainer.batches import Batches
+
+
+class TokenSamples:
+    """What Batches asks of a dataset whose loss is a mean over supervised tokens."""
+
+    num_units = property(lambda self: self.num_targets)
+
+    def collate(self, rows, pad_token_id) -> dict:
+        return collate(self, rows, pad_token_id)
 
 
 def make_batches(dataset, samples, args, pad_token_id, ranks, replayed=None) -> Batches:

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from build import make_batches
+from build import TokenSamples, make_batches
 from torch.nn import functional as F
 
 import trainer.diagnose
@@ -25,7 +25,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 VOCABULARY = 50
 
 
-class Samples:
+class Samples(TokenSamples):
     """A dataset in memory: ragged samples, the last `supervised` tokens of each trained on."""
 
     def __init__(self, shape: list[tuple[int, int]], seed: int = 0):
@@ -198,7 +198,7 @@ def test_validation_loss_and_bits_per_byte_by_hand(arguments, make_model):
     model, samples = make_model(VOCABULARY), Samples(RAGGED)
     batches = make_batches(samples, np.arange(11), arguments(packing=True, max_seq_len=40), 3, ALONE)
     model.eval()
-    found = evaluate(model, batches, torch.float32, ALONE)
+    found = evaluate(model, batches, cross_entropy, torch.float32, ALONE)
     with torch.no_grad():
         total = sum(F.cross_entropy(model(ids[None]).logits[0, :-1], labels[1:], reduction="sum").item()
                     for ids, labels in samples.samples)

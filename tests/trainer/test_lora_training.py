@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from build import make_batches
+from build import TokenSamples, make_batches
 from safetensors.torch import load_file
 
 import trainer.loop
@@ -24,7 +24,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 VOCABULARY = 50
 
 
-class Samples:
+class Samples(TokenSamples):
     """Samples of 6 to 20 tokens in memory, all but the first two supervised."""
 
     identity = "samples in memory"

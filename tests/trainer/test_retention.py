@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from build import make_batches
+from build import TokenSamples, make_batches
 from safetensors.torch import load_file
 
 import trainer.loop
@@ -16,12 +16,13 @@ from trainer.args import fine_tuning_parser, parse_args
 from trainer.batches import shuffled_again
 from trainer.distributed import Ranks
 from trainer.loop import evaluate
+from trainer.losses import cross_entropy
 from trainer.retention import TwoDatasets, exact_answers, hold_out, measure
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-class Samples:
+class Samples(TokenSamples):
     """Samples whose tokens tell which they are: sample i is [tag, tag, ...] and half of it supervised."""
 
     def __init__(self, tags):
@@ -217,7 +218,7 @@ def test_exact_means_what_greedy_decoding_says(make_model, flags, packing):
             right.append(said == ids[start:end].tolist())
     assert found["answers"] == len(right) == 80 and found["exact"] == sum(right) / 80
     assert 40 <= sum(right) < 60
-    expected = evaluate(model, batches, torch.float32, ALONE)["eval_loss"]
+    expected = evaluate(model, batches, cross_entropy, torch.float32, ALONE)["eval_loss"]
     assert found["loss"] == pytest.approx(expected, rel=1e-6)
 
 
