@@ -193,8 +193,8 @@ class Rollouts:
         size = self.micro_batch_size or share
         empty = self.row([self.pad_token_id], torch.zeros(0, dtype=torch.long), 0.0, 0.0,
                          {"tokens": 1, "trained": 1})
-        for name, value in rows[0].items() if rows else ():  # a rollout that was resumed has more names
-            empty.setdefault(name, torch.zeros_like(value[:1]))
+        # The rows of a rollout that is resumed have more names.
+        empty |= {name: torch.zeros(1) for name in (rows[0] if rows else {}) if name not in empty}
         self.batches = [padded(mine[begin:begin + size] or [empty], self.pad_token_id)
                         for begin in range(0, share, size)]
         for place, batch in enumerate(self.batches):
