@@ -80,7 +80,8 @@ def test_advantages_are_what_is_above_the_mean_of_the_group():
 
 @pytest.mark.parametrize("mean_over", ["tokens", "answers", "constant"])
 def test_weights_make_the_sum_of_a_step_the_mean_that_was_asked_for(make_model, mean_over):
-    rollouts = make(make_model(), mean_over=mean_over, complete=lambda batches: None)  # all answers are trained
+    all_are_trained = {"complete": lambda batches: None}
+    rollouts = make(make_model(), mean_over=mean_over, **all_are_trained)
     batches, num_units, _ = rollouts[0]
     rows = rows_of(batches)
     lengths = [len(answer_of(row)) for row in rows]
