@@ -31,6 +31,8 @@ def cross_entropy(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Ten
 #     advantages              how much better than expected a token was; 0 outside of the answer
 #     old_log_probs           log p(token) by the model that sampled; 0 outside of the answer
 #     reference_log_probs     by the model that the policy shall stay near; only where kl_beta is not 0
+#     values, returns         only in PPO: the rewards to come as the model that sampled expected them, and as
+#                             they came (trainer/values.py)
 #     weights (B,)            what the term of one token counts in the loss
 #     token_weights (B,)      number of answers / number of tokens in the rows of the whole step
 #     sums                    {name: a sum over answers} for the log, handed on as they are
@@ -138,3 +140,28 @@ def gspo(log_probs, batch: dict, low: float = 0.2, high: float = 0.2) -> tuple[t
     change = (log_probs - batch["old_log_probs"]).sum(dim=1, keepdim=True) / length  # (B, 1)
     # clipped_ratio reads the ratio of each token as that of its answer.
     return clipped_ratio(change, batch | {"old_log_probs": torch.zeros_like(change)}, low, high)
+
+
+def ppo(model, batch: dict, *, value_head, temperature: float = 1.0, low: float = 0.2, high: float = 0.2,
+        value_clip: float = 0.2, value_weight: float = 0.1):
+    """clipped_ratio + value_weight / 2 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)
+    (Schulman et al. 2017, arXiv:1707.06347; the clipping of values: Engstrom et al. 2020, arXiv:2005.12729)
+
+    V = value_head(state before the token) learns to predict the returns R. V may not leave V_old, what the
+    same head said when the answer was sampled, by more than c = value_clip in one rollout.
+    """
+    output, old, returns = model(batch["input_ids"]), batch["values"], batch["returns"]
+    log_probs, entropy = labelled_log_probs(output, batch["labels"], temperature)
+    terms, shown = clipped_ratio(log_probs, batch, low, high)
+    values = labelled_values(output, batch["labels"], value_head)
+    near = values.clamp(old - value_clip, old + value_clip)
+    value_loss = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
+    shown |= {"entropy": entropy, "value_loss": value_loss}
+    return answer_sum(terms + value_weight * value_loss, batch), batch["sums"] | token_means(shown, batch)
+
+
+def labelled_values(output, labels: torch.Tensor, value_head) -> torch.Tensor:
+    """The value of the state before each label, at the place of that label; 0 where there is none: (B, T)."""
+    is_answer, states = before_labels(output.hidden, labels)
+    values = value_head(states).float().squeeze(-1)
+    return values.new_zeros(labels.shape).masked_scatter(is_answer, values)

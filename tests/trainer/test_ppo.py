@@ -1,0 +1,91 @@
+"""PPO: its loss, its value head and its advantages, against the equations written out again."""
+
+import pytest
+import torch
+from small_answers import LENGTHS, answers, clipped_again, gradients, small_model, tokens
+
+from trainer.losses import ppo
+from trainer.values import add_value_head, generalised_advantages, normalised, token_rewards
+
+
+def ppo_answers(rows=range(3)) -> dict:
+    batch = answers(rows)
+    generator = torch.Generator().manual_seed(2)
+    is_answer = batch["labels"] != -100
+    for name in ("values", "returns"):
+        batch[name] = torch.randn(3, batch["labels"].size(1), generator=generator)[list(rows)] * is_answer
+    return batch
+
+
+def model_with_values():
+    model = small_model()
+    head = add_value_head(model)
+    assert (head.weight == 0).all() and (head.bias == 0).all()
+    torch.manual_seed(4)
+    torch.nn.init.normal_(head.weight, std=0.2)
+    return model, head
+
+
+def test_the_loss_is_that_of_the_equation():
+    model, head = model_with_values()
+    batch, expected, value_losses = ppo_answers(), 0, []
+    for row, place, log_p in tokens(model, batch):
+        state = model(batch["input_ids"][row:row + 1]).hidden[0, place - 1]
+        value = (head.weight @ state + head.bias)[0]
+        old, wanted = batch["values"][row, place], batch["returns"][row, place]
+        near = torch.clip(value, old - 0.3, old + 0.3)
+        value_losses.append(max((value - wanted) ** 2, (near - wanted) ** 2) / 2)
+        term = clipped_again(log_p, batch, row, place) + 0.7 * value_losses[-1]
+        expected = expected + term / LENGTHS[row]
+    wanted = gradients(model, expected)
+    loss, sums = ppo(model, batch, value_head=head, temperature=0.8, low=0.1, high=0.3, value_clip=0.3,
+                     value_weight=0.7)
+    assert torch.allclose(loss, expected, atol=1e-5)
+    assert torch.allclose(gradients(model, loss), wanted, atol=1e-5)
+    assert torch.isclose(sums["value_loss"] / 3, torch.stack(value_losses).mean(), atol=1e-6)
+    assert head.weight.grad.abs().max() > 0.01 and 0 < sums["clipped"] < 3
+
+
+def test_micro_batches_add_up_and_one_without_an_answer_adds_nothing():
+    model, head = model_with_values()
+    settings = {"value_head": head, "temperature": 0.8}
+    whole, named = ppo(model, ppo_answers(), **settings)
+    empty = ppo_answers([0]) | {"sums": {"reward": torch.tensor(0.0)}}
+    empty["labels"] = torch.full_like(empty["labels"], -100)
+    parts = [ppo(model, ppo_answers([0, 1]), **settings), ppo(model, ppo_answers([2]), **settings),
+             ppo(model, empty, **settings)]
+    assert torch.isclose(sum(part for part, _ in parts), whole, atol=1e-6)
+    assert all(set(sums) == set(named) for _, sums in parts)
+    assert parts[-1][0] == 0 and (gradients(model, parts[-1][0]) == 0).all()
+
+
+@pytest.mark.parametrize("gamma, decay", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.9, 0.0)])
+def test_generalised_advantages_are_the_sum_of_the_paper(gamma, decay):
+    rewards, values = torch.tensor([0.5, 0.0, -1.0, 2.0]), torch.tensor([0.3, 1.0, -0.5, 0.8])
+    after = [*values.tolist(), 0.0]
+    surprises = [rewards[t].item() + gamma * after[t + 1] - after[t] for t in range(4)]
+    expected = [sum((gamma * decay) ** (i - t) * surprises[i] for i in range(t, 4)) for t in range(4)]
+    assert torch.allclose(generalised_advantages(rewards, values, gamma, decay), torch.tensor(expected))
+
+
+def test_with_decay_one_the_returns_are_the_discounted_rewards_and_the_values_do_not_matter():
+    rewards, values = torch.tensor([0.5, 0.0, -1.0, 2.0]), torch.tensor([0.3, 1.0, -0.5, 0.8])
+    returns = generalised_advantages(rewards, values, 0.9, 1.0) + values
+    assert torch.allclose(returns[0], torch.tensor(0.5 - 0.81 + 0.729 * 2))
+    assert torch.allclose(returns[3], torch.tensor(2.0))
+
+
+def test_the_reward_comes_with_the_last_token_and_the_kl_costs_at_each():
+    log_probs, reference = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -0.5])
+    assert token_rewards(3.0, log_probs, None, 0.0).tolist() == [0, 0, 3]
+    assert torch.allclose(token_rewards(3.0, log_probs, reference, 0.1), torch.tensor([-0.05, 0.1, 3.0]))
+    assert log_probs.tolist() == [-1.0, -2.0, -0.5]  # they are only read
+
+
+def test_advantages_are_normalised_over_all_tokens_of_a_rollout():
+    found = normalised([torch.tensor([1.0, 2.0]), torch.tensor([6.0])])
+    together = torch.cat(found)
+    assert [len(a) for a in found] == [2, 1]
+    assert together.mean().abs() < 1e-6 and torch.isclose(together.std(), torch.tensor(1.0))
+    assert torch.equal(torch.cat(normalised([torch.tensor([1.0]), torch.tensor([1.0])])), torch.zeros(2))
+    assert torch.equal(normalised([torch.tensor([5.0])])[0], torch.zeros(1))
