@@ -71,17 +71,20 @@ def before_labels(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 def policy_loss(model, batch: dict, *, objective, temperature: float = 1.0, kl_beta: float = 0.0):
     """The sum over all tokens of weight * (objective + kl_beta * KL). objective: one of the functions below.
 
-    The KL divergence from the reference is estimated from the sampled tokens, with d = log p_ref - log p, as
+    The KL divergence from the reference is estimated from the sampled tokens alone, with d = log p_ref - log p
+    and r = p / p_old:
 
-        KL = exp(d) - d - 1        (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3")
+        KL = r (exp(d) - d - 1)        (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3")
 
-    It is never negative, and its mean is right although each token shows one word alone.
+    It is never negative, and its mean is right. The factor r makes its gradient right, too; without r, as in
+    the paper of GRPO, the gradient is that of KL(p_ref || p)  (DeepSeek-V3.2 2025, arXiv:2512.02556).
     """
     log_probs, entropy = answer_log_probs(model, batch, temperature)
     terms, shown = objective(log_probs, batch)
     if kl_beta:
         difference = batch["reference_log_probs"] - log_probs
-        shown["kl"] = difference.exp() - difference - 1
+        ratio = (log_probs - batch["old_log_probs"]).exp()
+        shown["kl"] = ratio * (difference.exp() - difference - 1)
         terms = terms + kl_beta * shown["kl"]
     return answer_sum(terms, batch), batch["sums"] | token_means({"entropy": entropy, **shown}, batch)
 

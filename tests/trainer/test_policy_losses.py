@@ -31,7 +31,8 @@ def test_loss_and_gradients_are_those_of_the_equation(objective, again, kl_beta)
     for row, place, log_p in tokens(model, batch):
         term = again(log_p, batch, row, place)
         difference = batch["reference_log_probs"][row, place] - log_p
-        term = term + kl_beta * (torch.exp(difference) - difference - 1)
+        ratio = torch.exp(log_p - batch["old_log_probs"][row, place])
+        term = term + kl_beta * ratio * (torch.exp(difference) - difference - 1)
         expected = expected + term / LENGTHS[row]
     wanted = gradients(model, expected)
     loss, _ = policy_loss(model, batch, objective=objective, temperature=0.8, kl_beta=kl_beta)
@@ -117,11 +118,30 @@ def test_the_log_shows_means_over_tokens():
     log_p = torch.stack([log_p for _, _, log_p in tokens(model, batch)])
     is_answer = batch["labels"] != -100
     difference = batch["reference_log_probs"][is_answer] - log_p
-    assert torch.isclose(sums["kl"] / 3, (difference.exp() - difference - 1).mean(), atol=1e-6)
+    ratio = (log_p - batch["old_log_probs"][is_answer]).exp()
+    assert torch.isclose(sums["kl"] / 3, (ratio * (difference.exp() - difference - 1)).mean(), atol=1e-6)
     _, entropy = answer_log_probs(model, batch, 0.8)
     assert torch.isclose(sums["entropy"] / 3, entropy.sum() / sum(LENGTHS), atol=1e-6)
-    ratio = (log_p - batch["old_log_probs"][is_answer]).exp()
     advantages = batch["advantages"][is_answer]
     is_clipped = (ratio > 1.2) & (advantages > 0) | (ratio < 0.8) & (advantages < 0)
     assert torch.isclose(sums["clipped"] / 3, is_clipped.float().mean()) and 0 < is_clipped.sum() < 9
     assert sums["reward"] == 2
+
+
+def test_the_gradient_of_the_kl_is_that_of_the_divergence_itself():
+    """One token after one prompt, with every word of the vocabulary as often as the policy says it."""
+    model, prompt = small_model(), torch.tensor([[3, 7, 5]])
+    reference = torch.log_softmax(torch.randn(23, generator=torch.Generator().manual_seed(5)), dim=0)
+    divergence = torch.log_softmax(model(prompt).logits[0, -1], dim=0)
+    divergence = (divergence.exp() * (divergence - reference)).sum()
+    wanted = gradients(model, divergence)
+    words = torch.arange(23)[:, None]
+    labels = torch.cat((torch.full((23, 3), -100), words), dim=1)
+    batch = {"input_ids": torch.cat((prompt.expand(23, 3), words), dim=1), "labels": labels, "sums": {},
+             "advantages": torch.zeros(23, 4), "token_weights": torch.zeros(23)}
+    batch["old_log_probs"] = answer_log_probs(model, batch, 1.0)[0].detach()
+    batch["reference_log_probs"] = torch.nn.functional.pad(reference[:, None], (3, 0))
+    batch["weights"] = batch["old_log_probs"][:, 3].exp()
+    loss, _ = policy_loss(model, batch, objective=reinforce, kl_beta=1.0)
+    assert torch.isclose(loss, divergence, atol=1e-5)
+    assert torch.allclose(gradients(model, loss), wanted, atol=1e-5) and wanted.abs().max() > 0.01
