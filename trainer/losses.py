@@ -71,8 +71,8 @@ def before_labels(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 def policy_loss(model, batch: dict, *, objective, temperature: float = 1.0, kl_beta: float = 0.0):
     """The sum over all tokens of weight * (objective + kl_beta * KL). objective: one of the functions below.
 
-    The KL divergence from the reference is estimated from the sampled tokens alone, with d = log p_ref - log p
-    and r = p / p_old:
+    The KL divergence from the reference is estimated from the sampled tokens alone. With the differences
+    d = log p_ref - log p and the ratios r = p / p_old of these tokens:
 
         KL = r (exp(d) - d - 1)        (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3")
 
