@@ -69,24 +69,26 @@ def before_labels(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 
 
 def policy_loss(model, batch: dict, *, objective, temperature: float = 1.0, kl_beta: float = 0.0):
-    """The sum over all tokens of weight * (objective + kl_beta * KL). objective: one of the functions below.
+    """The sum over all tokens of weight * (objective + kl_beta * KL). objective: one of the functions below."""
+    log_probs, entropy = answer_log_probs(model, batch, temperature)
+    terms, shown = objective(log_probs, batch)
+    if kl_beta:
+        shown["kl"] = kl_divergence(log_probs, batch)
+        terms = terms + kl_beta * shown["kl"]
+    return answer_sum(terms, batch), batch["sums"] | token_means({"entropy": entropy, **shown}, batch)
 
-    The KL divergence from the reference is estimated from the sampled tokens alone. With the differences
-    d = log p_ref - log p and the ratios r = p / p_old of these tokens:
 
-        KL = r (exp(d) - d - 1)        (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3")
+def kl_divergence(log_probs: torch.Tensor, batch: dict) -> torch.Tensor:
+    """How far the model is from the reference, estimated from the sampled tokens alone: (B, T).
+
+        r (exp(d) - d - 1),   d = log p_ref - log p,   r = p / p_old
+        (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3")
 
     It is never negative, and its mean is right. The factor r makes its gradient right, too; without r, as in
     the paper of GRPO, the gradient is that of KL(p_ref || p)  (DeepSeek-V3.2 2025, arXiv:2512.02556).
     """
-    log_probs, entropy = answer_log_probs(model, batch, temperature)
-    terms, shown = objective(log_probs, batch)
-    if kl_beta:
-        difference = batch["reference_log_probs"] - log_probs
-        ratio = (log_probs - batch["old_log_probs"]).exp()
-        shown["kl"] = ratio * (difference.exp() - difference - 1)
-        terms = terms + kl_beta * shown["kl"]
-    return answer_sum(terms, batch), batch["sums"] | token_means({"entropy": entropy, **shown}, batch)
+    difference, ratio = batch["reference_log_probs"] - log_probs, (log_probs - batch["old_log_probs"]).exp()
+    return ratio * (difference.exp() - difference - 1)
 
 
 def answer_sum(terms: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -160,6 +162,8 @@ def ppo(model, batch: dict, *, value_head, temperature: float = 1.0, low: float 
     near = values.clamp(old - value_clip, old + value_clip)
     value_loss = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
     shown |= {"entropy": entropy, "value_loss": value_loss}
+    if "reference_log_probs" in batch:  # here the KL divergence lowers rewards and is no part of the loss
+        shown["kl"] = kl_divergence(log_probs, batch)
     return answer_sum(terms + value_weight * value_loss, batch), batch["sums"] | token_means(shown, batch)
 
 

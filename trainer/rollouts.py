@@ -308,7 +308,7 @@ def reference_log_probs(model, kl_beta: float, temperature: float) -> Callable |
 def load_rollouts(model, tokenizer, ranks: Ranks, advantages: Callable, reference: Callable | None,
                   complete: Callable | None = None, /, *, rewards: dict, max_seq_len: int, max_new_tokens: int,
                   dtype: str, strict: bool, allow_unusable: bool, batch_size: int, group_size: int,
-                  updates_per_rollout: int, temperature: float, mask_cut_off: bool, micro_batch_size: int | None,
+                  updates_per_rollout: int, temperature: float, mask_cut_off: bool = False, micro_batch_size: int | None,
                   show_interval: int, seed: int, mean_over: str = "tokens",
                   **flags) -> tuple[Rollouts, Rollouts | None]:
     """Returns the Rollouts of training, and those of validation, which may be None. Flags are passed by name.

@@ -4,15 +4,21 @@ GRPO compares an answer with other answers to the same prompt. PPO asks a second
 value head, how much reward is still to come after each token, and compares what came with that.
 """
 
+import math
+
 import torch
 from torch import nn
+
+from common.device import autocast, to_device
+from trainer.distributed import Ranks
+from trainer.losses import labelled_values
 
 
 def add_value_head(model) -> nn.Linear:
     """Gives the model one linear layer on its last hidden states, which trains; returns that layer.
 
     As a part of the model it is in checkpoints, and DDP adds up its gradients. It begins at zero, so that at
-    first every reward is a surprise. Call `del model.value_head` before the model is saved.
+    first it expects no reward at all. Call `del model.value_head` before the model is saved.
     """
     model.value_head = nn.Linear(model.config.hidden_size, 1)
     nn.init.zeros_(model.value_head.weight)
@@ -20,43 +26,68 @@ def add_value_head(model) -> nn.Linear:
     return model.value_head
 
 
-def token_rewards(reward: float, log_probs: torch.Tensor, reference_log_probs: torch.Tensor | None,
-                  kl_beta: float) -> torch.Tensor:
+@torch.no_grad()
+def judge_tokens(batches: list[dict], *, model, ranks: Ranks, dtype: torch.dtype, kl_beta: float, gamma: float,
+                 gae_decay: float) -> None:
+    """Gives the micro-batches of a rollout values, returns and advantages for each token, all (B, T).
+
+    batches: this process's part of the rollout, with the rewards (B,) of the answers. model: as it sampled
+    them, with a value head. Over all processes the advantages get mean 0 and standard deviation 1.
+    """
+    for batch in batches:
+        on_device = to_device(batch, ranks.device)
+        with autocast(ranks.device, dtype):
+            output = model(on_device["input_ids"])
+            values = labelled_values(output, on_device["labels"], model.value_head).cpu()
+        advantages = torch.zeros_like(values)
+        for row, is_answer in enumerate(batch["labels"] != -100):
+            if is_answer.any():
+                rewards = token_rewards(batch, row, is_answer, kl_beta)
+                advantages[row, is_answer] = generalised_advantages(rewards, values[row, is_answer], gamma, gae_decay)
+        batch |= {"values": values, "returns": advantages + values, "advantages": advantages}
+    normalise_advantages(batches, ranks)
+
+
+def token_rewards(batch: dict, row: int, is_answer: torch.Tensor, kl_beta: float) -> torch.Tensor:
     """The reward of each token of one answer, (T,): that of the answer at its end, less what the KL costs.
 
-        r_t = -kl_beta (log p(token t) - log p_ref(token t)),   and at the last token + reward
+        r_t = -kl_beta (log p(token t) - log p_ref(token t)),   and at the last token + the reward of the answer
         (Ziegler et al. 2019, arXiv:1909.08593)
     """
-    rewards = torch.zeros_like(log_probs)
+    rewards = torch.zeros(int(is_answer.sum()))
     if kl_beta:
-        rewards = kl_beta * (reference_log_probs - log_probs)
-    rewards[-1] += reward
+        rewards = kl_beta * (batch["reference_log_probs"] - batch["old_log_probs"])[row, is_answer]
+    rewards[-1] += batch["rewards"][row]
     return rewards
 
 
-def generalised_advantages(rewards: torch.Tensor, values: torch.Tensor, gamma: float = 1.0,
-                           decay: float = 0.95) -> torch.Tensor:
-    """How much better each token of one answer was than its value head expected, (T,).
+def generalised_advantages(rewards: torch.Tensor, values: torch.Tensor, gamma: float,
+                           gae_decay: float) -> torch.Tensor:
+    """How much better each token of one answer was than the value head expected, (T,).
 
         A_t = d_t + (gamma decay) d_t+1 + (gamma decay)^2 d_t+2 + ...,   d_t = r_t + gamma V_t+1 - V_t
         (GAE: Schulman et al. 2016, arXiv:1506.02438)
 
-    rewards, values: (T,); the value after the last token is 0. decay, "lambda" in the paper: 1 trusts the
-    rewards alone, and 0 trusts the value head from the next token on. The returns, which values learn, are
-    advantages + values.
+    rewards, values: (T,); the value after the last token is 0. gae_decay, lambda in the paper: with 1 the
+    rewards alone decide, and with 0 the value head decides from the next token on. The returns, which the
+    value head learns to predict, are advantages + values.
     """
     rewards, values = rewards.tolist(), [*values.tolist(), 0.0]
     advantage, advantages = 0.0, []
     for t in reversed(range(len(rewards))):
         surprise = rewards[t] + gamma * values[t + 1] - values[t]
-        advantage = surprise + gamma * decay * advantage
+        advantage = surprise + gamma * gae_decay * advantage
         advantages.append(advantage)
     return torch.tensor(advantages[::-1])
 
 
-def normalised(advantages: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The advantages of a rollout, (T,) for each answer, moved and scaled to mean 0 and deviation 1 over all
-    tokens."""
-    together = torch.cat(advantages).double()
-    mean, variance = together.mean(), together.var() if len(together) > 1 else torch.tensor(0.0)
-    return [((a - mean) / (variance + 1e-8).sqrt()).float() for a in advantages]
+def normalise_advantages(batches: list[dict], ranks: Ranks) -> None:
+    """Moves and scales the advantages to mean 0 and standard deviation 1, over all tokens of all processes."""
+    places = [batch["labels"] != -100 for batch in batches]
+    found = torch.cat([batch["advantages"][place] for batch, place in zip(batches, places, strict=True)]).double()
+    count, total = ranks.sum(len(found), found.sum())
+    mean = total / max(1, count)
+    (squares,) = ranks.sum(((found - mean) ** 2).sum())
+    deviation = math.sqrt(squares / max(1, count - 1) + 1e-8)
+    for batch, place in zip(batches, places, strict=True):
+        batch["advantages"] = (batch["advantages"] - mean) / deviation * place
