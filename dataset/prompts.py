@@ -2,12 +2,12 @@
 A reader may skip this file.
 
     {"prompt": "What is 2 + 3?", "contains": ["5"]}              a prompt: a text, or a list of messages
-    {"conversations": [..., {"role": "user", ...}], "gt": "5"}   it ends with the user, or with an empty answer
+    {"conversations": [..., {"role": "user", ...}], "gt": "5"}   ends with the user, or with an empty answer
     {"conversations": [..., {"role": "assistant", ...}]}         the last answer is a right one, and left out
     {"question": "...", "answer": "... #### 42"}                 the final number decides (GSM8K)
 
-"answers", "contains" and "max_characters" say what a right answer is, as in dataset/answers.py; "gt", MiniMind's
-key, means "contains". A record without any of them is a prompt that other rewards judge.
+"answers", "contains" and "max_characters" say what a right answer is, as in dataset/answers.py. "gt",
+MiniMind's key, means "contains". A record without any of them is a prompt that other rewards judge.
 """
 
 import hashlib
@@ -53,7 +53,8 @@ class PromptDataset:
                 notes: list[str] = []
                 prompt = read_prompt(tokenizer, record, f"{path}:{line}", notes.append)
                 if len(prompt.ids) > max_length:
-                    raise DataError(f"a prompt of {len(prompt.ids)} tokens, of which {max_length} fit into a row")
+                    length = len(prompt.ids)
+                    raise DataError(f"a prompt of {length} tokens, of which {max_length} fit into a row")
                 if needs_test and not prompt.test.decides:
                     raise DataError("nothing to check an answer by: it needs answers, contains, or gt")
             except (DataError, RecursionError) as error:

@@ -122,20 +122,22 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("rollouts").add_argument
     add("--group_size", type=count, default=16, metavar="N", help="answers to each prompt of a rollout")
     add("--updates_per_rollout", type=count, default=1, metavar="N", help="steps that learn from one rollout")
-    add("--temperature", type=positive, default=1.0, metavar="T", help="of sampling, and of what is trained")
+    add("--temperature", type=positive, default=1.0, metavar="T", help="of sampling and training")
     add("--max_new_tokens", type=count, default=64, metavar="N", help="then an answer is cut off")
     add("--kl_beta", type=not_negative, default=0.0, metavar="F",
         help="weight of the KL divergence from the model at the start; 0: no such model is kept")
-    add("--show_interval", type=any_count, default=50, metavar="N", help="rollouts between printed ones; 0: none")
+    add("--show_interval", type=any_count, default=50, metavar="N",
+        help="rollouts between those of which some answers are printed; 0: none")
     add = parser.add_argument_group("rewards").add_argument
     add("--rewards", nargs="+", type=weighted, metavar="NAME[:WEIGHT]",
-        help="what is added up: answers, format, length, file, model (default: what the flags below ask for, "
-             "else answers)")
+        help="what is added up: answers, format, length, file, model (default: what the flags below ask "
+             "for, else answers)")
     add("--reward_format", metavar="REGEX", help="format: 1 if the whole answer matches")
     add("--max_reward_tokens", type=count, metavar="N", help="length: 1 up to N tokens, 0 from 2 N on")
     add("--reward_file", metavar="FILE.py:NAME",
         help="file: your own function of the prompt's messages, the answer and the record; its file is run")
-    add("--reward_model", type=Path, metavar="DIR", help="model: a sequence-classification model of transformers")
+    add("--reward_model", type=Path, metavar="DIR",
+        help="model: a sequence-classification model of transformers")
     parser.set_defaults(packing=False)  # each answer has a row of its own
     return parser
 
@@ -145,15 +147,16 @@ def weighted(text: str) -> tuple[str, float]:
     name, _, weight = text.partition(":")
     value = float(weight or 1)
     if name not in REWARD_FLAGS or value == 0 or not abs(value) < float("inf"):
-        known = ", ".join(REWARD_FLAGS)
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, with a weight that is not 0 behind a colon")
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(REWARD_FLAGS)}, with or without a "
+                                         "colon and a weight that is not 0")
     return name, value
 
 
 def choose_rewards(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Makes args.rewards a dictionary of weights. Each part and its flag need each other."""
     given = {name for name, flag in REWARD_FLAGS.items() if flag and getattr(args, flag) is not None}
-    weights = dict(args.rewards or [(name, 1.0) for name in REWARD_FLAGS if name in given] or [("answers", 1.0)])
+    asked = [(name, 1.0) for name in REWARD_FLAGS if name in given] or [("answers", 1.0)]
+    weights = dict(args.rewards or asked)
     for name, flag in REWARD_FLAGS.items():
         if flag and (name in weights) != (name in given):
             missing = (f"--rewards {name} needs --{flag}" if name in weights

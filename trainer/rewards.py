@@ -72,11 +72,11 @@ def matches(pattern: str) -> Part:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise UsageError(f"--reward_format {pattern!r} is no regular expression: {error}") from None
-    return lambda prompts, answers: [float(bool(compiled.fullmatch(answer.text.strip()))) for answer in answers]
+    return lambda _, answers: [float(bool(compiled.fullmatch(answer.text.strip()))) for answer in answers]
 
 
 def shortness(longest: int) -> Part:
-    return lambda prompts, answers: [min(1.0, max(0.0, 2 - answer.num_tokens / longest)) for answer in answers]
+    return lambda _, answers: [min(1.0, max(0.0, 2 - answer.num_tokens / longest)) for answer in answers]
 
 
 def own_function(path_and_name: str) -> Part:
@@ -117,7 +117,8 @@ class RewardModel:
     """A model that gives a text one number: a folder of transformers' AutoModelForSequenceClassification."""
 
     def __init__(self, path: Path, batch_size: int = 32):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer  # here, as it imports slowly
+        # Imported here, because it takes seconds.
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self.batch_size = batch_size
         if not (path / "config.json").is_file():
@@ -130,8 +131,8 @@ class RewardModel:
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise ModelError(f"--reward_model {path} can't be read: {one_line(error)}") from None
         if missing := report["missing_keys"]:
-            raise ModelError(f"--reward_model {path} has no head that gives a number ({sorted(missing)[0]} is "
-                             "missing): it must be a model for sequence classification")
+            raise ModelError(f"--reward_model {path} has no head that gives a number ({sorted(missing)[0]} "
+                             "is missing): it must be a model for sequence classification")
         if self.model.config.num_labels != 1:
             raise ModelError(f"--reward_model {path} gives {self.model.config.num_labels} numbers, not one")
         self.model.eval()

@@ -65,14 +65,15 @@ class Rollouts:
     greedy: the likeliest answer to each prompt, for validation. Advantages are the rewards themselves.
     """
 
-    def __init__(self, model, tokenizer, end_tokens: list[int], dataset, samples, rewards: Rewards, ranks: Ranks,
-                 *, dtype: torch.dtype, advantages: Callable = group_advantages, reference: Callable | None = None,
-                 complete: Callable | None = None, batch_size: int, group_size: int = 1,
-                 updates_per_rollout: int = 1, temperature: float = 1.0, max_new_tokens: int,
-                 mean_over: str = "tokens", mask_cut_off: bool = False, micro_batch_size: int | None = None,
-                 show_interval: int = 0, seed: int, greedy: bool = False):
+    def __init__(self, model, tokenizer, end_tokens: list[int], dataset, samples, rewards: Rewards,
+                 ranks: Ranks, *, dtype: torch.dtype, batch_size: int, max_new_tokens: int, seed: int,
+                 advantages: Callable = group_advantages, reference: Callable | None = None,
+                 complete: Callable | None = None, group_size: int = 1, updates_per_rollout: int = 1,
+                 temperature: float = 1.0, mean_over: str = "tokens", mask_cut_off: bool = False,
+                 micro_batch_size: int | None = None, show_interval: int = 0, greedy: bool = False):
         self.model, self.tokenizer, self.end_tokens = model, tokenizer, end_tokens
-        self.dataset, self.samples, self.rewards, self.ranks, self.dtype = dataset, samples, rewards, ranks, dtype
+        self.dataset, self.samples, self.rewards = dataset, samples, rewards
+        self.ranks, self.dtype = ranks, dtype
         self.advantages, self.reference, self.complete = advantages, reference, complete
         self.group_size, self.updates, self.temperature = group_size, updates_per_rollout, temperature
         self.num_groups = min(batch_size // group_size, len(samples))  # of a rollout
@@ -104,7 +105,8 @@ class Rollouts:
         samples = self.prompts_of(number)
         # Each process answers a share of the prompts. Then all processes know all answers.
         mine = range(len(samples))[self.ranks.rank::self.ranks.world_size]
-        written = self.ranks.gather(self.answer([samples[group] for group in mine], number, mine, len(samples)))
+        own = self.answer([samples[group] for group in mine], number, mine, len(samples))
+        written = self.ranks.gather(own)
         groups = [written[group % self.ranks.world_size][group // self.ranks.world_size]
                   for group in range(len(samples))]
         rewards = torch.tensor([[found["reward"] for _, found in group] for group in groups])
@@ -132,7 +134,7 @@ class Rollouts:
             self.complete(self.batches)
 
     def prompts_of(self, number: int) -> list[int]:
-        """The samples that rollout `number` asks. Each epoch has an order of its own, which the seed decides."""
+        """The samples that rollout `number` asks. Each epoch has an order of its own, from the seed."""
         epoch, place = divmod(number, len(self) // self.updates)
         order = Order(len(self.samples), None if self.greedy else [self.seed, epoch])
         chosen = order[place * self.num_groups:(place + 1) * self.num_groups]
@@ -169,7 +171,8 @@ class Rollouts:
         text = self.tokenizer.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return Answer(text, len(ids), is_cut_off)
 
-    def row(self, prompt: list[int], ids: torch.Tensor, advantage: float, reward: float, of_step: dict) -> dict:
+    def row(self, prompt: list[int], ids: torch.Tensor, advantage: float, reward: float,
+            of_step: dict) -> dict:
         """One answer after its prompt: tensors (T,), and numbers as tensors without a dimension.
 
         of_step: how many tokens all answers of the step have, and those of them that are trained.
@@ -178,8 +181,9 @@ class Rollouts:
         weight = {"tokens": self.num_answers / of_step["tokens"], "answers": 1 / max(1, len(ids)),
                   "constant": 1 / self.max_new_tokens}[self.mean_over]
         return {"input_ids": torch.cat([torch.tensor(prompt), ids]), "labels": labels,
-                "advantages": torch.where(labels != -100, advantage, 0.0), "rewards": torch.tensor(reward),
-                "weights": torch.tensor(weight), "token_weights": torch.tensor(self.num_answers / of_step["trained"])}
+                "advantages": torch.where(labels != -100, advantage, 0.0),
+                "rewards": torch.tensor(reward), "weights": torch.tensor(weight),
+                "token_weights": torch.tensor(self.num_answers / of_step["trained"])}
 
     def deal(self, rows: list[dict], totals: dict[str, float]) -> None:
         """Sets self.batches: this process's share of the rows, as micro-batches. totals: sums for the log."""
@@ -187,9 +191,10 @@ class Rollouts:
         # All processes make the same number of forward passes. A micro-batch without a row has no target.
         share = max(1, math.ceil(len(rows) / self.ranks.world_size))
         size = self.micro_batch_size or share
-        empty = self.row([self.pad_token_id], torch.zeros(0, dtype=torch.long), 0.0, 0.0, dict(tokens=1, trained=1))
-        if rows:  # a rollout that was resumed has more names
-            empty = {name: torch.zeros_like(value[:1] if value.dim() else value) for name, value in rows[0].items()} | empty
+        empty = self.row([self.pad_token_id], torch.zeros(0, dtype=torch.long), 0.0, 0.0,
+                         {"tokens": 1, "trained": 1})
+        # The rows of a rollout that is resumed have more names.
+        empty |= {name: torch.zeros(1) for name in (rows[0] if rows else {}) if name not in empty}
         self.batches = [padded(mine[begin:begin + size] or [empty], self.pad_token_id)
                         for begin in range(0, share, size)]
         for place, batch in enumerate(self.batches):
@@ -203,7 +208,8 @@ class Rollouts:
         # Training computes by other functions than inference, whose results differ by rounding. Gradients are
         # on here, so that the first update finds the very same numbers, and ratios of exactly 1.
         with torch.enable_grad(), autocast(self.ranks.device, self.dtype):
-            batch["old_log_probs"] = answer_log_probs(self.model, on_device, self.temperature)[0].detach().cpu()
+            log_probs, _ = answer_log_probs(self.model, on_device, self.temperature)
+            batch["old_log_probs"] = log_probs.detach().cpu()
             if self.reference:
                 batch["reference_log_probs"] = self.reference(on_device).detach().cpu()
 
@@ -211,9 +217,9 @@ class Rollouts:
         """Says what to change if rollouts stay without a signal."""
         self.without_signal = 0 if has_signal else self.without_signal + 1
         if self.ranks.is_main and self.without_signal and self.without_signal % PATIENCE == 0:
-            print(f"warning: in {self.without_signal} rollouts in a row all answers to a prompt had the same reward, "
-                  "so nothing is learnt: ask easier prompts, raise --group_size or --temperature, or add a reward "
-                  "for a first step", flush=True)
+            print(f"warning: in {self.without_signal} rollouts in a row all answers to a prompt had the same "
+                  "reward, so nothing is learnt: ask easier prompts, raise --group_size or --temperature, or "
+                  "add a reward for a first step", flush=True)
 
     # --- what the loop asks of all batches ------------------------------------------------------------------
 
@@ -275,7 +281,8 @@ def show(number: int, prompt, answers: list[Answer], rewards: list[dict]) -> Non
 
     print(f"rollout {number}: {short(prompt.messages[-1]['content'])}")
     for answer, found in list(zip(answers, rewards, strict=False))[:SHOWN_ANSWERS]:
-        print(f"  {found['reward']:6.3f}  {short(answer.text)}{' (cut off)' if answer.is_cut_off else ''}", flush=True)
+        cut_off = " (cut off)" if answer.is_cut_off else ""
+        print(f"  {found['reward']:6.3f}  {short(answer.text)}{cut_off}", flush=True)
 
 
 # --- for the recipes ----------------------------------------------------------------------------------------
@@ -306,10 +313,9 @@ def reference_log_probs(model, kl_beta: float, temperature: float) -> Callable |
 
 
 def load_rollouts(model, tokenizer, ranks: Ranks, advantages: Callable, reference: Callable | None,
-                  complete: Callable | None = None, /, *, rewards: dict, max_seq_len: int, max_new_tokens: int,
-                  dtype: str, strict: bool, allow_unusable: bool, batch_size: int, group_size: int,
-                  updates_per_rollout: int, temperature: float, mask_cut_off: bool = False, micro_batch_size: int | None,
-                  show_interval: int, seed: int, mean_over: str = "tokens",
+                  complete: Callable | None = None, /, *, rewards, max_seq_len, max_new_tokens, dtype, strict,
+                  allow_unusable, batch_size, group_size, updates_per_rollout, temperature,
+                  micro_batch_size, show_interval, seed, mask_cut_off=False, mean_over="tokens",
                   **flags) -> tuple[Rollouts, Rollouts | None]:
     """Returns the Rollouts of training, and those of validation, which may be None. Flags are passed by name.
 
@@ -329,8 +335,8 @@ def load_rollouts(model, tokenizer, ranks: Ranks, advantages: Callable, referenc
             "max_new_tokens": max_new_tokens, "micro_batch_size": micro_batch_size, "seed": seed,
             "temperature": temperature, "dtype": choose_dtype(dtype, ranks.device)}
     batches = Rollouts(model, tokenizer, end, train_set, samples, judge, ranks, advantages=advantages,
-                       group_size=group_size, updates_per_rollout=updates_per_rollout, mask_cut_off=mask_cut_off,
-                       show_interval=show_interval, **same)
+                       group_size=group_size, updates_per_rollout=updates_per_rollout,
+                       mask_cut_off=mask_cut_off, show_interval=show_interval, **same)
     if not len(eval_samples):
         return batches, None
     return batches, Rollouts(model, tokenizer, end, eval_set, eval_samples, judge, ranks, greedy=True, **same)

@@ -94,7 +94,7 @@ def what_trains(model) -> str:
 
 
 def read_data(read, ranks: Ranks, *, data_path, eval_data_path, eval_fraction, world, seed, **other_flags):
-    """(training set, its samples, validation set, its samples). Samples are numbers of a set, in any sequence.
+    """(training set, its samples, validation set, its samples). Samples are numbers, in any sequence.
 
     read: a function of paths that returns a dataset. world: which file of the built-in data
     (dataset/synthetic.py) is read if there is no --data_path. Validation data is the first of these that
@@ -138,8 +138,8 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
         return kind(paths, tokenizer, max_seq_len, **settings)
 
     train_set, train_samples, eval_set, eval_samples = read_data(
-        read, ranks, data_path=data_path, eval_data_path=eval_data_path, eval_fraction=eval_fraction, world=world,
-        seed=seed)
+        read, ranks, data_path=data_path, eval_data_path=eval_data_path, eval_fraction=eval_fraction,
+        world=world, seed=seed)
     with ranks.main_first():
         old_set = read(retain_data_path) if retain_data_path else None
     rows = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_seq_len": max_seq_len,

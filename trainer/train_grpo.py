@@ -44,7 +44,8 @@ def main(args):
                  "clipped": partial(losses.clipped_ratio, low=args.clip_low, high=args.clip_high),
                  "cispo": partial(losses.cispo, high=args.clip_high),
                  "gspo": partial(losses.gspo, low=args.clip_low, high=args.clip_high)}[args.policy_loss]
-    loss = partial(losses.policy_loss, objective=objective, temperature=args.temperature, kl_beta=args.kl_beta)
+    loss = partial(losses.policy_loss, objective=objective, temperature=args.temperature,
+                   kl_beta=args.kl_beta)
     result = train(model, batches, loss, eval_batches, args, ranks)
     stage.save_result(model, tokenizer, args, result, ranks)
     leave_ranks(ranks)
