@@ -1,17 +1,17 @@
 """Compare our losses with TRL's: the same weights, pairs, rollouts and rewards must give the same gradients.
 
-    python benchmarks/same_losses.py                     # over out/full_sft; environments in a temporary folder
+    python benchmarks/same_losses.py                              # out/full_sft, in a temporary folder
     python benchmarks/same_losses.py --load_from out/quickstart/full_sft --folder ../elsewhere
 
 The model answers a few prompts, and these answers are the rollouts and the pairs. Slightly changed copies of
-it are the model that sampled, the reference and the teacher, so that no ratio is 1. Loss and gradients of
-every loss of trainer/losses.py are computed by our own code, and then by TRL's code in an environment of its
-own (see opens_elsewhere.py), where the model is one of transformers. Two versions of TRL are needed, since the
-newest has neither PPO nor label smoothing for DPO any more.
+it are the model that sampled, the reference and the teacher, so that no ratio is 1. Our own code computes the
+loss and the gradients of every loss of trainer/losses.py. Then TRL's code does, in an environment of its own
+(as in opens_elsewhere.py), where the model is one of transformers. The newest TRL has neither PPO nor label
+smoothing for DPO any more, so a second environment has an older one.
 
-A row is right if the losses differ by less than 1e-5, and so do the gradients, next to the largest gradient
-where that is above 1. What is computed how: TRL's trainer for GRPO and for DPO as it stands; for the others its
-own loss function, of log-probabilities (or logits) that TRL's code takes from the logits of transformers.
+GRPO and DPO are computed by TRL's trainers, all else by the loss functions of its trainers. They are given
+log-probabilities (or logits) of transformers' model. A row is right if the losses differ by less than 1e-5,
+and so do all gradients. Where the largest gradient is above 1, its 1e-5th part is allowed.
 """
 
 import argparse
@@ -49,7 +49,8 @@ POLICY = {
                               {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.02,
                                "epsilon_high": 0.03}),
     # CISPO with ratio 1 is REINFORCE. TRL takes 1 where it is given no old log-probabilities.
-    "cispo, ratio 1 (REINFORCE)": ("reinforce", {}, "tokens", 0.0, {"loss_type": "cispo", "epsilon_high": 5.0}),
+    "cispo, ratio 1 (REINFORCE)": ("reinforce", {}, "tokens", 0.0,
+                                   {"loss_type": "cispo", "epsilon_high": 5.0}),
 }
 PPO = {"low": 0.2, "high": 0.2, "value_clip": 0.2, "value_weight": 0.1}
 GAMMA, DECAY, KL_BETA = 0.99, 0.95, 0.05
@@ -103,8 +104,9 @@ def sampled_answers(model, tokenizer) -> dict:
 
     from dataset.chat import encode_chat
     from model.generate import generate
-    from trainer.losses import answer_log_probs, labelled_values
-    from trainer.values import add_value_head, generalised_advantages, normalised, token_rewards
+    from trainer.distributed import Ranks
+    from trainer.losses import answer_log_probs
+    from trainer.values import add_value_head, judge_tokens
 
     rows, labels = [], []
     for number, prompt in enumerate(prompt for prompt in PROMPTS for _ in range(2)):
@@ -124,24 +126,18 @@ def sampled_answers(model, tokenizer) -> dict:
     with torch.no_grad():
         batch["old_log_probs"], _ = answer_log_probs(sampler, batch, TEMPERATURE)
         batch["reference_log_probs"], _ = answer_log_probs(reference, batch, TEMPERATURE)
-        batch["values"] = labelled_values(sampler(batch["input_ids"]), batch["labels"], head)
     pairs = rewards.view(-1, 2)
     group_advantages = ((pairs - pairs.mean(1, keepdim=True)) / (pairs.std(1, keepdim=True) + 1e-4)).flatten()
     batch |= {"advantages": group_advantages[:, None] * is_answer, "rewards": rewards, "lengths": lengths}
     batch["token_weights"] = (len(rows) / lengths.sum()).expand(len(rows))
 
-    # PPO's advantages and returns, as train_ppo.py computes them from rewards and values
-    advantages, returns = [], []
-    for row, place in enumerate(is_answer):
-        of_tokens = token_rewards(rewards[row].item(), batch["old_log_probs"][row, place],
-                                  batch["reference_log_probs"][row, place], KL_BETA)
-        values = batch["values"][row, place]
-        advantages.append(generalised_advantages(of_tokens, values, GAMMA, DECAY))
-        returns.append(advantages[-1] + values)
-    for name, found in (("ppo_advantages", normalised(advantages)), ("returns", returns)):
-        batch[name] = torch.zeros(is_answer.shape).masked_scatter(is_answer, torch.cat(found))
-    batch |= {"head_weight": head.weight.detach().clone() * 0.9, "head_bias": head.bias.detach() + 0.1}
-    return batch
+    judged = dict(batch)  # with values, returns and advantages as train_ppo.py computes them
+    judge_tokens([judged], model=sampler, ranks=Ranks(0, 1, torch.device("cpu")), dtype=torch.float32,
+                 kl_beta=KL_BETA, gamma=GAMMA, gae_decay=DECAY)
+    # The value head has learnt since then.
+    return batch | {"values": judged["values"], "returns": judged["returns"],
+                    "ppo_advantages": judged["advantages"], "head_weight": head.weight.detach() * 0.9,
+                    "head_bias": head.bias.detach() + 0.1}
 
 
 def our_losses(model, answers: dict) -> dict:
@@ -171,10 +167,10 @@ def our_losses(model, answers: dict) -> dict:
     return found | {"ppo": ppo}  # ppo comes last: it gives the model a value head
 
 
-# --- TRL's side: each function runs in an environment of TRL's, and yields (case, loss, named parameters) -----
+# --- TRL's side: each function runs in an environment of TRL's, and yields (case, loss, parameters) ---------
 
 
-def as_trl(answers: dict) -> tuple[dict, "callable"]:
+def as_trl(answers: dict):
     """A rollout batch as TRL has it, prompts padded on the left and answers on the right.
 
     Also returns the function that moves (B, T) values of ours to the places of TRL's answers.
@@ -203,13 +199,14 @@ def trl_grpo(folder: Path, inputs: dict):
 
     answers = inputs["answers"]
     batch, moved = as_trl(answers)
-    batch |= {"advantages": moved(answers["advantages"])[:, 0], "num_items_in_batch": answers["lengths"].sum()}
+    batch["advantages"] = moved(answers["advantages"])[:, 0]
+    batch["num_items_in_batch"] = answers["lengths"].sum()
     for case, (_, _, _, _, settings) in POLICY.items():
         config = GRPOConfig(str(folder / "trl"), temperature=TEMPERATURE, per_device_train_batch_size=2,
                             num_generations=2, steps_per_generation=1, use_cpu=True, bf16=False, report_to=[],
                             gradient_checkpointing=False, max_completion_length=MAX_NEW_TOKENS, **settings)
-        trainer = GRPOTrainer(str(folder / "model"), reward_funcs=lambda completions, **_: [0.0] * 2, args=config,
-                              train_dataset=Dataset.from_list([{"prompt": "Hello"}] * 4),
+        trainer = GRPOTrainer(str(folder / "model"), [lambda completions, **_: [0.0] * len(completions)],
+                              config, Dataset.from_list([{"prompt": "Hello"}] * 4),
                               processing_class=AutoTokenizer.from_pretrained(folder / "model"))
         trainer.current_gradient_accumulation_steps = 1  # in training the Trainer sets it
         logs = {} if "ratio 1" in case else {"old_per_token_logps": moved(answers["old_log_probs"])}
@@ -226,8 +223,9 @@ def trl_ppo(folder: Path, inputs: dict):
     answers = inputs["answers"]
     batch, moved = as_trl(answers)
     mask = batch["completion_mask"]
-    config = SimpleNamespace(kl_penalty="kl", whiten_rewards=False, gamma=GAMMA, lam=DECAY, cliprange=PPO["low"],
-                             cliprange_value=PPO["value_clip"], vf_coef=PPO["value_weight"], ratio_threshold=1e9)
+    config = SimpleNamespace(kl_penalty="kl", whiten_rewards=False, gamma=GAMMA, lam=DECAY,
+                             cliprange=PPO["low"], cliprange_value=PPO["value_clip"],
+                             vf_coef=PPO["value_weight"], ratio_threshold=1e9)
     trainer = SimpleNamespace(config=config, kl_ctl=SimpleNamespace(value=KL_BETA))
     trainer._kl_penalty = partial(PPOTrainer._kl_penalty, trainer)
     old, old_values = moved(answers["old_log_probs"]), moved(answers["values"])
@@ -241,8 +239,9 @@ def trl_ppo(folder: Path, inputs: dict):
     head = torch.nn.Linear(answers["head_weight"].size(1), 1)
     head.weight.data, head.bias.data = answers["head_weight"], answers["head_bias"]
     logits, states = logits_of_answers(model, batch)
-    log_probs = (logits / TEMPERATURE).log_softmax(-1).gather(2, batch["completion_ids"][..., None]).squeeze(2)
-    policy, value, _ = PPOTrainer.loss(trainer, old, values, logits, head(states).squeeze(-1), log_probs, mask,
+    log_probs = (logits / TEMPERATURE).log_softmax(-1)
+    log_probs = log_probs.gather(2, batch["completion_ids"][..., None]).squeeze(2)
+    policy, value, _ = PPOTrainer.loss(trainer, old, values, logits, head(states).squeeze(2), log_probs, mask,
                                        advantages, returns)
     named = {f"value_head.{name}": parameter for name, parameter in head.named_parameters()}
     yield "ppo", policy + value, [*model.named_parameters(), *named.items()]
@@ -272,7 +271,7 @@ def run_checks(environment: str, folder: Path) -> None:
             ours = torch.load(file_of(folder, case), weights_only=True)
             parameters = dict(parameters)
             loss.backward()
-            theirs = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+            theirs = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             assert theirs.keys() == ours["gradients"].keys(), theirs.keys() ^ ours["gradients"].keys()
             row = {"case": case, "ours": ours["loss"].item(), "theirs": loss.item(),
                    "gradient": max(g.abs().max().item() for g in theirs.values()),
@@ -311,11 +310,11 @@ def main() -> None:
             if python is None:
                 print(f"{environment} can't be installed")
                 continue
-            variables = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1"}
-            variables.pop("PYTHONPATH", None)
+            variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1"}
             command = [python, "-P", __file__, "--folder", folder, "--check", environment]
             done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", env=variables)
-            rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"environment"')]
+            rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"env')]
             if done.returncode:
                 sys.exit(f"{environment}: ended with exit code {done.returncode}")
     print(f"{'':9}{'case':28}{'our loss':>12}{'TRL':>12}{'largest gradient':>18}{'largest difference':>20}")

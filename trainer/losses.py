@@ -69,7 +69,7 @@ def before_labels(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 
 
 def policy_loss(model, batch: dict, *, objective, temperature: float = 1.0, kl_beta: float = 0.0):
-    """The sum over all tokens of weight * (objective + kl_beta * KL). objective: one of the functions below."""
+    """The sum over all tokens of weight * (objective + kl_beta * KL). objective: a function from below."""
     log_probs, entropy = answer_log_probs(model, batch, temperature)
     terms, shown = objective(log_probs, batch)
     if kl_beta:

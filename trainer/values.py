@@ -27,8 +27,8 @@ def add_value_head(model) -> nn.Linear:
 
 
 @torch.no_grad()
-def judge_tokens(batches: list[dict], *, model, ranks: Ranks, dtype: torch.dtype, kl_beta: float, gamma: float,
-                 gae_decay: float) -> None:
+def judge_tokens(batches: list[dict], *, model, ranks: Ranks, dtype: torch.dtype, kl_beta: float,
+                 gamma: float, gae_decay: float) -> None:
     """Gives the micro-batches of a rollout values, returns and advantages for each token, all (B, T).
 
     batches: this process's part of the rollout, with the rewards (B,) of the answers. model: as it sampled
@@ -42,8 +42,8 @@ def judge_tokens(batches: list[dict], *, model, ranks: Ranks, dtype: torch.dtype
         advantages = torch.zeros_like(values)
         for row, is_answer in enumerate(batch["labels"] != -100):
             if is_answer.any():
-                rewards = token_rewards(batch, row, is_answer, kl_beta)
-                advantages[row, is_answer] = generalised_advantages(rewards, values[row, is_answer], gamma, gae_decay)
+                rewards, expected = token_rewards(batch, row, is_answer, kl_beta), values[row, is_answer]
+                advantages[row, is_answer] = generalised_advantages(rewards, expected, gamma, gae_decay)
         batch |= {"values": values, "returns": advantages + values, "advantages": advantages}
     normalise_advantages(batches, ranks)
 
@@ -51,7 +51,7 @@ def judge_tokens(batches: list[dict], *, model, ranks: Ranks, dtype: torch.dtype
 def token_rewards(batch: dict, row: int, is_answer: torch.Tensor, kl_beta: float) -> torch.Tensor:
     """The reward of each token of one answer, (T,): that of the answer at its end, less what the KL costs.
 
-        r_t = -kl_beta (log p(token t) - log p_ref(token t)),   and at the last token + the reward of the answer
+        r_t = -kl_beta (log p(token t) - log p_ref(token t)),   and at the last token + reward
         (Ziegler et al. 2019, arXiv:1909.08593)
     """
     rewards = torch.zeros(int(is_answer.sum()))
@@ -82,12 +82,11 @@ def generalised_advantages(rewards: torch.Tensor, values: torch.Tensor, gamma: f
 
 
 def normalise_advantages(batches: list[dict], ranks: Ranks) -> None:
-    """Moves and scales the advantages to mean 0 and standard deviation 1, over all tokens of all processes."""
-    places = [batch["labels"] != -100 for batch in batches]
-    found = torch.cat([batch["advantages"][place] for batch, place in zip(batches, places, strict=True)]).double()
+    """Gives the advantages the mean 0 and the standard deviation 1, over all tokens of all processes."""
+    found = torch.cat([batch["advantages"][batch["labels"] != -100] for batch in batches]).double()
     count, total = ranks.sum(len(found), found.sum())
     mean = total / max(1, count)
     (squares,) = ranks.sum(((found - mean) ** 2).sum())
     deviation = math.sqrt(squares / max(1, count - 1) + 1e-8)
-    for batch, place in zip(batches, places, strict=True):
-        batch["advantages"] = (batch["advantages"] - mean) / deviation * place
+    for batch in batches:
+        batch["advantages"] = (batch["advantages"] - mean) / deviation * (batch["labels"] != -100)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from small_answers import LENGTHS, answers, clipped_again, gradients, small_model, tokens
+from small_answers import LENGTHS, T, answers, clipped_again, gradients, small_model, tokens
 
+from trainer.distributed import Ranks
 from trainer.losses import ppo
-from trainer.values import add_value_head, generalised_advantages, normalised, token_rewards
+from trainer.values import add_value_head, generalised_advantages, judge_tokens, token_rewards
+
+ONE_PROCESS = Ranks(0, 1, torch.device("cpu"))
 
 
 def ppo_answers(rows=range(3)) -> dict:
@@ -76,16 +79,51 @@ def test_with_decay_one_the_returns_are_the_discounted_rewards_and_the_values_do
 
 
 def test_the_reward_comes_with_the_last_token_and_the_kl_costs_at_each():
-    log_probs, reference = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -0.5])
-    assert token_rewards(3.0, log_probs, None, 0.0).tolist() == [0, 0, 3]
-    assert torch.allclose(token_rewards(3.0, log_probs, reference, 0.1), torch.tensor([-0.05, 0.1, 3.0]))
-    assert log_probs.tolist() == [-1.0, -2.0, -0.5]  # they are only read
+    is_answer = torch.tensor([False, True, True, True, False])
+    batch = {"old_log_probs": torch.tensor([[0.0, -1.0, -2.0, -0.5, 0.0]]), "rewards": torch.tensor([3.0]),
+             "reference_log_probs": torch.tensor([[0.0, -1.5, -1.0, -0.5, 0.0]])}
+    assert token_rewards(batch, 0, is_answer, 0.0).tolist() == [0, 0, 3]
+    assert torch.allclose(token_rewards(batch, 0, is_answer, 0.1), torch.tensor([-0.05, 0.1, 3.0]))
+    assert batch["old_log_probs"].tolist() == [[0.0, -1.0, -2.0, -0.5, 0.0]]  # they are only read
 
 
-def test_advantages_are_normalised_over_all_tokens_of_a_rollout():
-    found = normalised([torch.tensor([1.0, 2.0]), torch.tensor([6.0])])
-    together = torch.cat(found)
-    assert [len(a) for a in found] == [2, 1]
-    assert together.mean().abs() < 1e-6 and torch.isclose(together.std(), torch.tensor(1.0))
-    assert torch.equal(torch.cat(normalised([torch.tensor([1.0]), torch.tensor([1.0])])), torch.zeros(2))
-    assert torch.equal(normalised([torch.tensor([5.0])])[0], torch.zeros(1))
+def judged(model, batches, ranks=ONE_PROCESS, **settings):
+    settings = {"kl_beta": 0.1, "gamma": 0.9, "gae_decay": 0.8} | settings
+    judge_tokens(batches, model=model, ranks=ranks, dtype=torch.float32, **settings)
+    return batches
+
+
+def test_tokens_are_judged_by_the_value_head_and_normalised_over_the_rollout():
+    model, head = model_with_values()
+    whole = judged(model, [answers() | {"rewards": torch.tensor([1.0, 0.0, 2.0])}])[0]
+    surprises = []
+    for row, place, _ in tokens(model, whole):
+        state = model(whole["input_ids"][row:row + 1]).hidden[0, place - 1]
+        assert torch.isclose(whole["values"][row, place], (head.weight @ state + head.bias)[0], atol=1e-5)
+    is_answer = whole["labels"] != -100
+    for row in range(3):
+        place = is_answer[row]
+        rewards = token_rewards(whole, row, place, 0.1)
+        surprises.append(generalised_advantages(rewards, whole["values"][row, place], 0.9, 0.8))
+        assert torch.allclose(whole["returns"][row, place], surprises[-1] + whole["values"][row, place])
+    surprises = torch.cat(surprises)
+    expected = (surprises - surprises.mean()) / surprises.std()
+    assert torch.allclose(whole["advantages"][is_answer], expected, atol=1e-5)
+    for name in ("values", "returns", "advantages"):
+        assert (whole[name][~is_answer] == 0).all() and not whole[name].requires_grad
+
+    # The same in micro-batches, one of which has no answer
+    empty = answers([0]) | {"rewards": torch.tensor([0.0]), "labels": torch.full((1, T), -100)}
+    parts = judged(model, [answers([0]) | {"rewards": torch.tensor([1.0])}, empty,
+                           answers([1, 2]) | {"rewards": torch.tensor([0.0, 2.0])}])
+    found = torch.cat([parts[0]["advantages"], parts[2]["advantages"]])
+    assert torch.allclose(found, whole["advantages"], atol=1e-6) and (parts[1]["advantages"] == 0).all()
+
+
+def test_a_rollout_without_any_surprise_has_advantages_of_zero():
+    model = small_model()
+    add_value_head(model)
+    batch = judged(model, [answers() | {"rewards": torch.zeros(3)}], kl_beta=0.0)[0]
+    assert (batch["advantages"] == 0).all() and (batch["returns"] == 0).all()
+    empty = answers([0]) | {"rewards": torch.zeros(1), "labels": torch.full((1, T), -100)}
+    assert (judged(model, [empty])[0]["advantages"] == 0).all()
