@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 # Environment -> what pip installs for it
 ENVIRONMENTS = {"TRL": ["trl"], "TRL 0.11": ["trl==0.11.4", "transformers==4.57.*"]}
 TOLERANCE = 1e-5
-TEMPERATURE, MAX_NEW_TOKENS = 0.8, 20
+TEMPERATURE, MAX_NEW_TOKENS = 1.5, 20
 PROMPTS = ("What sound does a frog make?", "Put 8 34 29 in order.", "Who are you?", "Tell me a story.",
            "What is 7 plus 8?", "Is a lemon a food or a colour?")
 
@@ -55,6 +55,24 @@ POLICY = {
 PPO = {"low": 0.2, "high": 0.2, "value_clip": 0.2, "value_weight": 0.1}
 GAMMA, DECAY, KL_BETA = 0.99, 0.95, 0.05
 
+# Case -> (settings of our dpo, number of pairs). TRL's SFT term is a mean over the tokens of all chosen
+# answers. Ours is a mean over pairs of such means. With one pair the two are the same.
+PREFERENCE = {
+    "sigmoid": ({"kind": "dpo", "beta": 0.1}, 6),
+    "ipo": ({"kind": "ipo", "beta": 0.1}, 6),
+    "sigmoid and sft (RPO)": ({"kind": "dpo", "beta": 0.1, "sft_weight": 0.3}, 1),
+    "simpo": ({"kind": "simpo", "beta": 2.0, "margin": 0.8}, 6),
+    "orpo, its odds ratio": ({"kind": "orpo", "beta": 0.1}, 6),
+    "sigmoid, label smoothing": ({"kind": "dpo", "beta": 0.1, "label_smoothing": 0.2}, 6),
+}
+# Case -> (our divergence, its settings, temperature, beta of TRL's generalised Jensen-Shannon divergence)
+TEACHER = {
+    "gkd, beta 0 (forward)": ("forward_kl", {}, 1.0, 0),
+    "gkd, beta 1 (reverse)": ("reverse_kl", {}, 1.0, 1),
+    "gkd, beta 0.5": ("jensen_shannon", {"beta": 0.5}, 1.0, 0.5),
+    "gkd, beta 0.1, T 2": ("jensen_shannon", {"beta": 0.1}, 2.0, 0.1),
+}
+
 
 # --- our side -----------------------------------------------------------------------------------------------
 
@@ -70,8 +88,11 @@ def make_cases(load_from: Path, folder: Path) -> None:
     save_model(model, folder / "model", tokenizer)
     (folder / "ours").mkdir(exist_ok=True)
     answers = sampled_answers(model, tokenizer)
-    torch.save({"answers": answers}, folder / "inputs.pt")
-    for name, loss in our_losses(model, answers).items():
+    pairs = pairs_of(model, answers)
+    teacher = changed(model, 0.1)
+    save_model(teacher, folder / "teacher", tokenizer)
+    torch.save({"answers": answers, "pairs": pairs}, folder / "inputs.pt")
+    for name, loss in our_losses(model, teacher, answers, pairs).items():
         model.zero_grad()
         value = loss(model)
         value.backward()
@@ -111,15 +132,16 @@ def sampled_answers(model, tokenizer) -> dict:
     rows, labels = [], []
     for number, prompt in enumerate(prompt for prompt in PROMPTS for _ in range(2)):
         ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
-        answer = [token.item() for token in generate(model, torch.tensor([ids]), MAX_NEW_TOKENS, seed=number,
-                                                   eos_token_id=tokenizer.eos_token_id)]
+        written = generate(model, torch.tensor([ids]), MAX_NEW_TOKENS, TEMPERATURE, seed=number,
+                           eos_token_id=tokenizer.eos_token_id)
+        answer = [token.item() for token in written]
         rows.append(torch.tensor(ids + answer))
         labels.append(torch.tensor([-100] * len(ids) + answer))
     batch = {"input_ids": pad_sequence(rows, True, tokenizer.pad_token_id or 0),
              "labels": pad_sequence(labels, True, -100), "sums": {}}
     is_answer = batch["labels"] != -100
     lengths = is_answer.sum(dim=1)
-    sampler, reference = changed(model, 0.05), changed(model, 0.1)
+    sampler, reference = changed(model, 0.1), changed(model, 0.15)
     head = add_value_head(sampler)
     torch.nn.init.normal_(head.weight, std=0.1)
     rewards = torch.randn(len(rows)).round(decimals=2)
@@ -140,7 +162,23 @@ def sampled_answers(model, tokenizer) -> dict:
                     "head_bias": head.bias.detach() + 0.1}
 
 
-def our_losses(model, answers: dict) -> dict:
+def pairs_of(model, answers: dict) -> dict:
+    """The two answers to each prompt as a pair: first the chosen sides of all pairs, then the rejected."""
+    import torch
+
+    rows = torch.arange(len(answers["labels"])).view(-1, 2).T.flatten()
+    batch = {name: answers[name][rows] for name in ("input_ids", "labels")}
+    with torch.no_grad():
+        token_losses = changed(model, 0.1)(batch["input_ids"], batch["labels"]).token_losses
+    return batch | {"reference_log_probs": -token_losses.sum(dim=1)}
+
+
+def some_pairs(pairs: dict, count: int) -> dict:
+    """The first `count` of the pairs."""
+    return {name: values.unflatten(0, (2, -1))[:, :count].flatten(0, 1) for name, values in pairs.items()}
+
+
+def our_losses(model, teacher, answers: dict, pairs: dict) -> dict:
     """Case -> a function of the model, which returns the mean loss over the units."""
     import torch
 
@@ -154,7 +192,9 @@ def our_losses(model, answers: dict) -> dict:
     def policy(model, objective, settings, kind, kl_beta):
         loss = partial(losses.policy_loss, objective=partial(getattr(losses, objective), **settings),
                        temperature=TEMPERATURE, kl_beta=kl_beta)
-        return loss(model, answers | {"weights": weights[kind]})[0] / rows
+        total, named = loss(model, answers | {"weights": weights[kind]})
+        assert named.get("clipped", 1) > 0, "nothing is clipped, so nothing of the clipping is compared"
+        return total / rows
 
     def ppo(model):
         head = add_value_head(model)
@@ -162,8 +202,21 @@ def our_losses(model, answers: dict) -> dict:
         batch = answers | {"weights": weights["tokens"], "advantages": answers["ppo_advantages"]}
         return losses.ppo(model, batch, value_head=head, temperature=TEMPERATURE, **PPO)[0] / rows
 
+    def preference(model, settings, count):
+        return losses.dpo(model, some_pairs(pairs, count), **settings)[0] / count
+
+    def distillation(model, divergence, settings, temperature):
+        batch = {"input_ids": answers["input_ids"], "labels": answers["labels"], "document_ids": None}
+        loss, _ = losses.distillation(model, batch, teacher=teacher, weight=1.0, temperature=temperature,
+                                      divergence=partial(getattr(losses, divergence), **settings))
+        return loss / lengths.sum()
+
     found = {name: partial(policy, objective=objective, settings=settings, kind=kind, kl_beta=kl_beta)
              for name, (objective, settings, kind, kl_beta, _) in POLICY.items()}
+    found |= {name: partial(preference, settings=settings, count=count)
+              for name, (settings, count) in PREFERENCE.items()}
+    found |= {name: partial(distillation, divergence=divergence, settings=settings, temperature=temperature)
+              for name, (divergence, settings, temperature, _) in TEACHER.items()}
     return found | {"ppo": ppo}  # ppo comes last: it gives the model a value head
 
 
@@ -258,7 +311,94 @@ def logits_of_answers(model, batch: dict):
     return output.logits[:, before].float(), output.hidden_states[-1][:, before]
 
 
-CHECKS = {"TRL": [trl_grpo], "TRL 0.11": [trl_ppo]}
+def trl_dpo(folder: Path, inputs: dict):
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    text = [{"prompt": "a", "chosen": "b", "rejected": "c"}]  # a trainer wants data, which is never read
+    for case, loss_types in (("sigmoid", {"loss_type": ["sigmoid"]}), ("ipo", {"loss_type": ["ipo"]}),
+                             ("sigmoid and sft (RPO)", {"loss_type": ["sigmoid", "sft"],
+                                                        "loss_weights": [1.0, 0.3]})):
+        settings, count = PREFERENCE[case]
+        pairs = some_pairs(inputs["pairs"], count)
+        config = DPOConfig(str(folder / "trl"), use_cpu=True, bf16=False, report_to=[], beta=settings["beta"],
+                           gradient_checkpointing=False, **loss_types)
+        trainer = DPOTrainer(str(folder / "model"), args=config, train_dataset=Dataset.from_list(text),
+                             processing_class=AutoTokenizer.from_pretrained(folder / "model"))
+        trainer.precompute_ref_logps = True
+        chosen, rejected = pairs["reference_log_probs"].chunk(2)
+        mask, seen = masks(pairs)
+        batch = {"input_ids": pairs["input_ids"], "attention_mask": seen, "completion_mask": mask,
+                 "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        model = trainer.model.train()
+        yield case, trainer._compute_loss(model, batch, False), model.named_parameters()
+
+
+def masks(pairs: dict):
+    """(1 on the tokens of the answers, 1 on all tokens that are no padding), (2 P, T) each."""
+    mask = (pairs["labels"] != -100).long()
+    return mask, (mask.flip(1).cumsum(1).flip(1) > 0).long()  # nothing follows an answer but padding
+
+
+def trl_simpo_and_orpo(folder: Path, inputs: dict):
+    import torch
+    from transformers import AutoModelForCausalLM
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    pairs, here = inputs["pairs"], SimpleNamespace(device="cpu")
+    for case, trainer in (("simpo", CPOTrainer), ("orpo, its odds ratio", ORPOTrainer)):
+        settings, _ = PREFERENCE[case]
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+        logits = model(input_ids=pairs["input_ids"], attention_mask=masks(pairs)[1]).logits.float()
+        log_probs = trainer.get_batch_logps(logits, pairs["labels"], average_log_prob=True).chunk(2)
+        if case == "simpo":
+            given = SimpleNamespace(alpha=0.0, loss_type="simpo", beta=settings["beta"], accelerator=here,
+                                    simpo_gamma=settings["margin"], label_smoothing=0.0)
+            loss = CPOTrainer.cpo_loss(given, *log_probs)[0].mean()
+        else:  # TRL adds the cross-entropy of the prompt and the chosen answer, which our recipe does not
+            given = SimpleNamespace(beta=torch.tensor(settings["beta"]), accelerator=here)
+            loss = -ORPOTrainer.odds_ratio_loss(given, *log_probs)[0].mean()
+        yield case, loss, model.named_parameters()
+
+
+def trl_label_smoothing(folder: Path, inputs: dict):
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    case, pairs = "sigmoid, label smoothing", inputs["pairs"]
+    settings, _ = PREFERENCE[case]
+    given = SimpleNamespace(reference_free=False, f_divergence_type="reverse_kl", loss_type="sigmoid",
+                            accelerator=SimpleNamespace(device="cpu"), beta=settings["beta"],
+                            label_smoothing=settings["label_smoothing"])
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    logits = model(input_ids=pairs["input_ids"], attention_mask=masks(pairs)[1]).logits.float()
+    log_probs, _ = DPOTrainer.get_batch_logps(logits, pairs["labels"])
+    losses, _, _ = DPOTrainer.dpo_loss(given, *log_probs.chunk(2), *pairs["reference_log_probs"].chunk(2))
+    yield case, losses.mean(), model.named_parameters()
+
+
+def trl_gkd(folder: Path, inputs: dict):
+    import torch
+    from transformers import AutoModelForCausalLM
+    from trl.experimental.gkd import GKDTrainer
+
+    answers = inputs["answers"]
+    seen = {"input_ids": answers["input_ids"], "attention_mask": masks(answers)[1]}
+    teacher, student = (AutoModelForCausalLM.from_pretrained(folder / name, attn_implementation="eager")
+                        for name in ("teacher", "model"))
+    with torch.no_grad():
+        taught = teacher(**seen).logits[:, :-1]
+    for case, (_, _, temperature, beta) in TEACHER.items():
+        logits, labels = student(**seen).logits[:, :-1], answers["labels"][:, 1:]
+        loss = GKDTrainer.generalized_jsd_loss(logits, taught, labels, beta, temperature,
+                                               num_items_in_batch=answers["lengths"].sum())
+        # Ours has the factor T^2, so that gradients don't shrink with the temperature. TRL's has none.
+        yield case, temperature**2 * loss, student.named_parameters()
+
+
+CHECKS = {"TRL": [trl_grpo, trl_dpo, trl_simpo_and_orpo, trl_gkd], "TRL 0.11": [trl_ppo, trl_label_smoothing]}
 
 
 def run_checks(environment: str, folder: Path) -> None:
