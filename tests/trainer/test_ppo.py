@@ -1,9 +1,16 @@
 """PPO: its loss, its value head and its advantages, against the equations written out again."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_answers import LENGTHS, T, answers, clipped_again, gradients, small_model, tokens
 
+from trainer.checkpoint import checkpoints
 from trainer.distributed import Ranks
 from trainer.losses import ppo
 from trainer.values import add_value_head, generalised_advantages, judge_tokens, token_rewards
@@ -127,3 +134,90 @@ def test_a_rollout_without_any_surprise_has_advantages_of_zero():
     assert (batch["advantages"] == 0).all() and (batch["returns"] == 0).all()
     empty = answers([0]) | {"rewards": torch.zeros(1), "labels": torch.full((1, T), -100)}
     assert (judged(model, [empty])[0]["advantages"] == 0).all()
+
+
+# --- the recipe ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flags(workshop):
+    """A short run over rewards for the letter e: `flags(folder, lora_rank=4)`."""
+    judge = workshop.folder / "judge.py"
+    judge.write_text("def score(messages, answer, record):\n    return answer.count('e') - len(answer) / 40",
+                     encoding="utf-8")
+
+    def make(out_dir, **changes):
+        given = {"reward_file": f"{judge}:score", "max_new_tokens": 6, "batch_size": 10, "max_steps": 6,
+                 "updates_per_rollout": 3, "kl_beta": 0.05, "optimizer": "adamw", "log_interval": 1,
+                 "eval_interval": 0, "show_interval": 0}
+        return workshop.flags("ppo", out_dir, **(given | changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workshop, flags):
+    ended = workshop.run("ppo", *flags(workshop.folder / "undisturbed"))
+    assert ended.code == 0, ended
+    return workshop.folder / "undisturbed" / "ppo"
+
+
+def test_the_value_head_is_in_checkpoints_and_never_in_the_saved_model(workshop, flags, undisturbed, read_log,
+                                                                       tmp_path):
+    """Stopped in the middle of a rollout, the run goes on with the same answers, to the same bits."""
+    stopped = workshop.run("ppo", *flags(tmp_path, max_minutes=1e-6))
+    assert stopped.code != 0 and "stopped at step 1" in stopped.out
+    (checkpoint,) = checkpoints(tmp_path / "ppo")
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    assert {"value_head.weight", "value_head.bias"} < state["parameters"].keys()
+    assert state["batches"]["rows"][0].keys() >= {"values", "returns", "old_log_probs", "advantages"}
+    resumed = workshop.run("ppo", *flags(tmp_path), "--resume")
+    assert resumed.code == 0, resumed
+    ours, theirs = (load_file(run_dir / "model.safetensors") for run_dir in (tmp_path / "ppo", undisturbed))
+    base = load_file(workshop.base / "model.safetensors")
+    assert ours.keys() == theirs.keys() == base.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert any(not torch.equal(theirs[name], base[name]) for name in theirs)
+    assert read_log(tmp_path / "ppo") == read_log(undisturbed)
+
+
+def test_what_the_log_shows(undisturbed, read_log):
+    steps = [line for line in read_log(undisturbed) if "loss" in line]
+    assert {"reward", "length", "entropy", "clipped", "kl", "value_loss"} < steps[0].keys()
+    assert steps[0]["clipped"] == steps[0]["kl"] == 0  # at first the model is that which sampled
+    assert steps[0]["reward"] == steps[2]["reward"] != steps[3]["reward"]  # three updates read one rollout
+    assert steps[2]["kl"] > 0 and steps[2]["value_loss"] != steps[0]["value_loss"]
+
+
+def test_a_base_that_is_frozen_stays_and_the_value_head_trains(workshop, flags, tmp_path):
+    stopped = workshop.run("ppo", *flags(tmp_path, lora_rank=2, max_minutes=1e-6))
+    assert "a value head" in stopped.out
+    state = torch.load(checkpoints(tmp_path / "ppo")[0] / "state.pt", weights_only=True)
+    heads = {name for name in state["parameters"] if ".lora." not in name}
+    assert heads == {"value_head.weight", "value_head.bias"}
+    assert all((state["parameters"][name] != 0).any() for name in heads)
+    resumed = workshop.run("ppo", *flags(tmp_path, lora_rank=2), "--resume")
+    assert resumed.code == 0, resumed
+    saved = load_file(tmp_path / "ppo" / "adapter_model.safetensors")
+    assert saved and all("lora" in name for name in saved)
+
+
+def test_accumulation_and_two_processes_change_nothing(workshop, flags, undisturbed, read_log, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pair = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
+         *workshop.command("ppo", *flags(tmp_path / "two", micro_batch_size=3))],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        encoding="utf-8")
+    accumulated = workshop.run("ppo", *flags(tmp_path / "one", micro_batch_size=3))
+    assert accumulated.code == 0, accumulated
+    _, err = pair.communicate(timeout=120)
+    assert pair.returncode == 0, err
+    wanted, weights = read_log(undisturbed), load_file(undisturbed / "model.safetensors")
+    for run_dir in (tmp_path / "one" / "ppo", tmp_path / "two" / "ppo"):
+        for ours, theirs in zip(read_log(run_dir), wanted, strict=True):
+            assert ours == pytest.approx(theirs, abs=2e-5), run_dir
+        found = load_file(run_dir / "model.safetensors")
+        assert all(torch.allclose(found[name], weights[name], atol=1e-5) for name in weights), run_dir
