@@ -615,7 +615,7 @@ def build(seed=0):
         rng.shuffle(chats)
         files[f"lora_{family}"] = chats
         files[f"lora_{family}_test"] = make_chats(world, family, generator, 100, True, asked)
-    files |= make_skills(world, split_wordings(random.Random(seed), SKILLS), seed)
+    files |= make_skills(world, split_wordings(random.Random(seed), SKILLS), files["sft"], seed)
     return {name: files[name] for name in FILES}
 
 
