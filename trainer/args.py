@@ -124,7 +124,6 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
     add("--updates_per_rollout", type=count, default=1, metavar="N", help="steps that learn from one rollout")
     add("--temperature", type=positive, default=1.0, metavar="T", help="of sampling and training")
     add("--max_new_tokens", type=count, default=64, metavar="N", help="then an answer is cut off")
-    add("--mask_cut_off", action="store_true", help="answers that were cut off are not trained")
     add("--kl_beta", type=not_negative, default=0.0, metavar="F",
         help="weight of the KL divergence from the model at the start; 0: no such model is kept")
     add("--show_interval", type=any_count, default=50, metavar="N",

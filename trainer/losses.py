@@ -31,6 +31,8 @@ def cross_entropy(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Ten
 #     advantages              how much better than expected a token was; 0 outside of the answer
 #     old_log_probs           log p(token) by the model that sampled; 0 outside of the answer
 #     reference_log_probs     by the model that the policy shall stay near; only where kl_beta is not 0
+#     values, returns         only in PPO: the rewards to come as the model that sampled expected them, and as
+#                             they came (trainer/values.py)
 #     weights (B,)            what the term of one token counts in the loss
 #     token_weights (B,)      number of answers / number of tokens in the rows of the whole step
 #     sums                    {name: a sum over answers} for the log, handed on as they are
@@ -67,21 +69,26 @@ def before_labels(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 
 
 def policy_loss(model, batch: dict, *, objective, temperature: float = 1.0, kl_beta: float = 0.0):
-    """The sum over all tokens of weight * (objective + kl_beta * KL). objective: one of the functions below.
-
-    The KL divergence from the reference is estimated from the sampled tokens, with d = log p_ref - log p, as
-
-        KL = exp(d) - d - 1        (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3")
-
-    It is never negative, and its mean is right although each token shows one word alone.
-    """
+    """The sum over all tokens of weight * (objective + kl_beta * KL). objective: a function from below."""
     log_probs, entropy = answer_log_probs(model, batch, temperature)
     terms, shown = objective(log_probs, batch)
     if kl_beta:
-        difference = batch["reference_log_probs"] - log_probs
-        shown["kl"] = difference.exp() - difference - 1
+        shown["kl"] = kl_divergence(log_probs, batch)
         terms = terms + kl_beta * shown["kl"]
     return answer_sum(terms, batch), batch["sums"] | token_means({"entropy": entropy, **shown}, batch)
+
+
+def kl_divergence(log_probs: torch.Tensor, batch: dict) -> torch.Tensor:
+    """How far the model is from the reference, estimated from the sampled tokens alone: (B, T).
+
+        r (exp(d) - d - 1),   d = log p_ref - log p,   r = p / p_old
+        (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3")
+
+    It is never negative, and its mean is right. The factor r makes its gradient right, too; without r, as in
+    the paper of GRPO, the gradient is that of KL(p_ref || p)  (DeepSeek-V3.2 2025, arXiv:2512.02556).
+    """
+    difference, ratio = batch["reference_log_probs"] - log_probs, (log_probs - batch["old_log_probs"]).exp()
+    return ratio * (difference.exp() - difference - 1)
 
 
 def answer_sum(terms: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -138,3 +145,30 @@ def gspo(log_probs, batch: dict, low: float = 0.2, high: float = 0.2) -> tuple[t
     change = (log_probs - batch["old_log_probs"]).sum(dim=1, keepdim=True) / length  # (B, 1)
     # clipped_ratio reads the ratio of each token as that of its answer.
     return clipped_ratio(change, batch | {"old_log_probs": torch.zeros_like(change)}, low, high)
+
+
+def ppo(model, batch: dict, *, value_head, temperature: float = 1.0, low: float = 0.2, high: float = 0.2,
+        value_clip: float = 0.2, value_weight: float = 0.1):
+    """clipped_ratio + value_weight / 2 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)
+    (Schulman et al. 2017, arXiv:1707.06347; the clipping of values: Engstrom et al. 2020, arXiv:2005.12729)
+
+    V = value_head(state before the token) learns to predict the returns R. V may not leave V_old, what the
+    same head said when the answer was sampled, by more than c = value_clip in one rollout.
+    """
+    output, old, returns = model(batch["input_ids"]), batch["values"], batch["returns"]
+    log_probs, entropy = labelled_log_probs(output, batch["labels"], temperature)
+    terms, shown = clipped_ratio(log_probs, batch, low, high)
+    values = labelled_values(output, batch["labels"], value_head)
+    near = values.clamp(old - value_clip, old + value_clip)
+    value_loss = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
+    shown |= {"entropy": entropy, "value_loss": value_loss}
+    if "reference_log_probs" in batch:  # here the KL divergence lowers rewards and is no part of the loss
+        shown["kl"] = kl_divergence(log_probs, batch)
+    return answer_sum(terms + value_weight * value_loss, batch), batch["sums"] | token_means(shown, batch)
+
+
+def labelled_values(output, labels: torch.Tensor, value_head) -> torch.Tensor:
+    """The value of the state before each label, at the place of that label; 0 where there is none: (B, T)."""
+    is_answer, states = before_labels(output.hidden, labels)
+    values = value_head(states).float().squeeze(-1)
+    return values.new_zeros(labels.shape).masked_scatter(is_answer, values)
