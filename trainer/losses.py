@@ -27,6 +27,123 @@ def cross_entropy(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Ten
     return model(**batch).token_losses.sum(), {}
 
 
+# --- rewards: GRPO, PPO and their kin -----------------------------------------------------------------------
+#
+# Their micro-batch holds answers that the model itself has sampled (trainer/rollouts.py), one in each row.
+# Its tensors are (B, T) where nothing else is said:
+#     input_ids, labels       labels are the tokens of the answer with its end token, and -100 elsewhere
+#     advantages              how much better than expected a token was; 0 outside of the answer
+#     old_log_probs           log p(token) by the model that sampled; 0 outside of the answer
+#     reference_log_probs     by the model that the policy shall stay near; only where kl_beta is not 0
+#     weights (B,)            what the term of one token counts in the loss
+#     token_weights (B,)      number of answers / number of tokens in the rows of the whole step
+#     sums                    {name: a sum over answers} for the log, handed on as they are
+# Units are answers. The loop divides by their number, so sums with token_weights become means over tokens.
+
+
+def answer_log_probs(model, batch: dict, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log p(token), entropy of the distribution it is drawn from) for each token of the answers, in nats.
+
+    Both are (B, T): at the place of each label, as CausalLM.token_losses has it, and 0 where there is none.
+    Logits are divided by the temperature, because the model samples from these. The entropy has no gradient.
+    """
+    return labelled_log_probs(model(batch["input_ids"]), batch["labels"], temperature)
+
+
+def labelled_log_probs(output, labels: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`answer_log_probs` of a forward pass that is done. output: of CausalLM. labels: (B, T)."""
+    is_answer, states = before_labels(output.hidden, labels)  # (B, T), (N, C): N tokens have a label
+    log_probs, entropies = [], []
+    rows_of_states, rows_of_labels = states.split(LOSS_ROWS), labels[is_answer].split(LOSS_ROWS)
+    for rows, wanted in zip(rows_of_states, rows_of_labels, strict=True):
+        all_log_probs = (output.head(rows).float() / temperature).log_softmax(dim=-1)  # (N, V)
+        log_probs.append(all_log_probs.gather(1, wanted[:, None]).squeeze(1))
+        with torch.no_grad():
+            entropies.append(-(all_log_probs.exp() * all_log_probs).sum(dim=-1))
+    zeros = log_probs[0].new_zeros(labels.shape)
+    return tuple(zeros.masked_scatter(is_answer, torch.cat(found)) for found in (log_probs, entropies))
+
+
+def before_labels(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(which places have a label, (B, T); the states that predict these labels, (N, C))."""
+    is_answer = F.pad(labels[:, 1:] != -100, (1, 0))  # the first token is never predicted
+    return is_answer, hidden[:, :-1][is_answer[:, 1:]]
+
+
+def policy_loss(model, batch: dict, *, objective, temperature: float = 1.0, kl_beta: float = 0.0):
+    """The sum over all tokens of weight * (objective + kl_beta * KL). objective: one of the functions below.
+
+    The KL divergence from the reference is estimated from the sampled tokens, with d = log p_ref - log p, as
+
+        KL = exp(d) - d - 1        (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3")
+
+    It is never negative, and its mean is right although each token shows one word alone.
+    """
+    log_probs, entropy = answer_log_probs(model, batch, temperature)
+    terms, shown = objective(log_probs, batch)
+    if kl_beta:
+        difference = batch["reference_log_probs"] - log_probs
+        shown["kl"] = difference.exp() - difference - 1
+        terms = terms + kl_beta * shown["kl"]
+    return answer_sum(terms, batch), batch["sums"] | token_means({"entropy": entropy, **shown}, batch)
+
+
+def answer_sum(terms: torch.Tensor, batch: dict) -> torch.Tensor:
+    """Terms (B, T) of all tokens of the answers, weighted and summed."""
+    return (terms * (batch["labels"] != -100) * batch["weights"][:, None]).sum()
+
+
+def token_means(shown: dict[str, torch.Tensor], batch: dict) -> dict[str, torch.Tensor]:
+    """Sums for the log of values (B, T), each of which the loop turns into a mean over tokens."""
+    return {name: answer_sum(values.detach(), batch | {"weights": batch["token_weights"]})
+            for name, values in shown.items()}
+
+
+def reinforce(log_probs: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict]:
+    """-A log p(token)   (REINFORCE: Williams 1992, https://doi.org/10.1007/BF00992696)
+
+    A token with an advantage A above 0 becomes likelier, a token with an advantage below 0 less likely.
+    """
+    return -batch["advantages"] * log_probs, {}
+
+
+def clipped_ratio(log_probs, batch: dict, low: float = 0.2, high: float = 0.2) -> tuple[torch.Tensor, dict]:
+    """-min(r A, clip(r, 1 - low, 1 + high) A),   r = p(token) / p_old(token)
+    (PPO: Schulman et al. 2017, arXiv:1707.06347; with high > low, DAPO: Yu et al. 2025, arXiv:2503.14476)
+
+    One rollout serves several updates. A token whose probability has moved far enough in the direction that
+    its advantage asks for has no gradient any more. The minimum keeps the gradient of every way back.
+    """
+    ratio, advantages = (log_probs - batch["old_log_probs"]).exp(), batch["advantages"]
+    free, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
+    return -torch.minimum(free, clipped), {"clipped": (clipped < free).float()}
+
+
+def cispo(log_probs: torch.Tensor, batch: dict, high: float = 0.2) -> tuple[torch.Tensor, dict]:
+    """-min(r, 1 + high) A log p(token),   r = p(token) / p_old(token), a constant   (CISPO: MiniMax 2025,
+    arXiv:2506.13585)
+
+    Here the weight of a token is clipped, and not its gradient. Rare tokens, whose ratio moves first, go on
+    learning.
+    """
+    ratio = (log_probs - batch["old_log_probs"]).exp().detach()
+    terms = -ratio.clamp(max=1 + high) * batch["advantages"] * log_probs
+    return terms, {"clipped": (ratio > 1 + high).float()}
+
+
+def gspo(log_probs, batch: dict, low: float = 0.2, high: float = 0.2) -> tuple[torch.Tensor, dict]:
+    """-min(s A, clip(s, 1 - low, 1 + high) A),   s = (p(answer) / p_old(answer)) ^ (1 / its number of tokens)
+    (GSPO: Zheng et al. 2025, arXiv:2507.18071)
+
+    A reward is for a whole answer, and so is the ratio s: the geometric mean of the ratios of the tokens. It
+    moves far less than the ratio of one token, so low and high are far smaller than in clipped_ratio.
+    """
+    length = (batch["labels"] != -100).sum(dim=1, keepdim=True).clamp(min=1)
+    change = (log_probs - batch["old_log_probs"]).sum(dim=1, keepdim=True) / length  # (B, 1)
+    # clipped_ratio reads the ratio of each token as that of its answer.
+    return clipped_ratio(change, batch | {"old_log_probs": torch.zeros_like(change)}, low, high)
+
+
 # --- a teacher: trainer/train_distillation.py -----------------------------------------------------------
 # p and q are what teacher and student say of the next token, for every token of the vocabulary. Each function
 # takes log p and log q, (N, V), and returns a number for each of the N places. It is 0 where p = q.
@@ -68,19 +185,19 @@ def distillation(model, batch: dict, *, teacher, divergence, weight: float, temp
     If the batch has "by_student", the answers in it are the student's own. They are no example to follow, so
     there the divergence counts alone, and in full. Without that key the batch is as for `cross_entropy`.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "document_ids")}
+    inputs, labels = (batch["input_ids"], None, batch["document_ids"]), batch["labels"]
     with torch.no_grad():
-        taught = teacher(**inputs)
-    output, targets = model(**inputs), batch["labels"][:, 1:]  # (B, T - 1)
-    states = [out.hidden[:, :-1][targets != -100] for out in (output, taught)]  # (N, C) of each model's own C
-    parts = zip(*(rows.split(LOSS_ROWS) for rows in (*states, targets[targets != -100])), strict=True)
+        taught = teacher(*inputs)
+    output = model(*inputs)
+    is_target, states = before_labels(output.hidden, labels)  # (B, T), (N, C): N tokens have a label
+    tokens = (states, before_labels(taught.hidden, labels)[1], labels[is_target])
     compare = partial(compare_tokens, output.head, taught.head, divergence, temperature)
-    if len(states[0]) > LOSS_ROWS:  # then no part keeps its logits: the backward pass computes them again
+    if len(states) > LOSS_ROWS:  # then no part keeps its logits: the backward pass computes them again
         compare = partial(checkpoint, compare, use_reentrant=False)
-    entropies, distances = zip(*(compare(*part) for part in parts), strict=True)
-    entropy, distance = sum(entropies), sum(distances)
-    loss = distance if "by_student" in batch else (1 - weight) * entropy + weight * distance
-    return loss, {"cross_entropy": entropy, "divergence": distance}
+    parts = zip(*(rows.split(LOSS_ROWS) for rows in tokens), strict=True)
+    data_loss, distance = (sum(found) for found in zip(*(compare(*part) for part in parts), strict=True))
+    loss = distance if "by_student" in batch else (1 - weight) * data_loss + weight * distance
+    return loss, {"cross_entropy": data_loss, "divergence": distance}
 
 
 def compare_tokens(head, teacher_head, divergence, temperature: float, states, teacher_states, targets):
