@@ -205,7 +205,7 @@ def compare_tokens(head, teacher_head, divergence, temperature: float, states, t
     logits = head(states).float()  # (N, V)
     with torch.no_grad():
         teacher_logits = teacher_head(teacher_states).float()
-    # Models of one tokenizer may pad the vocabulary to different sizes. No text has the tokens of the padding.
+    # Two models of one tokenizer may have different numbers of further logits, which stand for no token.
     size = min(logits.size(-1), teacher_logits.size(-1))
     log_p, log_q = ((x[:, :size] / temperature).log_softmax(-1) for x in (teacher_logits, logits))
     distance = temperature**2 * divergence(log_p, log_q).sum()
