@@ -1,6 +1,6 @@
 """Teaches a student of a third of the parameters in several ways: the table of docs/rewards.md, "A teacher".
 
-    python benchmarks/distillation.py --quickstart out/quickstart        # all ways, three seeds: about 3 hours
+    python benchmarks/distillation.py --quickstart out/quickstart    # all ways, three seeds: about 3 hours
     python benchmarks/distillation.py --ways sft forward_kl --seeds 1 --rates 5e-3 1e-2 2e-2
     python benchmarks/distillation.py --table                            # of what is there; trains nothing
 
@@ -68,7 +68,7 @@ def result(args, way: str, seed: int, rate: float) -> dict | None:
                  "--learning_rate", rate, "--seed", seed, "--log_interval", 100, "--eval_interval", 0,
                  "--resume", *WAYS[way][1].split())
         call(scores, "eval_model.py", "--load_from", run_dir, "--data_path", world / "sft_test.jsonl",
-             "--temperature", 0, "--json", scores)
+             "--temperature", 0, "--batch_size", 64, "--json", scores)
     files = run_dir / "training.json", scores
     trained, scored = (json.loads(path.read_text(encoding="utf-8")) for path in files)
     return {"right": scored["scores"]["all"], "n": scored["n"]["all"], "loss": scored["loss"],
@@ -77,7 +77,7 @@ def result(args, way: str, seed: int, rate: float) -> dict | None:
 
 
 def call(product: Path, script: str, *flags) -> None:
-    """Runs a script of ours; what it prints goes to a file beside `product`. Raises UsageError if it fails."""
+    """Runs a script of ours, whose output goes to a file beside `product`. Raises UsageError if it fails."""
     log = product.with_name(f"{product.name}.log")
     with log.open("w", encoding="utf-8") as file:
         ended = subprocess.run([sys.executable, f"{ROOT / script}", *map(str, flags)], stdout=file,
@@ -87,7 +87,7 @@ def call(product: Path, script: str, *flags) -> None:
 
 
 def table(results: dict) -> str:
-    """A row for each way and rate, averaged over the seeds. A gain over SFT is paired, question by question."""
+    """A row for each way and rate, averaged over the seeds. Gains over SFT are paired, question by question."""
     rows = []
     for (way, rate), found in results.items():
         plain = {one["seed"]: one["hits"] for one in results.get(("sft", rate), [])}
@@ -98,7 +98,7 @@ def table(results: dict) -> str:
             "way": WAYS[way][0], "rate": f"{rate:g}",
             "right, seed by seed": " ".join(f"{one['right']:.3f}" for one in found),
             "mean": f"{mean(found, 'right'):.3f}",
-            "points over SFT": f"{100 * statistics.mean(gains):+.1f} ± {100 * half:.1f}" if any(gains) else "",
+            "points over SFT": f"{100 * statistics.mean(gains):+.1f} ± {100 * half:.1f}" if half else "",
             "loss on the test": f"{mean(found, 'loss'):.3f}",
             "divergence": f"{mean(found, 'divergence'):.3f}", "seconds": f"{mean(found, 'seconds'):.0f}"})
     return markdown(rows)
@@ -111,11 +111,11 @@ def mean(found: list[dict], name: str) -> float:
 if __name__ == "__main__":
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--quickstart", type=Path, default=ROOT / "out/quickstart", metavar="DIR", help="with full_sft and world")
+    add("--quickstart", type=Path, default=ROOT / "out/quickstart", metavar="DIR", help="it made the teacher")
     add("--out_dir", type=Path, default=ROOT / "out/distillation", metavar="DIR", help="for runs and scores")
     add("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="of teaching")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="of weights and data order")
     add("--rates", type=positive, nargs="+", default=[1e-2], metavar="LR", help="learning rates")
-    add("--steps", type=count, default=2000, metavar="N", help="of 8 rows of 256 tokens")
+    add("--steps", type=count, default=1000, metavar="N", help="of 8 rows of 256 tokens")
     add("--table", action="store_true", help="show what is there already, and train nothing")
     run_script(main, parser.parse_args())

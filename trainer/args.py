@@ -17,8 +17,8 @@ from trainer.interrupt import command_to_resume
 
 LORA_FLAGS = ("lora_alpha", "lora_rslora", "lora_dropout", "lora_init", "lora_plus_ratio", "target_modules",
               "quantize")
-part = number(float, lambda x: 0 <= x <= 1, "a part of the whole, from 0 to 1")
-inner_part = number(float, lambda x: 0 < x < 1, "above 0 and below 1")
+REWARD_FLAGS = {"answers": None, "format": "reward_format", "length": "max_reward_tokens",  # part: its flag
+                "file": "reward_file", "model": "reward_model"}
 row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
 
 
@@ -116,6 +116,56 @@ def tuning_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def rollout_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of a stage that learns from rewards for what the model itself writes."""
+    parser = tuning_parser(description)
+    add = parser.add_argument_group("rollouts").add_argument
+    add("--group_size", type=count, default=16, metavar="N", help="answers to each prompt of a rollout")
+    add("--updates_per_rollout", type=count, default=1, metavar="N", help="steps that learn from one rollout")
+    add("--temperature", type=positive, default=1.0, metavar="T", help="of sampling and training")
+    add("--max_new_tokens", type=count, default=64, metavar="N", help="then an answer is cut off")
+    add("--mask_cut_off", action="store_true", help="answers that were cut off are not trained")
+    add("--kl_beta", type=not_negative, default=0.0, metavar="F",
+        help="weight of the KL divergence from the model at the start; 0: no such model is kept")
+    add("--show_interval", type=any_count, default=50, metavar="N",
+        help="rollouts between those of which some answers are printed; 0: none")
+    add = parser.add_argument_group("rewards").add_argument
+    add("--rewards", nargs="+", type=weighted, metavar="NAME[:WEIGHT]",
+        help="what is added up: answers, format, length, file, model (default: what the flags below ask "
+             "for, else answers)")
+    add("--reward_format", metavar="REGEX", help="format: 1 if the whole answer matches")
+    add("--max_reward_tokens", type=count, metavar="N", help="length: 1 up to N tokens, 0 from 2 N on")
+    add("--reward_file", metavar="FILE.py:NAME",
+        help="file: your own function of the prompt's messages, the answer and the record; its file is run")
+    add("--reward_model", type=Path, metavar="DIR",
+        help="model: a sequence-classification model of transformers")
+    parser.set_defaults(packing=False)  # each answer has a row of its own
+    return parser
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """"length:0.5" -> ("length", 0.5)."""
+    name, _, weight = text.partition(":")
+    value = float(weight or 1)
+    if name not in REWARD_FLAGS or value == 0 or not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(REWARD_FLAGS)}, with or without a "
+                                         "colon and a weight that is not 0")
+    return name, value
+
+
+def choose_rewards(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Makes args.rewards a dictionary of weights. Each part and its flag need each other."""
+    given = {name for name, flag in REWARD_FLAGS.items() if flag and getattr(args, flag) is not None}
+    asked = [(name, 1.0) for name in REWARD_FLAGS if name in given] or [("answers", 1.0)]
+    weights = dict(args.rewards or asked)
+    for name, flag in REWARD_FLAGS.items():
+        if flag and (name in weights) != (name in given):
+            missing = (f"--rewards {name} needs --{flag}" if name in weights
+                       else f"--{flag} has no effect: add {name} to --rewards")
+            parser.error(missing)
+    args.rewards = weights
+
+
 def add_lora_flags(parser: argparse.ArgumentParser, rank: int) -> None:
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_rank", type=any_count, default=rank, metavar="R",
@@ -131,53 +181,6 @@ def add_lora_flags(parser: argparse.ArgumentParser, rank: int) -> None:
     add("--target_modules", nargs="+", default="all-linear", metavar="NAME",
         help="all-linear (all but the head), square, suffixes such as q_proj o_proj, or a regular expression")
     add("--quantize", choices=("none", "nf4"), default="none", help="nf4: frozen layers in 4 bits (QLoRA)")
-
-
-def distillation_parser(description: str) -> argparse.ArgumentParser:
-    """The flags of learning from a teacher."""
-    parser = tuning_parser(description)
-    add = parser.add_argument_group("the teacher and its student").add_argument
-    add("--teacher", type=Path, metavar="DIR", help="a model of the same vocabulary, which stays as it is")
-    add("--preset", metavar="NAME",
-        help="shape of a new student (default: the largest with fewer parameters than the teacher)")
-    add("--divergence", choices=("forward_kl", "reverse_kl", "jensen_shannon"), default="forward_kl",
-        help="how the probabilities of teacher and student are compared: see trainer/losses.py")
-    add("--beta", type=inner_part, default=0.5, metavar="B",
-        help="of jensen_shannon: near 0 it acts like forward_kl, near 1 like reverse_kl")
-    add("--temperature", type=positive, default=1.0, metavar="T",
-        help="both models' logits are divided by it before they are compared")
-    add("--distillation_weight", type=part, default=1.0, metavar="F",
-        help="weight of that comparison; the rest is the weight of the data's own words, as in SFT")
-    add("--on_policy", type=part, default=0.0, metavar="F",
-        help="part of the steps in which the student writes the answers itself")
-    add("--max_new_tokens", type=count, default=128, metavar="N", help="tokens of such an answer at most")
-    return parser
-
-
-def check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """As check_combinations, for the flags of distillation_parser."""
-    for is_wrong, message in (
-        (args.preset and args.load_from,
-         "--preset has no effect with --load_from: weights bring their shape along"),
-        (args.lora_rank and not args.load_from,
-         "--lora_rank needs --load_from: adapters change a model that knows something already"),
-        (args.divergence != "jensen_shannon" and args.beta != parser.get_default("beta"),
-         f"--beta has no effect on --divergence {args.divergence}, only on jensen_shannon"),
-        (not args.on_policy and args.max_new_tokens != parser.get_default("max_new_tokens"),
-         "--max_new_tokens has no effect without --on_policy"),
-        (args.on_policy == 1 and args.distillation_weight < 1,
-         "--distillation_weight has no effect with --on_policy 1, which reads no answer of the data"),
-        (args.on_policy and args.parallel == "fsdp",
-         "--on_policy and --parallel fsdp don't work together: the student is in slices and can't answer"),
-        (args.on_policy and args.num_workers,
-         "--on_policy and --num_workers don't work together: what the student says can't be read ahead"),
-        (args.on_policy and args.compile,
-         "--on_policy and --compile don't work together: every answer has another length"),
-        (args.teacher.resolve() == args.run_dir.resolve(),
-         f"--name {args.name} would write over --teacher {args.teacher}: choose another name"),
-    ):
-        if is_wrong:
-            parser.error(message)
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -198,6 +201,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         print(f"{args.load_from} {why}, so it is treated gently: {values}; flags that you type win")
     vars(args).update(changed)
     check_combinations(parser, args)
+    if hasattr(args, "rewards"):
+        choose_rewards(parser, args)
     args.run_dir = args.out_dir / args.name
     check_folders(parser, args)
     return args
@@ -215,7 +220,7 @@ def explain_gentle_defaults(parser: argparse.ArgumentParser) -> None:
 
 def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """A flag that has no effect, or that is impossible with another flag, is a mistake."""
-    fsdp, is_8bit = args.parallel == "fsdp", "8bit" in args.optimizer
+    fsdp, is_8bit, rolls = args.parallel == "fsdp", "8bit" in args.optimizer, hasattr(args, "rewards")
     without_lora = [f"--{name}" for name in vars(args) if getattr(args, "lora_rank", None) == 0
                     and name in LORA_FLAGS and getattr(args, name) != parser.get_default(name)]
     for is_wrong, message in (
@@ -236,6 +241,16 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         (fsdp and is_8bit, f"--parallel fsdp can't cut up the state of {args.optimizer}: use adamw"),
         (fsdp and getattr(args, "quantize", "none") != "none",
          "--parallel fsdp can't cut up the weights of --quantize nf4: leave one of them out"),
+        (rolls and fsdp, "--parallel fsdp can't write answers, for which each process needs the whole model: "
+                         "use ddp"),
+        (rolls and args.packing, "--packing has no effect here: each answer has a row of its own"),
+        (rolls and args.compile, "--compile would compile anew for each length of answers: leave it out"),
+        (rolls and args.num_workers, "--num_workers has no effect here: rollouts can't be prepared ahead"),
+        (rolls and args.batch_size % args.group_size,
+         f"--batch_size {args.batch_size} counts answers, so it must be a multiple of --group_size "
+         f"{args.group_size}" if rolls else ""),
+        (rolls and args.max_new_tokens + 2 > args.max_seq_len,
+         "--max_new_tokens leaves no room for a prompt in --max_seq_len"),
     ):
         if is_wrong:
             parser.error(message)

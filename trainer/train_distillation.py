@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer import args as flags
+from trainer import teacher_args
 
 
 def main(args):
@@ -71,10 +72,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = flags.distillation_parser(__doc__)
+    parser = teacher_args.distillation_parser(__doc__)
     parser.set_defaults(batch_size=16, max_seq_len=256, stage="distillation", world="sft",
                         name="distillation", teacher=flags.ROOT / "out/full_sft", learning_rate=1e-2,
                         optimizer="muon")
     args = flags.parse_args(parser)
-    flags.check_distillation(parser, args)
+    teacher_args.check(parser, args)
     flags.run_script(main, args)
