@@ -26,7 +26,7 @@ from common.cli import ROOT
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
 
-STAGES = ("pretrain", "full_sft", "lora")
+STAGES = ("pretrain", "full_sft", "lora", "distillation")
 MAX_SECONDS = 600  # a run that has not ended by then counts as hanging
 SECONDS_TO_STOP = 30  # torchrun kills processes that have not obeyed SIGTERM by then
 SAVE_INTERVAL = 3  # steps
@@ -95,6 +95,8 @@ class Bench:
             flags |= {"load_from": self.reference("pretrain") / "pretrain"}
         if stage == "lora":
             flags |= {"lora_rank": 4, "lora_dropout": 0.1}
+        if stage == "distillation":  # in half of the steps the student writes the answers itself
+            flags |= {"teacher": self.reference("full_sft") / "full_sft", "on_policy": 0.5, "max_new_tokens": 8}
         words = []
         for name, value in (flags | changes).items():
             if value is True:
