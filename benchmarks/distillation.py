@@ -87,7 +87,7 @@ def call(product: Path, script: str, *flags) -> None:
 
 
 def table(results: dict) -> str:
-    """A row for each way and rate, averaged over the seeds. Gains over SFT are paired by question."""
+    """A row for each way and rate: means over the seeds. Gains over SFT are paired by question."""
     rows = []
     for (way, rate), found in results.items():
         plain = {one["seed"]: one["hits"] for one in results.get(("sft", rate), [])}
