@@ -96,7 +96,8 @@ class Bench:
         if stage == "lora":
             flags |= {"lora_rank": 4, "lora_dropout": 0.1}
         if stage == "distillation":  # in half of the steps the student writes the answers itself
-            flags |= {"teacher": self.reference("full_sft") / "full_sft", "on_policy": 0.5, "max_new_tokens": 8}
+            teacher = self.reference("full_sft") / "full_sft"
+            flags |= {"teacher": teacher, "on_policy": 0.5, "max_new_tokens": 8}
         words = []
         for name, value in (flags | changes).items():
             if value is True:

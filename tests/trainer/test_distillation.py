@@ -395,7 +395,7 @@ def test_processes_accumulation_and_recomputing_change_nothing(workshop, flags, 
 
 
 @pytest.mark.parametrize("changes", [
-    ALL, {"load_from": True, "lora_rank": 4, "lora_dropout": 0.1, **ALL},
+    ALL, {"load_from": True, "lora_rank": 4, "lora_dropout": 0.1, "quantize": "nf4", **ALL},
     {"dtype": "float16", "on_policy": 1.0, "max_new_tokens": 4, "max_steps": 3, "batch_size": 2}])
 def test_a_stopped_run_goes_on_to_the_same_bits(changes, workshop, flags, tmp_path, read_log):
     if "load_from" in changes:
