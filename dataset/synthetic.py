@@ -53,6 +53,7 @@ try:
         in_words, pairs_in_between, with_commas, worked,
     )
     from dataset.world.hasty import hasty, mistype, noise  # noqa: E402, I001
+    from dataset.world.pairs import make_pairs  # noqa: E402, I001
     from dataset.world.texts import TEXTS  # noqa: E402, I001
 except DataError as error:  # a mistake in an edited file; a training script reports it by itself
     if __name__ == "__main__":
@@ -540,7 +541,7 @@ ADAPTERS = {"identity": (identity, 1600), "clinic": (clinic, 2000)}
 
 FILES = {name: f"{name}.jsonl" for name in (
     "pretrain", "pretrain_eval", "sft", "sft_eval", "sft_test",
-    "lora_identity", "lora_identity_test", "lora_clinic", "lora_clinic_test")}
+    "lora_identity", "lora_identity_test", "lora_clinic", "lora_clinic_test", "dpo", "dpo_eval", "dpo_test")}
 
 
 def make_texts(world):
@@ -613,6 +614,7 @@ def build(seed=0):
         rng.shuffle(chats)
         files[f"lora_{family}"] = chats
         files[f"lora_{family}_test"] = make_chats(world, family, generator, 100, True, asked)
+    files |= make_pairs(world, slots_of, seed)
     return {name: files[name] for name in FILES}
 
 
@@ -626,12 +628,12 @@ VERSION = version()
 
 
 def paths(folder):
-    """{name: path} of the nine files."""
+    """{name: path} of the files."""
     return {name: Path(folder) / file for name, file in FILES.items()}
 
 
 def write_world(folder, seed=0):
-    """Writes the nine files, and last world.json, which says that all are there. Returns {name: path}."""
+    """Writes the files, and last world.json, which says that all are there. Returns {name: path}."""
     stamp = Path(folder) / "world.json"
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)  # until the last file is written, the folder may hold files of two worlds
