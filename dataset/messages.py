@@ -135,7 +135,7 @@ def _alpaca_turns(record: dict, with_output: bool) -> list:
 
 
 def _with_answer(turns: list | None, answer: object, side: str) -> list:
-    """The conversation with the answer of one side of a pair: a text, a message, the last messages, or all."""
+    """The conversation with one side's answer: a text, a message, the last messages, or all of them."""
     if isinstance(answer, str):
         if not turns:
             raise DataError(f"{side} is a text, and there is no prompt before it")

@@ -118,7 +118,7 @@ class PreferenceDataset(torch.utils.data.Dataset):
 def to_pair(record: dict, note: Note) -> list[tuple[list[dict], list | None]]:
     """[(messages, tools) of the chosen side, (messages, tools) of the rejected side].
 
-    The messages that both sides share are marked as not to be learnt. Raises DataError where the record holds
+    Answers that both sides share are marked as not to be learnt. Raises DataError where the record holds
     no pair, and NothingToLearn where its sides cannot be compared.
     """
     for side in SIDES:
@@ -136,15 +136,17 @@ def to_pair(record: dict, note: Note) -> list[tuple[list[dict], list | None]]:
     for side, (messages, _) in zip(SIDES, sides, strict=True):
         if len(messages) == shared or messages[-1]["role"] != "assistant":
             raise NothingToLearn(f"the {side} side of the pair ends without an answer of its own")
-        if messages[shared]["role"] != "assistant":
-            raise DataError(f"the sides of the pair differ in message {shared + 1}, which is no answer: they "
-                            "must answer the same messages")
-        for message in messages[:shared]:
-            message["trained"] = False
-        answers = [message for message in messages[shared:] if message["role"] == "assistant"]
-        if not any(answer.get("trained", True) for answer in answers):
+    if not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
+        raise DataError(f"the sides of the pair differ in message {shared + 1}, which is no answer: both "
+                        "must answer the same messages")
+    for side, (messages, _) in zip(SIDES, sides, strict=True):
+        answers = [message for message in messages if message["role"] == "assistant"]
+        compared = [message for message in messages[shared:] if message["role"] == "assistant"]
+        for answer in answers[: len(answers) - len(compared)]:
+            answer["trained"] = False
+        if not any(answer.get("trained", True) for answer in compared):
             raise NothingToLearn(f"the {side} answer of the pair is marked as not to be learnt")
-        if len(answers) > 1:
+        if len(compared) > 1:
             note("the sides of a pair differ in more than the last answer: all answers after the messages "
                  "that both share are compared")
     return sides

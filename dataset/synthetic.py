@@ -614,7 +614,7 @@ def build(seed=0):
         rng.shuffle(chats)
         files[f"lora_{family}"] = chats
         files[f"lora_{family}_test"] = make_chats(world, family, generator, 100, True, asked)
-    files |= make_pairs(world, slots_of, seed)
+    files |= make_pairs(world, seed)
     return {name: files[name] for name in FILES}
 
 
