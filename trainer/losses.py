@@ -27,6 +27,67 @@ def cross_entropy(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Ten
     return model(**batch).token_losses.sum(), {}
 
 
+# --- preferences: DPO and its kin ---------------------------------------------------------------------------
+
+
+def dpo(model, batch: dict, *, kind: str = "dpo", beta: float = 0.1, label_smoothing: float = 0.0,
+        sft_weight: float = 0.0, margin: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The sum over pairs of a loss that falls where the chosen answer gains on the rejected one.
+
+    gap = the score of the chosen answer - the score of the rejected one, as in preference_scores.
+    loss = preference_losses of the gap + sft_weight * -log p(chosen) / |chosen|
+
+    kind: dpo, ipo, simpo or orpo. batch: see PreferenceDataset.collate; units are pairs. Named sums: accuracy
+    (gap > 0; a tie counts half), margin (the gap), chosen and rejected (log p of each side).
+    """
+    labels = batch["labels"]  # (2 P, T): first the chosen sides of P pairs, then the rejected sides
+    num_tokens = (labels[:, 1:] != -100).sum(dim=1)  # (2 P,)
+    log_probs = -model(batch["input_ids"], labels).token_losses.sum(dim=1)
+    means = (log_probs / num_tokens.clamp(min=1)).clamp(max=-1e-7)  # at 0, orpo's score would be infinite
+    scores = preference_scores(kind, beta, log_probs, means, num_tokens, batch.get("reference_log_probs"))
+    gap = torch.sub(*scores.chunk(2))  # (P,)
+    losses = preference_losses(kind, beta, gap, label_smoothing, margin) - sft_weight * means.chunk(2)[0]
+    (chosen, rejected), is_pair = log_probs.chunk(2), num_tokens.chunk(2)[0] > 0  # false: no pair at all
+    named = {"accuracy": (gap > 0) + 0.5 * (gap == 0), "margin": gap, "chosen": chosen, "rejected": rejected}
+    return (losses * is_pair).sum(), {name: (value * is_pair).sum() for name, value in named.items()}
+
+
+def preference_scores(kind: str, beta: float, log_probs, means, num_tokens, reference) -> torch.Tensor:
+    """How an answer y of |y| tokens is scored, (2 P,). p is the model, p0 the reference that it began as.
+
+        dpo     beta (log p(y) - log p0(y))                     Rafailov et al. 2023, arXiv:2305.18290
+        ipo     (log p(y) - log p0(y)) / |y|                    Azar et al. 2023, arXiv:2310.12036
+        simpo   beta log p(y) / |y|                             Meng et al. 2024, arXiv:2405.14734
+        orpo    log(q / (1 - q)), q = exp(log p(y) / |y|)       Hong et al. 2024, arXiv:2403.07691
+
+    log_probs: log p(y). means: log p(y) / |y|. reference: log p0(y), which simpo and orpo do without.
+    """
+    if kind == "dpo":
+        return beta * (log_probs - reference)
+    if kind == "ipo":
+        return (log_probs - reference) / num_tokens.clamp(min=1)
+    if kind == "simpo":
+        return beta * means
+    return means - torch.log(-torch.expm1(means))  # log(1 - exp(x)), exact also where exp(x) is nearly 1
+
+
+def preference_losses(kind: str, beta: float, gap, label_smoothing: float, margin: float) -> torch.Tensor:
+    """The loss of each pair, (P,), in the papers named above. s is label_smoothing, margin is SimPO's gamma.
+
+        dpo, simpo   -(1 - s) log sigmoid(gap - margin) - s log sigmoid(margin - gap)
+        ipo          (gap - 1 / (2 beta))^2
+        orpo         -beta log sigmoid(gap)
+
+    With no gap and no margin the first of them is log 2 = 0.6931: where DPO begins.
+    """
+    if kind == "ipo":
+        return (gap - 1 / (2 * beta)) ** 2
+    if kind == "orpo":
+        return -beta * F.logsigmoid(gap)
+    right, wrong = F.logsigmoid(gap - margin), F.logsigmoid(margin - gap)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
 # --- rewards: GRPO, PPO and their kin -----------------------------------------------------------------------
 #
 # Their micro-batch holds answers that the model itself has sampled (trainer/rollouts.py), one in each row.
