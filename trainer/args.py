@@ -248,8 +248,11 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         (rolls and args.batch_size % args.group_size,
          f"--batch_size {args.batch_size} counts answers, so it must be a multiple of --group_size "
          f"{args.group_size}" if rolls else ""),
-        (rolls and args.max_new_tokens + 2 > args.max_seq_len,
-         "--max_new_tokens leaves no room for a prompt in --max_seq_len"),
+        (rolls and args.max_new_tokens >= args.max_seq_len,
+         f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_seq_len "
+         f"{args.max_seq_len}" if rolls else ""),
+        (getattr(args, "advantage", "") and args.group_size == 1,
+         "--group_size 1: a group of one has no mean to compare with; give at least 2"),
     ):
         if is_wrong:
             parser.error(message)
