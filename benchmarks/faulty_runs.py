@@ -26,7 +26,7 @@ from common.cli import ROOT
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
 
-STAGES = ("pretrain", "full_sft", "lora", "ppo")
+STAGES = ("pretrain", "full_sft", "lora", "ppo", "distillation")
 MAX_SECONDS = 600  # a run that has not ended by then counts as hanging
 SECONDS_TO_STOP = 30  # torchrun kills processes that have not obeyed SIGTERM by then
 SAVE_INTERVAL = 3  # steps
@@ -100,6 +100,9 @@ class Bench:
         if stage in ("grpo", "ppo"):  # two steps learn from a rollout, so a kill may fall between them
             flags |= {"reward_file": f"{self.judge}:score", "max_new_tokens": 6, "group_size": 2,
                       "updates_per_rollout": 2, "kl_beta": 0.05, "show_interval": 0}
+        if stage == "distillation":  # in half of the steps the student writes the answers itself
+            teacher = self.reference("full_sft") / "full_sft"
+            flags |= {"teacher": teacher, "on_policy": 0.5, "max_new_tokens": 8}
         words = []
         for name, value in (flags | changes).items():
             if value is True:

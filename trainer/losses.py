@@ -8,8 +8,12 @@ step, over all micro-batches and processes. So the loss of a step is one mean, a
     the mean of the two means                                                  (1 + 3) / 2 = 2, which is wrong
 """
 
+import math
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model.transformer import LOSS_ROWS
 
@@ -21,6 +25,67 @@ def cross_entropy(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Ten
     supervised token gives 0.
     """
     return model(**batch).token_losses.sum(), {}
+
+
+# --- preferences: DPO and its kin ---------------------------------------------------------------------------
+
+
+def dpo(model, batch: dict, *, kind: str = "dpo", beta: float = 0.1, label_smoothing: float = 0.0,
+        sft_weight: float = 0.0, margin: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The sum over pairs of a loss that falls where the chosen answer gains on the rejected one.
+
+    gap = the score of the chosen answer - the score of the rejected one, as in preference_scores.
+    loss = preference_losses of the gap + sft_weight * -log p(chosen) / |chosen|
+
+    kind: dpo, ipo, simpo or orpo. batch: see PreferenceDataset.collate; units are pairs. Named sums: accuracy
+    (gap > 0; a tie counts half), margin (the gap), chosen and rejected (log p of each side).
+    """
+    labels = batch["labels"]  # (2 P, T): first the chosen sides of P pairs, then the rejected sides
+    num_tokens = (labels[:, 1:] != -100).sum(dim=1)  # (2 P,)
+    log_probs = -model(batch["input_ids"], labels).token_losses.sum(dim=1)
+    means = (log_probs / num_tokens.clamp(min=1)).clamp(max=-1e-7)  # at 0, orpo's score would be infinite
+    scores = preference_scores(kind, beta, log_probs, means, num_tokens, batch.get("reference_log_probs"))
+    gap = torch.sub(*scores.chunk(2))  # (P,)
+    losses = preference_losses(kind, beta, gap, label_smoothing, margin) - sft_weight * means.chunk(2)[0]
+    (chosen, rejected), is_pair = log_probs.chunk(2), num_tokens.chunk(2)[0] > 0  # false: no pair at all
+    named = {"accuracy": (gap > 0) + 0.5 * (gap == 0), "margin": gap, "chosen": chosen, "rejected": rejected}
+    return (losses * is_pair).sum(), {name: (value * is_pair).sum() for name, value in named.items()}
+
+
+def preference_scores(kind: str, beta: float, log_probs, means, num_tokens, reference) -> torch.Tensor:
+    """How an answer y of |y| tokens is scored, (2 P,). p is the model, p0 the reference that it began as.
+
+        dpo     beta (log p(y) - log p0(y))                     Rafailov et al. 2023, arXiv:2305.18290
+        ipo     (log p(y) - log p0(y)) / |y|                    Azar et al. 2023, arXiv:2310.12036
+        simpo   beta log p(y) / |y|                             Meng et al. 2024, arXiv:2405.14734
+        orpo    log(q / (1 - q)), q = exp(log p(y) / |y|)       Hong et al. 2024, arXiv:2403.07691
+
+    log_probs: log p(y). means: log p(y) / |y|. reference: log p0(y), which simpo and orpo do without.
+    """
+    if kind == "dpo":
+        return beta * (log_probs - reference)
+    if kind == "ipo":
+        return (log_probs - reference) / num_tokens.clamp(min=1)
+    if kind == "simpo":
+        return beta * means
+    return means - torch.log(-torch.expm1(means))  # log(1 - exp(x)), exact also where exp(x) is nearly 1
+
+
+def preference_losses(kind: str, beta: float, gap, label_smoothing: float, margin: float) -> torch.Tensor:
+    """The loss of each pair, (P,), in the papers named above. s is label_smoothing, margin is SimPO's gamma.
+
+        dpo, simpo   -(1 - s) log sigmoid(gap - margin) - s log sigmoid(margin - gap)
+        ipo          (gap - 1 / (2 beta))^2
+        orpo         -beta log sigmoid(gap)
+
+    With no gap and no margin the first of them is log 2 = 0.6931: where DPO begins.
+    """
+    if kind == "ipo":
+        return (gap - 1 / (2 * beta)) ** 2
+    if kind == "orpo":
+        return -beta * F.logsigmoid(gap)
+    right, wrong = F.logsigmoid(gap - margin), F.logsigmoid(margin - gap)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
 
 
 # --- rewards: GRPO, PPO and their kin -----------------------------------------------------------------------
@@ -172,3 +237,71 @@ def labelled_values(output, labels: torch.Tensor, value_head) -> torch.Tensor:
     is_answer, states = before_labels(output.hidden, labels)
     values = value_head(states).float().squeeze(-1)
     return values.new_zeros(labels.shape).masked_scatter(is_answer, values)
+
+
+# --- a teacher: trainer/train_distillation.py -----------------------------------------------------------
+# p and q are what teacher and student say of the next token, for every token of the vocabulary. Each function
+# takes log p and log q, (N, V), and returns a number for each of the N places. It is 0 where p = q.
+
+
+def forward_kl(log_p, log_q) -> torch.Tensor:
+    """KL(p || q) = sum over tokens of p (log p - log q)   (Hinton et al. 2015, arXiv:1503.02531)
+
+    The student pays where the teacher finds a token likely and the student does not. So a small student
+    spreads out, in order to cover all that the teacher might say.
+    """
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(log_p, log_q) -> torch.Tensor:
+    """KL(q || p) = sum over tokens of q (log q - log p)   (MiniLLM: Gu et al. 2024, arXiv:2306.08543)
+
+    The student pays where the student finds a token likely and the teacher does not. So a small student
+    settles on some of what the teacher might say, and leaves the rest out.
+    """
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def jensen_shannon(log_p, log_q, beta: float) -> torch.Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q   (GKD: arXiv:2306.13649)
+
+    For beta near 0 this is beta times the forward KL, and for beta near 1 it is 1 - beta times the reverse
+    one. It never exceeds ln 2, however wrong the student is.
+    """
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+    return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
+
+
+def distillation(model, batch: dict, *, teacher, divergence, weight: float, temperature: float = 1.0):
+    """(1 - weight) * cross-entropy + weight * T^2 * divergence(p, q), summed over the supervised tokens.
+
+    p and q are softmax(logits / T) of teacher and student. A temperature T above 1 makes likely tokens less
+    likely and unlikely ones more. This also makes gradients about T^2 times smaller, for which T^2 makes up.
+    If the batch has "by_student", the answers in it are the student's own. They are no example to follow, so
+    there the divergence counts alone, and in full. Without that key the batch is as for `cross_entropy`.
+    """
+    inputs, labels = (batch["input_ids"], None, batch["document_ids"]), batch["labels"]
+    with torch.no_grad():
+        taught = teacher(*inputs)
+    output = model(*inputs)
+    is_target, states = before_labels(output.hidden, labels)  # (B, T), (N, C): N tokens have a label
+    tokens = (states, before_labels(taught.hidden, labels)[1], labels[is_target])
+    compare = partial(compare_tokens, output.head, taught.head, divergence, temperature)
+    if len(states) > LOSS_ROWS:  # then no part keeps its logits: the backward pass computes them again
+        compare = partial(checkpoint, compare, use_reentrant=False)
+    parts = zip(*(rows.split(LOSS_ROWS) for rows in tokens), strict=True)
+    data_loss, distance = (sum(found) for found in zip(*(compare(*part) for part in parts), strict=True))
+    loss = distance if "by_student" in batch else (1 - weight) * data_loss + weight * distance
+    return loss, {"cross_entropy": data_loss, "divergence": distance}
+
+
+def compare_tokens(head, teacher_head, divergence, temperature: float, states, teacher_states, targets):
+    """The summed cross-entropy and T^2 * divergence of N tokens; states (N, C) predict targets (N,)."""
+    logits = head(states).float()  # (N, V)
+    with torch.no_grad():
+        teacher_logits = teacher_head(teacher_states).float()
+    # Two models of one tokenizer may have different numbers of further logits, which stand for no token.
+    size = min(logits.size(-1), teacher_logits.size(-1))
+    log_p, log_q = ((x[:, :size] / temperature).log_softmax(-1) for x in (teacher_logits, logits))
+    distance = temperature**2 * divergence(log_p, log_q).sum()
+    return F.cross_entropy(logits, targets, reduction="sum"), distance
