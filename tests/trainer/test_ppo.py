@@ -14,7 +14,13 @@ from small_answers import LENGTHS, T, answers, clipped_again, gradients, small_m
 from trainer.checkpoint import checkpoints
 from trainer.distributed import Ranks
 from trainer.losses import ppo
-from trainer.values import add_value_head, generalised_advantages, judge_tokens, token_rewards
+from trainer.values import (
+    add_value_head,
+    generalised_advantages,
+    judge_tokens,
+    rewards_differ,
+    token_rewards,
+)
 
 ONE_PROCESS = Ranks(0, 1, torch.device("cpu"))
 
@@ -135,6 +141,11 @@ def test_a_rollout_without_any_surprise_has_advantages_of_zero():
     assert (batch["advantages"] == 0).all() and (batch["returns"] == 0).all()
     empty = answers([0]) | {"rewards": torch.zeros(1), "labels": torch.full((1, T), -100)}
     assert (judged(model, [empty])[0]["advantages"] == 0).all()
+
+
+def test_a_rollout_whose_rewards_are_all_the_same_counts_as_without_a_signal():
+    assert rewards_differ(torch.full((3, 2), 0.7)).tolist() == [[0, 0]] * 3
+    assert rewards_differ(torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist() == [[1, 1]] * 2
 
 
 # --- the recipe ---------------------------------------------------------------------------------------------
