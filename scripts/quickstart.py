@@ -40,18 +40,23 @@ ROW_FLAGS = "--log_interval 20 --eval_interval 1000 --max_seq_len"  # ... and th
 CHAT_ROWS = f"{ROW_FLAGS} 256 --batch_size"  # a chat of about eight questions: the model remembers so many
 MUON_FLAGS = "--optimizer muon --learning_rate"  # these two end with a flag whose value each stage gives
 ADAPTER_FLAGS = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {CHAT_ROWS} 4"
+# Two thirds of the questions are new, and nobody shows the answers. The rest keeps what full_sft knew.
+GRPO_FLAGS = ("--learning_rate 3e-4 --lr_schedule wsd --updates_per_rollout 3 --advantage group_std "
+              "--mean_over answers --max_new_tokens 64 --log_interval 5 --eval_interval 30 --max_seq_len 256 "
+              "--batch_size 256")
 STAGES = {
     "pretrain": ("train_pretrain.py", 300, 30,
                  f"--preset tiny {MUON_FLAGS} 1e-2 {ROW_FLAGS} 128 --batch_size 8 --lr_schedule cosine"),
     "full_sft": ("train_full_sft.py", 3850, 270, f"{MUON_FLAGS} 7e-3 {CHAT_ROWS} 8"),
+    "grpo": ("train_grpo.py", 300, 105, GRPO_FLAGS),
     "lora_identity": ("train_lora.py", 420, 30, ADAPTER_FLAGS),
     "lora_clinic": ("train_lora.py", 800, 52, ADAPTER_FLAGS),
 }
 ADAPTERS = ("lora_identity", "lora_clinic")
-PARENT = {"full_sft": "pretrain", "lora_identity": "full_sft", "lora_clinic": "full_sft"}
+PARENT = {"full_sft": "pretrain", "grpo": "full_sft", "lora_identity": "full_sft", "lora_clinic": "full_sft"}
 DATA_OF_STAGE = {"full_sft": "sft"}  # the file of the world; the other stages have a file with their own name
-TESTS = {"pretrain": ["sft"], "full_sft": ["sft", *ADAPTERS],  # the test files that a stage answers
-         "lora_identity": ["sft", "lora_identity"], "lora_clinic": ["sft", "lora_clinic"]}
+TESTS = {"pretrain": ["sft"], "full_sft": ["sft", "grpo", *ADAPTERS],  # the test files that a stage answers
+         "grpo": ["sft", "grpo"], "lora_identity": ["sft", "lora_identity"], "lora_clinic": ["sft", "lora_clinic"]}
 # Questions of a test, where not all are asked: a model that never saw a chat answers none of them, and 30 of
 # each family show whether an adapter forgets.
 SCORED_AFTER = {"pretrain": 200, "lora_identity": 630, "lora_clinic": 630}
@@ -95,7 +100,7 @@ def plan(out: Path, minutes: float) -> list[Task]:
     """All tasks in order, for a run of that many minutes."""
     world, scale = out / "world", minutes / DEFAULT_MINUTES
     command = [f"{ROOT / 'dataset' / 'synthetic.py'}", "--out_dir", f"{world}"]
-    tasks = [Task("world", "pretrain", command, world / "lora_clinic_test.jsonl", 7)]
+    tasks = [Task("world", "pretrain", command, world / "grpo_test.jsonl", 9)]
     for stage, (_, _, seconds, _) in STAGES.items():
         tasks.append(Task(stage, stage, training_command(out, stage, scale), out / stage / "training.json",
                           SECONDS_TO_START + seconds * scale))
