@@ -98,8 +98,8 @@ class Bench:
         if stage == "lora":
             flags |= {"lora_rank": 4, "lora_dropout": 0.1}
         if stage == "grpo":  # many states are saved between two updates of one rollout
-            flags |= {"reward_file": f"{self.reward}:score", "batch_size": 8, "group_size": 4, "kl_beta": 0.05,
-                      "max_new_tokens": 8, "updates_per_rollout": 2, "show_interval": 0}
+            flags |= {"reward_file": f"{self.reward}:score", "batch_size": 8, "group_size": 4,
+                      "kl_beta": 0.05, "max_new_tokens": 8, "updates_per_rollout": 2, "show_interval": 0}
         words = []
         for name, value in (flags | changes).items():
             if value is True:

@@ -1,10 +1,10 @@
 """How many answers a second GRPO samples, beside transformers' `generate` doing the same in the same run.
 
-    python benchmarks/rollouts.py                                   # the model and the prompts of the quickstart
+    python benchmarks/rollouts.py                               # the model and the prompts of the quickstart
     python benchmarks/rollouts.py --load_from DIR --data_path prompts.jsonl --threads 2
 
-Each round takes 16 prompts and samples 16 answers to each, up to 64 tokens, at temperature 1. Both programs take
-turns, so a busy machine slows both down. An answer counts with its end token.
+Each round takes 16 prompts and samples 16 answers to each, up to 64 tokens, at temperature 1. Both programs
+take turns, so a busy machine slows both down. An answer counts with its end token.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""From nothing to a chat: writes a small world, trains a model on it in four stages, scores every stage.
+"""From nothing to a chat: writes a small world, trains a model on it in five stages, scores every stage.
 
     python scripts/quickstart.py               # about 7 minutes on 2 CPU cores; uses a GPU if there is one
     python scripts/quickstart.py --minutes 20  # train longer
@@ -55,8 +55,10 @@ STAGES = {
 ADAPTERS = ("lora_identity", "lora_clinic")
 PARENT = {"full_sft": "pretrain", "grpo": "full_sft", "lora_identity": "full_sft", "lora_clinic": "full_sft"}
 DATA_OF_STAGE = {"full_sft": "sft"}  # the file of the world; the other stages have a file with their own name
-TESTS = {"pretrain": ["sft"], "full_sft": ["sft", "grpo", *ADAPTERS],  # the test files that a stage answers
-         "grpo": ["sft", "grpo"], "lora_identity": ["sft", "lora_identity"], "lora_clinic": ["sft", "lora_clinic"]}
+# The test files that a stage answers
+TESTS = {"pretrain": ["sft"], "full_sft": ["sft", "grpo", *ADAPTERS],
+         "grpo": ["sft", "grpo"],
+         "lora_identity": ["sft", "lora_identity"], "lora_clinic": ["sft", "lora_clinic"]}
 # Questions of a test, where not all are asked: a model that never saw a chat answers none of them, and 30 of
 # each family show whether an adapter forgets.
 SCORED_AFTER = {"pretrain": 200, "lora_identity": 630, "lora_clinic": 630}
@@ -366,7 +368,7 @@ def table(report: dict, before: dict):
 
 
 def draw_losses(out: Path) -> None:
-    """loss.png: the training and validation loss of all stages, side by side."""
+    """loss.png: the training and validation loss of all stages, side by side; of grpo the reward."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, because it takes half a second
     from matplotlib.figure import Figure
 
@@ -375,11 +377,12 @@ def draw_losses(out: Path) -> None:
     for axes, stage in zip(figure.subplots(1, len(STAGES)), STAGES, strict=True):
         lines = (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
-        for key, style, label in (("loss", "-", "training"), ("eval_loss", "o", "validation")):
+        shown = "reward" if stage == "grpo" else "loss"
+        for key, style, label in ((shown, "-", "training"), (f"eval_{shown}", "o", "validation")):
             points = [(m["step"], m[key]) for m in metrics if key in m]
             axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=label,
                       linewidth=1.3, markersize=4)
-        axes.set(title=stage, xlabel="step", ylim=(0, None))
+        axes.set(title=f"{stage}: reward" if shown == "reward" else stage, xlabel="step", ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("loss (nats per token)")
     figure.axes[0].legend(frameon=False)
@@ -435,7 +438,8 @@ def write_html(out: Path, report: dict, before: dict, tasks: list[Task]) -> None
 <p class="lead">1 means all of them. The questions that an adapter learns are also asked before it is trained:
 these shares stand under full_sft.</p>
 <h2>The same question after every stage</h2>{samples}
-<h2>Loss</h2><img alt="training and validation loss of each stage" src="data:image/png;base64,{picture}">
+<h2>Loss, and the reward of grpo</h2>
+<img alt="training and validation loss of each stage, and the reward of grpo" src="data:image/png;base64,{picture}">
 <h2>Time, scoring included</h2><table>{times}</table>
 <h2>Every step, as commands</h2><pre>{commands}</pre></html>
 """
