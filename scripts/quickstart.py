@@ -439,7 +439,7 @@ def write_html(out: Path, report: dict, before: dict, tasks: list[Task]) -> None
 these shares stand under full_sft.</p>
 <h2>The same question after every stage</h2>{samples}
 <h2>Loss, and the reward of grpo</h2>
-<img alt="training and validation loss of each stage, and the reward of grpo" src="data:image/png;base64,{picture}">
+<img alt="loss of each stage, and the reward of grpo" src="data:image/png;base64,{picture}">
 <h2>Time, scoring included</h2><table>{times}</table>
 <h2>Every step, as commands</h2><pre>{commands}</pre></html>
 """
