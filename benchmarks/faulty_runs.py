@@ -98,9 +98,9 @@ class Bench:
         if stage == "lora":
             flags |= {"lora_rank": 4, "lora_dropout": 0.1}
         if stage in ("grpo", "ppo"):
-            # Many states are saved between two updates of one rollout. The temperature is low: among thousands
-            # of equally likely tokens one number in a thousand lies so near to the border between two of them
-            # that rounding decides, and other numbers of processes round in another way.
+            # Many states are saved between two updates of one rollout. The temperature is low, so that few
+            # tokens are likely. Among thousands of equally likely tokens, one number in a thousand is so near
+            # to a border between two of them that rounding decides.
             flags |= {"reward_file": f"{self.reward}:score", "batch_size": 8, "group_size": 4,
                       "kl_beta": 0.05, "max_new_tokens": 8, "updates_per_rollout": 2, "show_interval": 0,
                       "temperature": 0.3}
