@@ -25,7 +25,6 @@ class AnswerTest:
     calls: tuple[dict, ...] | None = None  # ... and calls these tools, in this order; None: any or none
     choices: tuple[str, ...] = ()  # a multiple choice, of which `answers` holds the right one
     right_choice: int | None = None  # the index of the right one in `choices`
-    max_characters: int | None = None  # a right answer is no longer than that, whatever else it must be
 
     @property
     def decides(self) -> bool:
@@ -34,8 +33,6 @@ class AnswerTest:
 
     def is_right(self, answer: str, calls: Sequence[dict] = ()) -> bool | None:
         """calls: the tool calls beside the answer. None where the record does not say what is right."""
-        if self.max_characters is not None and len(answer.strip()) > self.max_characters:
-            return False
         if self.number is not None:
             return final_number(answer) == self.number
         if self.contains:
@@ -164,10 +161,9 @@ def answer_test(record: dict, last_turn: str | None = None, calls: Sequence[dict
         return AnswerTest(reference, number=number)
     contains = tuple(required(record, "contains", list)) if "contains" in record else ()
     answers = tuple(required(record, "answers", list)) if "answers" in record else ()
-    longest = required(record, "max_characters", int) if "max_characters" in record else None
     if (last_turn or calls) and not contains and not answers:
-        return AnswerTest(last_turn, answers=(last_turn,), calls=tuple(calls), max_characters=longest)
-    return AnswerTest(last_turn, contains=contains, answers=answers, max_characters=longest)
+        return AnswerTest(last_turn, answers=(last_turn,), calls=tuple(calls))
+    return AnswerTest(last_turn, contains=contains, answers=answers)
 
 
 def required(record: dict, key: str, kind: type):

@@ -6,8 +6,8 @@ A reader may skip this file.
     {"conversations": [..., {"role": "assistant", ...}]}         the last answer is a right one, and left out
     {"question": "...", "answer": "... #### 42"}                 the final number decides (GSM8K)
 
-"answers", "contains" and "max_characters" say what a right answer is, as in dataset/answers.py. "gt",
-MiniMind's key, means "contains". A record without any of them is a prompt that other rewards judge.
+"answers" and "contains" say what a right answer is, as in dataset/answers.py. "gt", MiniMind's key, means
+"contains". A record without any of them is a prompt that other rewards judge.
 """
 
 import hashlib

@@ -124,7 +124,6 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
     add("--updates_per_rollout", type=count, default=1, metavar="N", help="steps that learn from one rollout")
     add("--temperature", type=positive, default=1.0, metavar="T", help="of sampling and training")
     add("--max_new_tokens", type=count, default=64, metavar="N", help="then an answer is cut off")
-    add("--mask_cut_off", action="store_true", help="answers that were cut off are not trained")
     add("--kl_beta", type=not_negative, default=0.0, metavar="F",
         help="weight of the KL divergence from the model at the start; 0: no such model is kept")
     add("--show_interval", type=any_count, default=50, metavar="N",
@@ -233,6 +232,8 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         (args.wandb_project and not args.use_wandb, "--wandb_project has no effect without --use_wandb"),
         (args.use_wandb and not find_spec("wandb"), "--use_wandb needs wandb: pip install wandb"),
         (without_lora, f"{' '.join(without_lora)}: adapters need --lora_rank, such as --lora_rank 16"),
+        (args.packing and not parser.get_default("packing"),
+         f"--packing: the rows of the stage {args.stage} can't be packed"),
         (is_8bit and not find_spec("bitsandbytes"),
          f"--optimizer {args.optimizer} needs bitsandbytes: pip install bitsandbytes"),
         (fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1,
@@ -249,8 +250,11 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         (rolls and args.batch_size % args.group_size,
          f"--batch_size {args.batch_size} counts answers, so it must be a multiple of --group_size "
          f"{args.group_size}" if rolls else ""),
-        (rolls and args.max_new_tokens + 2 > args.max_seq_len,
-         "--max_new_tokens leaves no room for a prompt in --max_seq_len"),
+        (rolls and args.max_new_tokens >= args.max_seq_len,
+         f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_seq_len "
+         f"{args.max_seq_len}" if rolls else ""),
+        (getattr(args, "advantage", "") and args.group_size == 1,
+         "--group_size 1: a group of one has no mean to compare with; give at least 2"),
     ):
         if is_wrong:
             parser.error(message)

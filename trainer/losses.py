@@ -27,6 +27,67 @@ def cross_entropy(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Ten
     return model(**batch).token_losses.sum(), {}
 
 
+# --- preferences: DPO and its kin ---------------------------------------------------------------------------
+
+
+def dpo(model, batch: dict, *, kind: str = "dpo", beta: float = 0.1, label_smoothing: float = 0.0,
+        sft_weight: float = 0.0, margin: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The sum over pairs of a loss that falls where the chosen answer gains on the rejected one.
+
+    gap = the score of the chosen answer - the score of the rejected one, as in preference_scores.
+    loss = preference_losses of the gap + sft_weight * -log p(chosen) / |chosen|
+
+    kind: dpo, ipo, simpo or orpo. batch: see PreferenceDataset.collate; units are pairs. Named sums: accuracy
+    (gap > 0; a tie counts half), margin (the gap), chosen and rejected (log p of each side).
+    """
+    labels = batch["labels"]  # (2 P, T): first the chosen sides of P pairs, then the rejected sides
+    num_tokens = (labels[:, 1:] != -100).sum(dim=1)  # (2 P,)
+    log_probs = -model(batch["input_ids"], labels).token_losses.sum(dim=1)
+    means = (log_probs / num_tokens.clamp(min=1)).clamp(max=-1e-7)  # at 0, orpo's score would be infinite
+    scores = preference_scores(kind, beta, log_probs, means, num_tokens, batch.get("reference_log_probs"))
+    gap = torch.sub(*scores.chunk(2))  # (P,)
+    losses = preference_losses(kind, beta, gap, label_smoothing, margin) - sft_weight * means.chunk(2)[0]
+    (chosen, rejected), is_pair = log_probs.chunk(2), num_tokens.chunk(2)[0] > 0  # false: no pair at all
+    named = {"accuracy": (gap > 0) + 0.5 * (gap == 0), "margin": gap, "chosen": chosen, "rejected": rejected}
+    return (losses * is_pair).sum(), {name: (value * is_pair).sum() for name, value in named.items()}
+
+
+def preference_scores(kind: str, beta: float, log_probs, means, num_tokens, reference) -> torch.Tensor:
+    """How an answer y of |y| tokens is scored, (2 P,). p is the model, p0 the reference that it began as.
+
+        dpo     beta (log p(y) - log p0(y))                     Rafailov et al. 2023, arXiv:2305.18290
+        ipo     (log p(y) - log p0(y)) / |y|                    Azar et al. 2023, arXiv:2310.12036
+        simpo   beta log p(y) / |y|                             Meng et al. 2024, arXiv:2405.14734
+        orpo    log(q / (1 - q)), q = exp(log p(y) / |y|)       Hong et al. 2024, arXiv:2403.07691
+
+    log_probs: log p(y). means: log p(y) / |y|. reference: log p0(y), which simpo and orpo do without.
+    """
+    if kind == "dpo":
+        return beta * (log_probs - reference)
+    if kind == "ipo":
+        return (log_probs - reference) / num_tokens.clamp(min=1)
+    if kind == "simpo":
+        return beta * means
+    return means - torch.log(-torch.expm1(means))  # log(1 - exp(x)), exact also where exp(x) is nearly 1
+
+
+def preference_losses(kind: str, beta: float, gap, label_smoothing: float, margin: float) -> torch.Tensor:
+    """The loss of each pair, (P,), in the papers named above. s is label_smoothing, margin is SimPO's gamma.
+
+        dpo, simpo   -(1 - s) log sigmoid(gap - margin) - s log sigmoid(margin - gap)
+        ipo          (gap - 1 / (2 beta))^2
+        orpo         -beta log sigmoid(gap)
+
+    With no gap and no margin the first of them is log 2 = 0.6931: where DPO begins.
+    """
+    if kind == "ipo":
+        return (gap - 1 / (2 * beta)) ** 2
+    if kind == "orpo":
+        return -beta * F.logsigmoid(gap)
+    right, wrong = F.logsigmoid(gap - margin), F.logsigmoid(margin - gap)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
 # --- rewards: GRPO, PPO and their kin -----------------------------------------------------------------------
 #
 # Their micro-batch holds answers that the model itself has sampled (trainer/rollouts.py), one in each row.
@@ -35,6 +96,8 @@ def cross_entropy(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Ten
 #     advantages              how much better than expected a token was; 0 outside of the answer
 #     old_log_probs           log p(token) by the model that sampled; 0 outside of the answer
 #     reference_log_probs     by the model that the policy shall stay near; only where kl_beta is not 0
+#     values, returns         only in PPO: the rewards to come as the model that sampled expected them, and as
+#                             they came (trainer/values.py)
 #     weights (B,)            what the term of one token counts in the loss
 #     token_weights (B,)      number of answers / number of tokens in the rows of the whole step
 #     sums                    {name: a sum over answers} for the log, handed on as they are
@@ -71,21 +134,26 @@ def before_labels(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 
 
 def policy_loss(model, batch: dict, *, objective, temperature: float = 1.0, kl_beta: float = 0.0):
-    """The sum over all tokens of weight * (objective + kl_beta * KL). objective: one of the functions below.
-
-    The KL divergence from the reference is estimated from the sampled tokens, with d = log p_ref - log p, as
-
-        KL = exp(d) - d - 1        (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3")
-
-    It is never negative, and its mean is right although each token shows one word alone.
-    """
+    """The sum over all tokens of weight * (objective + kl_beta * KL). objective: a function from below."""
     log_probs, entropy = answer_log_probs(model, batch, temperature)
     terms, shown = objective(log_probs, batch)
     if kl_beta:
-        difference = batch["reference_log_probs"] - log_probs
-        shown["kl"] = difference.exp() - difference - 1
+        shown["kl"] = kl_divergence(log_probs, batch)
         terms = terms + kl_beta * shown["kl"]
     return answer_sum(terms, batch), batch["sums"] | token_means({"entropy": entropy, **shown}, batch)
+
+
+def kl_divergence(log_probs: torch.Tensor, batch: dict) -> torch.Tensor:
+    """How far the model is from the reference, estimated from the sampled tokens alone: (B, T).
+
+        r (exp(d) - d - 1),   d = log p_ref - log p,   r = p / p_old
+        (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3")
+
+    It is never negative, and its mean is right. The factor r makes its gradient right, too; without r, as in
+    the paper of GRPO, the gradient is that of KL(p_ref || p)  (DeepSeek-V3.2 2025, arXiv:2512.02556).
+    """
+    difference, ratio = batch["reference_log_probs"] - log_probs, (log_probs - batch["old_log_probs"]).exp()
+    return ratio * (difference.exp() - difference - 1)
 
 
 def answer_sum(terms: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -142,6 +210,33 @@ def gspo(log_probs, batch: dict, low: float = 0.2, high: float = 0.2) -> tuple[t
     change = (log_probs - batch["old_log_probs"]).sum(dim=1, keepdim=True) / length  # (B, 1)
     # clipped_ratio reads the ratio of each token as that of its answer.
     return clipped_ratio(change, batch | {"old_log_probs": torch.zeros_like(change)}, low, high)
+
+
+def ppo(model, batch: dict, *, value_head, temperature: float = 1.0, low: float = 0.2, high: float = 0.2,
+        value_clip: float = 0.2, value_weight: float = 0.1):
+    """clipped_ratio + value_weight / 2 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)
+    (Schulman et al. 2017, arXiv:1707.06347; the clipping of values: Engstrom et al. 2020, arXiv:2005.12729)
+
+    V = value_head(state before the token) learns to predict the returns R. V may not leave V_old, what the
+    same head said when the answer was sampled, by more than c = value_clip in one rollout.
+    """
+    output, old, returns = model(batch["input_ids"]), batch["values"], batch["returns"]
+    log_probs, entropy = labelled_log_probs(output, batch["labels"], temperature)
+    terms, shown = clipped_ratio(log_probs, batch, low, high)
+    values = labelled_values(output, batch["labels"], value_head)
+    near = values.clamp(old - value_clip, old + value_clip)
+    value_loss = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
+    shown |= {"entropy": entropy, "value_loss": value_loss}
+    if "reference_log_probs" in batch:  # here the KL divergence lowers rewards and is no part of the loss
+        shown["kl"] = kl_divergence(log_probs, batch)
+    return answer_sum(terms + value_weight * value_loss, batch), batch["sums"] | token_means(shown, batch)
+
+
+def labelled_values(output, labels: torch.Tensor, value_head) -> torch.Tensor:
+    """The value of the state before each label, at the place of that label; 0 where there is none: (B, T)."""
+    is_answer, states = before_labels(output.hidden, labels)
+    values = value_head(states).float().squeeze(-1)
+    return values.new_zeros(labels.shape).masked_scatter(is_answer, values)
 
 
 # --- a teacher: trainer/train_distillation.py -----------------------------------------------------------

@@ -193,8 +193,8 @@ class Rollouts:
         size = self.micro_batch_size or share
         empty = self.row([self.pad_token_id], torch.zeros(0, dtype=torch.long), 0.0, 0.0,
                          {"tokens": 1, "trained": 1})
-        for name, value in rows[0].items() if rows else ():  # a rollout that was resumed has more names
-            empty.setdefault(name, torch.zeros_like(value[:1]))
+        # The rows of a rollout that is resumed have more names.
+        empty |= {name: torch.zeros(1) for name in (rows[0] if rows else {}) if name not in empty}
         self.batches = [padded(mine[begin:begin + size] or [empty], self.pad_token_id)
                         for begin in range(0, share, size)]
         for place, batch in enumerate(self.batches):
@@ -314,8 +314,8 @@ def reference_log_probs(model, kl_beta: float, temperature: float) -> Callable |
 
 def load_rollouts(model, tokenizer, ranks: Ranks, advantages: Callable, reference: Callable | None,
                   complete: Callable | None = None, /, *, rewards, max_seq_len, max_new_tokens, dtype, strict,
-                  allow_unusable, batch_size, group_size, updates_per_rollout, temperature, mask_cut_off,
-                  micro_batch_size, show_interval, seed, mean_over="tokens",
+                  allow_unusable, batch_size, group_size, updates_per_rollout, temperature,
+                  micro_batch_size, show_interval, seed, mask_cut_off=False, mean_over="tokens",
                   **flags) -> tuple[Rollouts, Rollouts | None]:
     """Returns the Rollouts of training, and those of validation, which may be None. Flags are passed by name.
 
