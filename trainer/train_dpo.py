@@ -1,4 +1,5 @@
 """Direct preference optimisation (DPO): from pairs of answers a model learns which of the two is preferred.
+A reader may skip this file.
 
     python trainer/train_dpo.py         # reads out/full_sft; built-in pairs: as short or as long as asked for
     python trainer/train_dpo.py --data_path my_pairs.jsonl --load_from out/my_sft --name my_dpo --lora_rank 16
