@@ -66,8 +66,9 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """A batch with its tensors on the device; a value that is None stays None."""
-    return {name: value if value is None else value.to(device, non_blocking=True)
+    """A batch with its tensors on the device, also those of a dictionary in it; None stays None."""
+    return {name: to_device(value, device) if isinstance(value, dict)
+            else value if value is None else value.to(device, non_blocking=True)
             for name, value in batch.items()}
 
 

@@ -26,6 +26,11 @@ class AnswerTest:
     choices: tuple[str, ...] = ()  # a multiple choice, of which `answers` holds the right one
     right_choice: int | None = None  # the index of the right one in `choices`
 
+    @property
+    def decides(self) -> bool:
+        """Whether the record says what is right."""
+        return self.is_right("") is not None
+
     def is_right(self, answer: str, calls: Sequence[dict] = ()) -> bool | None:
         """calls: the tool calls beside the answer. None where the record does not say what is right."""
         if self.number is not None:

@@ -54,6 +54,7 @@ try:
     )
     from dataset.world.hasty import hasty, mistype, noise  # noqa: E402, I001
     from dataset.world.pairs import make_pairs  # noqa: E402, I001
+    from dataset.world.skills import QUESTIONS as SKILLS, make_skills  # noqa: E402, I001
     from dataset.world.texts import TEXTS  # noqa: E402, I001
 except DataError as error:  # a mistake in an edited file; a training script reports it by itself
     if __name__ == "__main__":
@@ -74,7 +75,7 @@ class Split(NamedTuple):
         return self.test if for_test else self.training
 
 
-def split_wordings(rng):
+def split_wordings(rng, questions=QUESTIONS):
     """{(family, kind, lang): Split of its lines, each a list of wordings}.
 
     No wording of a test is in the training of any kind.
@@ -82,7 +83,7 @@ def split_wordings(rng):
     The first wording of each line stays in training. Of the other combinations one in eight is held out, so
     that a held-out wording is new as a whole, while the model has met its parts in other wordings.
     """
-    lines = read_wordings(QUESTIONS)
+    lines = read_wordings(questions)
     always = {bare(wording) for some in lines.values() for line, can_hold_out in some
               for wording in (line[:1] if can_hold_out and len(line) >= 4 else line)}
     test = {}
@@ -541,7 +542,8 @@ ADAPTERS = {"identity": (identity, 1600), "clinic": (clinic, 2000)}
 
 FILES = {name: f"{name}.jsonl" for name in (
     "pretrain", "pretrain_eval", "sft", "sft_eval", "sft_test",
-    "lora_identity", "lora_identity_test", "lora_clinic", "lora_clinic_test", "dpo", "dpo_eval", "dpo_test")}
+    "lora_identity", "lora_identity_test", "lora_clinic", "lora_clinic_test",
+    "dpo", "dpo_eval", "dpo_test", "grpo", "grpo_eval", "grpo_test")}
 
 
 def make_texts(world):
@@ -614,6 +616,7 @@ def build(seed=0):
         rng.shuffle(chats)
         files[f"lora_{family}"] = chats
         files[f"lora_{family}_test"] = make_chats(world, family, generator, 100, True, asked)
+    files |= make_skills(world, split_wordings(random.Random(seed), SKILLS), files["sft"], seed)
     files |= make_pairs(world, seed)
     return {name: files[name] for name in FILES}
 

@@ -44,6 +44,11 @@ class KVCache:
         self.v[layer][:, :, self.length:end] = v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
+    def take(self, rows):
+        """Keeps these rows, given by their numbers (N,). A row that is named several times is copied."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.start = None if self.start is None else self.start[rows]
+
     def rope_at(self, positions, dtype):
         """What `rope_tables` gives for positions (B or 1, T): two tables (B or 1, T, 1, D)."""
         return [table[positions].to(dtype) for table in self.rope]

@@ -17,6 +17,8 @@ from trainer.interrupt import command_to_resume
 
 LORA_FLAGS = ("lora_alpha", "lora_rslora", "lora_dropout", "lora_init", "lora_plus_ratio", "target_modules",
               "quantize")
+REWARD_FLAGS = {"answers": None, "format": "reward_format", "length": "max_reward_tokens",  # part: its flag
+                "file": "reward_file", "model": "reward_model"}
 row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
 
 
@@ -114,6 +116,55 @@ def tuning_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def rollout_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of a stage that learns from rewards for what the model itself writes."""
+    parser = tuning_parser(description)
+    add = parser.add_argument_group("rollouts").add_argument
+    add("--group_size", type=count, default=16, metavar="N", help="answers to each prompt of a rollout")
+    add("--updates_per_rollout", type=count, default=1, metavar="N", help="steps that learn from one rollout")
+    add("--temperature", type=positive, default=1.0, metavar="T", help="of sampling and training")
+    add("--max_new_tokens", type=count, default=64, metavar="N", help="then an answer is cut off")
+    add("--kl_beta", type=not_negative, default=0.0, metavar="F",
+        help="weight of the KL divergence from the model at the start; 0: no such model is kept")
+    add("--show_interval", type=any_count, default=50, metavar="N",
+        help="rollouts between those of which some answers are printed; 0: none")
+    add = parser.add_argument_group("rewards").add_argument
+    add("--rewards", nargs="+", type=weighted, metavar="NAME[:WEIGHT]",
+        help="what is added up: answers, format, length, file, model (default: what the flags below ask "
+             "for, else answers)")
+    add("--reward_format", metavar="REGEX", help="format: 1 if the whole answer matches")
+    add("--max_reward_tokens", type=count, metavar="N", help="length: 1 up to N tokens, 0 from 2 N on")
+    add("--reward_file", metavar="FILE.py:NAME",
+        help="file: your own function of the prompt's messages, the answer and the record; its file is run")
+    add("--reward_model", type=Path, metavar="DIR",
+        help="model: a sequence-classification model of transformers")
+    parser.set_defaults(packing=False)  # each answer has a row of its own
+    return parser
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """"length:0.5" -> ("length", 0.5)."""
+    name, _, weight = text.partition(":")
+    value = float(weight or 1)
+    if name not in REWARD_FLAGS or value == 0 or not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(REWARD_FLAGS)}, with or without a "
+                                         "colon and a weight that is not 0")
+    return name, value
+
+
+def choose_rewards(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Makes args.rewards a dictionary of weights. Each part and its flag need each other."""
+    given = {name for name, flag in REWARD_FLAGS.items() if flag and getattr(args, flag) is not None}
+    asked = [(name, 1.0) for name in REWARD_FLAGS if name in given] or [("answers", 1.0)]
+    weights = dict(args.rewards or asked)
+    for name, flag in REWARD_FLAGS.items():
+        if flag and (name in weights) != (name in given):
+            missing = (f"--rewards {name} needs --{flag}" if name in weights
+                       else f"--{flag} has no effect: add {name} to --rewards")
+            parser.error(missing)
+    args.rewards = weights
+
+
 def add_lora_flags(parser: argparse.ArgumentParser, rank: int) -> None:
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_rank", type=any_count, default=rank, metavar="R",
@@ -149,6 +200,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         print(f"{args.load_from} {why}, so it is treated gently: {values}; flags that you type win")
     vars(args).update(changed)
     check_combinations(parser, args)
+    if hasattr(args, "rewards"):
+        choose_rewards(parser, args)
     args.run_dir = args.out_dir / args.name
     check_folders(parser, args)
     return args
@@ -167,7 +220,7 @@ def explain_gentle_defaults(parser: argparse.ArgumentParser) -> None:
 
 def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """A flag that has no effect, or that is impossible with another flag, is a mistake."""
-    fsdp, is_8bit = args.parallel == "fsdp", "8bit" in args.optimizer
+    fsdp, is_8bit, rolls = args.parallel == "fsdp", "8bit" in args.optimizer, hasattr(args, "rewards")
     without_lora = [f"--{name}" for name in vars(args) if getattr(args, "lora_rank", None) == 0
                     and name in LORA_FLAGS and getattr(args, name) != parser.get_default(name)]
     for is_wrong, message in (
@@ -190,6 +243,19 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         (fsdp and is_8bit, f"--parallel fsdp can't cut up the state of {args.optimizer}: use adamw"),
         (fsdp and getattr(args, "quantize", "none") != "none",
          "--parallel fsdp can't cut up the weights of --quantize nf4: leave one of them out"),
+        (rolls and fsdp, "--parallel fsdp can't write answers, for which each process needs the whole model: "
+                         "use ddp"),
+        (rolls and args.packing, "--packing has no effect here: each answer has a row of its own"),
+        (rolls and args.compile, "--compile would compile anew for each length of answers: leave it out"),
+        (rolls and args.num_workers, "--num_workers has no effect here: rollouts can't be prepared ahead"),
+        (rolls and args.batch_size % args.group_size,
+         f"--batch_size {args.batch_size} counts answers, so it must be a multiple of --group_size "
+         f"{args.group_size}" if rolls else ""),
+        (rolls and args.max_new_tokens >= args.max_seq_len,
+         f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_seq_len "
+         f"{args.max_seq_len}" if rolls else ""),
+        (getattr(args, "advantage", "") and args.group_size == 1,
+         "--group_size 1: a group of one has no mean to compare with; give at least 2"),
     ):
         if is_wrong:
             parser.error(message)

@@ -48,16 +48,17 @@ def is_finished(run_dir: Path, resume: bool, overwrite: bool, ranks: Ranks) -> b
     return finished
 
 
-def load_weights(path: Path, ranks: Ranks, tokenizer_path: Path | None = None):
+def load_weights(path: Path, ranks: Ranks, tokenizer_path: Path | None = None, flag: str = "--load_from"):
     """(model, tokenizer) of a folder that another stage left, or of a .pth file of MiniMind.
 
-    A .pth file has no tokenizer; tokenizer_path names one, and without it Seedling's own is taken. Raises
-    UsageError where there is no such path, ModelError where weights and tokenizer do not fit.
+    A .pth file has no tokenizer; tokenizer_path names one, and without it Seedling's own is taken. flag: with
+    which the path was given. Raises UsageError where there is no such path, ModelError where weights and
+    tokenizer do not fit.
     """
     if not path.exists():
         script = f"trainer/train_{path.name}.py"  # a stage writes to the folder with its own name
         is_ours = path.parent.name == "out" and (ROOT / script).is_file()
-        raise UsageError(f"--load_from {path}: there is no such folder"
+        raise UsageError(f"{flag} {path}: there is no such folder"
                          + (f"; make it first: python {script}" if is_ours else ""))
     if path.is_file() and not tokenizer_path and ranks.is_main:
         print(OWN_IS_TAKEN.format(path))
@@ -93,6 +94,30 @@ def what_trains(model) -> str:
     return count_line(model)
 
 
+def read_data(read, ranks: Ranks, *, data_path, eval_data_path, eval_fraction, world, seed, **other_flags):
+    """(training set, its samples, validation set, its samples). Samples are numbers, in any sequence.
+
+    read: a function of paths that returns a dataset. world: which file of the built-in data
+    (dataset/synthetic.py) is read if there is no --data_path. Validation data is the first of these that
+    exists: --eval_data_path; the part --eval_fraction of the training data; the validation file of the
+    built-in data; 0.01 of the training data.
+    """
+    if not data_path:
+        from dataset.synthetic import ensure_world  # here, because this import reads the files of the world
+
+        with ranks.main_first():
+            files = ensure_world(ROOT / "out" / "world")
+        data_path = [files[world]]
+        if not eval_data_path and eval_fraction is None and f"{world}_eval" in files:
+            eval_data_path = [files[f"{world}_eval"]]
+    with ranks.main_first():
+        train_set, eval_set = read(data_path), read(eval_data_path) if eval_data_path else None
+    if eval_set is not None:  # an Order takes no memory: Order(3) holds 0, 1 and 2
+        return train_set, Order(len(train_set)), eval_set, Order(len(eval_set))
+    train_samples, eval_samples = split(train_set, 0.01 if eval_fraction is None else eval_fraction, seed)
+    return train_set, train_samples, train_set, eval_samples
+
+
 def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, eval_fraction, world,
               retain_data_path, replay, strict, allow_unusable, split_documents=False, max_seq_len,
               batch_size, micro_batch_size, packing, seed,
@@ -108,30 +133,18 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
     these that exists: --eval_data_path; the part --eval_fraction of the training data; the validation file of
     the built-in data; 0.01 of the training data. Process 0 tokenises, and the others read its token cache.
     """
-    if not data_path:
-        from dataset.synthetic import ensure_world  # here, because this import reads the files of the world
-
-        with ranks.main_first():
-            files = ensure_world(ROOT / "out" / "world")
-        data_path = [files[world]]
-        if not eval_data_path and eval_fraction is None and f"{world}_eval" in files:
-            eval_data_path = [files[f"{world}_eval"]]
-
     def read(paths):
         settings = {"strict": strict, "allow_unusable": allow_unusable}
         settings |= {"split_documents": True} if split_documents else {}  # a flag of pretraining alone
-        return kind(paths, tokenizer, max_seq_len, **settings) if paths else None
+        return kind(paths, tokenizer, max_seq_len, **settings)
 
+    train_set, train_samples, eval_set, eval_samples = read_data(
+        read, ranks, data_path=data_path, eval_data_path=eval_data_path, eval_fraction=eval_fraction,
+        world=world, seed=seed)
     with ranks.main_first():
-        train_set, eval_set, old_set = read(data_path), read(eval_data_path), read(retain_data_path)
+        old_set = read(retain_data_path) if retain_data_path else None
     rows = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_seq_len": max_seq_len,
             "packing": packing, "seed": seed, "pad_token_id": tokenizer.pad_token_id or 0}  # any id will do
-    # Samples are numbers, in an array or in an Order, which takes no memory. Order(3) holds 0, 1 and 2.
-    if eval_set is not None:
-        train_samples, eval_samples = Order(len(train_set)), Order(len(eval_set))
-    else:
-        eval_set = train_set
-        train_samples, eval_samples = split(train_set, 0.01 if eval_fraction is None else eval_fraction, seed)
     eval_batches = Batches(eval_set, eval_samples, ranks, **rows) if len(eval_samples) else None
     retained = replayed = None
     if old_set is not None:

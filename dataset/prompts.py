@@ -1,0 +1,117 @@
+"""Prompts that the model answers by itself, with what their answers are checked by.
+A reader may skip this file.
+
+    {"prompt": "What is 2 + 3?", "contains": ["5"]}              a prompt: a text, or a list of messages
+    {"conversations": [..., {"role": "user", ...}], "gt": "5"}   ends with the user, or with an empty answer
+    {"conversations": [..., {"role": "assistant", ...}]}         the last answer is a right one, and left out
+    {"question": "...", "answer": "... #### 42"}                 the final number decides (GSM8K)
+
+"answers" and "contains" say what a right answer is, as in dataset/answers.py. "gt", MiniMind's key, means
+"contains". A record without any of them is a prompt that other rewards judge.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.errors import DataError
+from dataset.answers import AnswerTest, answer_test
+from dataset.chat import encode_chat
+from dataset.keys import is_empty, value_of
+from dataset.messages import to_messages
+from dataset.records import Report, check_paths, nothing_usable, read_records, reason_of
+from dataset.replies import read_message
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One record. ids: the tokens after which the answer begins. where: such as "data.jsonl:17"."""
+
+    messages: list[dict]
+    ids: list[int]
+    test: AnswerTest
+    record: dict
+    where: str
+
+
+class PromptDataset:
+    """The prompts of files of records, in memory.
+
+    max_length: longer prompts are left out, because no room would be left for an answer. needs_test: so are
+    records with nothing to check an answer by. Bad records are counted and skipped, and the first few are
+    shown (quiet: none); with strict they are fatal. Raises DataError as dataset/lm_dataset.py does.
+    """
+
+    def __init__(self, data_path, tokenizer, max_length: int, *, needs_test: bool = False,
+                 strict: bool = False, allow_unusable: bool = False, quiet: bool = False):
+        report, self.prompts, sha256 = Report(strict, 0 if quiet else 3), [], hashlib.sha256()
+        for path, line, record in read_records(data_path, report=report):
+            try:
+                notes: list[str] = []
+                prompt = read_prompt(tokenizer, record, f"{path}:{line}", notes.append)
+                if len(prompt.ids) > max_length:
+                    length = len(prompt.ids)
+                    raise DataError(f"a prompt of {length} tokens, of which {max_length} fit into a row")
+                if needs_test and not prompt.test.decides:
+                    raise DataError("nothing to check an answer by: it needs answers, contains, or gt")
+            except (DataError, RecursionError) as error:
+                report.add(path, line, reason_of(error))
+                continue
+            for text in dict.fromkeys(notes):
+                report.note(path, line, text)
+            report.usable[path] += 1
+            self.prompts.append(prompt)
+            sha256.update(repr((prompt.ids, prompt.test)).encode())
+        for path in check_paths(data_path):
+            if not report.usable[path]:
+                raise nothing_usable(path, report)
+            if (refusal := report.refusal(path)) and not allow_unusable:
+                raise DataError(f"{refusal}; give --allow_unusable to use the rest")
+        if not quiet:
+            for text in [*report.note_lines(), report.summary()]:
+                if text:
+                    print(f"warning: {text}", file=sys.stderr)
+        self.identity = f"{len(self):,} prompts, sha256 {sha256.hexdigest()[:16]}"
+        self.lengths = np.array([len(prompt.ids) for prompt in self.prompts])
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+    def where(self, sample: int) -> str:
+        return self.prompts[sample].where
+
+
+def read_prompt(tokenizer, record: dict, where: str, note: Callable) -> Prompt:
+    """The prompt of a record. Raises DataError, with the reason alone, where there is none."""
+    last_turn, tools = None, None
+    if value_of(record, "conversation") or not record.keys() & {"question", "prompt"}:
+        messages, tools = to_messages(record, note)
+        if messages[-1]["role"] == "assistant":
+            messages, last_turn = messages[:-1], read_message(messages[-1])
+    else:
+        asked = record.get("question", record.get("prompt"))
+        turns = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+        messages, tools = to_messages({"messages": turns} | {key: record[key] for key in ("system", "tools")
+                                                             if key in record}, note)
+    if not messages or messages[-1]["role"] == "assistant":
+        raise DataError("the prompt ends with an answer, and holds no question")
+    ids, _ = encode_chat(tokenizer, messages, tools, True)
+    return Prompt(messages, ids, test_of(record, last_turn), record, where)
+
+
+def test_of(record: dict, last_turn: dict | None) -> AnswerTest:
+    """How answers to the record are checked. last_turn: the right answer that its conversation ends with."""
+    if "gt" in record and not record.keys() & {"answers", "contains"} and not is_empty(record["gt"]):
+        expected = record["gt"] if isinstance(record["gt"], list) else [record["gt"]]
+        return answer_test({"contains": [str(text) for text in expected]}, "")
+    if last_turn is None and "answer" in record and not record.keys() & {"answers", "contains"}:
+        return answer_test({"question": "", "answer": str(record["answer"])})
+    if last_turn is None:
+        return answer_test(record, "")
+    return answer_test(record, last_turn["content"], last_turn.get("tool_calls", ()))

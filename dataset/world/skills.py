@@ -1,0 +1,85 @@
+"""Prompts whose answers no chat ever gives, and what a right answer is: for learning from rewards.
+A reader may skip this file.
+
+A record is a chat whose last turn is a right answer, and "answers" are all right ones: the test that the
+reward asks (dataset/answers.py). The model learns them by trying, and never reads them.
+
+Half of the prompts are chats that the model knows already. While it learns what is new, they keep rewarding
+what is old: without them much is forgotten (docs/rewards.md).
+"""
+
+import copy
+import random
+
+from dataset.world import (
+    HEROES,
+    LANGUAGES,
+    PLACES,
+    SEASONS,
+    STORIES,
+    cell,
+    fill,
+    find,
+    name_of,
+    read_sections,
+)  # fmt: skip
+
+QUESTIONS = read_sections("skills")
+FULL_STOP = {"en": ".", "zh": "。"}
+
+
+def of_three(world, family, lang, for_test):
+    """What is the largest of 31, 7, 64? -> 64"""
+    three = world.three_numbers(for_test)
+    answer = str(max(three) if family == "largest" else min(three))
+    listed = world.listed([str(number) for number in three], lang, ", ")
+    question, _ = world.ask(family, "three", lang, for_test, list=listed)
+    return question, [answer, answer + FULL_STOP[lang]]
+
+
+def short_story(world, family, lang, for_test):
+    """A story about the fox by the river, in one sentence -> Long ago, the fox came to the river."""
+    rng = world.rng
+    hero, place = rng.choice(HEROES), rng.choice(PLACES)
+    if for_test:
+        hero, place = rng.choice(sorted(world.held_stories))
+        hero, place = find(hero, HEROES), find(place, PLACES)
+    name, place_name = name_of(hero, lang, "known"), name_of(place, lang)
+    slots = {"hero": name, "place": place_name, "where": cell(place, "where", lang)}
+    question, _ = world.ask(family, "tell", lang, for_test, x=name, **slots)
+    return question, [fill(opening, season=name_of(season, lang), **slots)
+                      for opening in STORIES[f"openings {lang}"] for season in SEASONS]
+
+
+SKILLS = {"largest": of_three, "smallest": of_three, "short_story": short_story}
+LONGEST = 200  # characters of an old chat: what is long takes long to read, again for every answer
+COUNTS = {"grpo": 1000, "grpo_eval": 40, "grpo_test": 200}  # prompts of each skill
+
+
+def make_skills(world, wordings, chats, seed):
+    """{file: [(record, None)]}. `world` stays as it is: these prompts have random numbers of their own.
+
+    wordings: those of QUESTIONS, split for training and test as those of all other questions. chats: the
+    records that the model has learnt from before.
+    """
+    world, rng = copy.copy(world), random.Random(f"skills {seed}")
+    world.rng, world.wordings = rng, wordings
+    files, asked = {}, set()
+    for file, count in COUNTS.items():
+        files[file] = []
+        for family, generator in SKILLS.items():
+            found = 0
+            while found < count:
+                lang, for_test = LANGUAGES[found % 2], file == "grpo_test"
+                question, answers = generator(world, family, lang, for_test)
+                if question in asked or not for_test and world.leaks(question):
+                    continue
+                asked.add(question)
+                found += 1
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]
+                answers = list(dict.fromkeys(answers))
+                files[file].append(({"conversations": turns, "answers": answers, "family": family}, None))
+    short = [row for row in chats if sum(len(turn["content"]) for turn in row[0]["conversations"]) < LONGEST]
+    files["grpo"] += rng.sample(short, len(files["grpo"]))
+    rng.shuffle(files["grpo"])
+    return files

@@ -1,0 +1,156 @@
+"""Rewards: what each part says, how parts add up, and one line for each mistake of a person."""
+
+import argparse
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from common.errors import ModelError, RunError, UsageError
+from dataset.answers import AnswerTest
+from dataset.prompts import Prompt
+from trainer import args as flags
+from trainer.rewards import Answer, Rewards
+
+ASKED = [{"role": "user", "content": "What is 2 + 3?"}]
+PROMPT = Prompt(ASKED, [1, 2], AnswerTest(number="5"), {"question": "2 + 3?", "level": 3}, "x.jsonl:7")
+
+
+def judge(rewards: Rewards, text: str, num_tokens: int = 4, prompt: Prompt = PROMPT) -> dict:
+    [found] = rewards([prompt], [Answer(text, num_tokens, False)])
+    return found
+
+
+def test_answers_asks_the_test_of_the_record():
+    rewards = Rewards({"answers": 1.0})
+    assert judge(rewards, "It is 5.") == {"reward": 1.0}
+    assert judge(rewards, "It is 6.") == {"reward": 0.0}
+    # What the model thinks before its answer is not its answer.
+    assert judge(rewards, "<think>\nPerhaps 7?\n</think>\n\n5")["reward"] == 1.0
+    assert judge(rewards, "<think>\n5\n</think>\n\n7")["reward"] == 0.0
+
+
+def test_a_format_must_match_the_whole_answer():
+    rewards = Rewards({"format": 1.0}, reward_format=r"<a>.*</a>")
+    assert [judge(rewards, text)["reward"] for text in ("<a>2\n3</a> ", "<a>2</a> So.", "a")] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(("num_tokens", "reward"), [(1, 1.0), (10, 1.0), (15, 0.5), (20, 0.0), (99, 0.0)])
+def test_length_falls_from_its_limit_to_twice_as_many_tokens(num_tokens, reward):
+    assert judge(Rewards({"length": 1.0}, max_reward_tokens=10), "x", num_tokens)["reward"] == reward
+
+
+def test_parts_are_weighted_and_added():
+    rewards = Rewards({"answers": 2.0, "length": -0.5}, max_reward_tokens=10)
+    assert judge(rewards, "5", 15) == {"reward": 2.0 - 0.25, "reward_answers": 1.0, "reward_length": 0.5}
+
+
+def own(tmp_path, body: str) -> str:
+    path = tmp_path / "my.py"
+    path.write_text(f"def score(messages, answer, record):\n    {body}\n", encoding="utf-8")
+    return f"{path}:score"
+
+
+def test_a_persons_own_function_sees_prompt_answer_and_record(tmp_path):
+    body = "return len(answer) + record['level'] + 100 * (messages[0]['content'] == 'What is 2 + 3?')"
+    assert judge(Rewards({"file": 1.0}, reward_file=own(tmp_path, body)), "four")["reward"] == 107.0
+
+
+@pytest.mark.parametrize(("body", "says"), [
+    ("return 1 / 0", "raised ZeroDivisionError: division by zero, for the prompt of x.jsonl:7"),
+    ("return int('b')", "raised ValueError: invalid literal"),
+    ("return len(3)", "raised TypeError: object of type 'int' has no len()"),
+    ("return None", "returned None, no number, for the prompt of x.jsonl:7"),
+    ("return 'good'", "returned 'good', no number, for the prompt of x.jsonl:7"),
+    ("return float('nan')", "returned nan, no finite number, for the prompt of x.jsonl:7"),
+])  # fmt: skip
+def test_a_function_that_fails_is_named_with_the_prompt(tmp_path, body, says):
+    with pytest.raises(RunError) as error:
+        judge(Rewards({"file": 1.0}, reward_file=own(tmp_path, body)), "a")
+    assert says in str(error.value) and "my.py:score" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_without_the_function_is_refused(tmp_path):
+    path = own(tmp_path, "return 1")
+    for name, says in ((path.replace("score", "judge"), "has no function 'judge'"),
+                       ("no.py:score", "no file no.py"),
+                       (path.removesuffix(":score"), "write it as my.py:function")):
+        with pytest.raises(UsageError, match=says):
+            Rewards({"file": 1.0}, reward_file=name)
+    (tmp_path / "my.py").write_text("import nothing_like_it\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="can't be run: ModuleNotFoundError"):
+        Rewards({"file": 1.0}, reward_file=path)
+
+
+def test_a_format_that_is_no_expression_is_refused():
+    with pytest.raises(UsageError, match="no regular expression"):
+        Rewards({"format": 1.0}, reward_format="(")
+
+
+@pytest.fixture(scope="module")
+def reward_models(tmp_path_factory, tokenizer):
+    """Folders of transformers: a model with a head for one number, one with two, one without a head."""
+    folder, made = tmp_path_factory.mktemp("reward"), {}
+    torch.manual_seed(0)
+    shape = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                 num_attention_heads=2, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id)
+    for name, cls, labels in (("one", LlamaForSequenceClassification, 1),
+                              ("two", LlamaForSequenceClassification, 2), ("none", LlamaForCausalLM, 1)):
+        made[name] = cls(LlamaConfig(**shape, num_labels=labels)).eval()
+        made[name].save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder, made["one"]
+
+
+def test_a_reward_model_gives_what_transformers_computes(reward_models, tokenizer):
+    folder, model = reward_models
+    rewards = Rewards({"model": 1.0}, reward_model=folder / "one")
+    answers = [Answer(text, 3, False) for text in ("5", "I think that it is 6, or 7.")]
+    found = [one["reward"] for one in rewards([PROMPT, PROMPT], answers)]  # padded to one length
+    for value, answer in zip(found, answers, strict=True):
+        ids = tokenizer.apply_chat_template([*ASKED, {"role": "assistant", "content": answer.text}],
+                                            return_tensors="pt", return_dict=True)["input_ids"]
+        with torch.no_grad():
+            assert abs(model(ids).logits.item() - value) < 1e-5
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(("name", "says"), [("none", "has no head that gives a number"),
+                                            ("two", "gives 2 numbers"),
+                                            ("absent", "there is no model in that folder")])
+def test_a_reward_model_without_a_number_is_refused(reward_models, name, says):
+    with pytest.raises((UsageError, ModelError), match=says):
+        Rewards({"model": 1.0}, reward_model=reward_models[0] / name)
+
+
+@pytest.mark.parametrize(("given", "weights"), [
+    ([], {"answers": 1.0}),
+    (["--max_reward_tokens", "9"], {"length": 1.0}),
+    (["--rewards", "answers", "length:0.5", "--max_reward_tokens", "9"], {"answers": 1.0, "length": 0.5}),
+])  # fmt: skip
+def test_the_flags_say_which_parts_count(given, weights):
+    parser = flags.rollout_parser("a test")
+    args = parser.parse_args(given)
+    flags.choose_rewards(parser, args)
+    assert args.rewards == weights
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    (["--rewards", "answer"], "'answer' is none of answers, format, length, file, model"),
+    (["--rewards", "answers:0"], "a weight that is not 0"),
+    (["--rewards", "answers:much"], "answers:much"),
+    (["--rewards", "length"], "--rewards length needs --max_reward_tokens"),
+    (["--rewards", "answers", "--reward_format", "a"], "no effect: add format to --rewards"),
+])  # fmt: skip
+def test_a_part_without_its_flag_and_a_flag_without_its_part_are_refused(given, says, capsys):
+    parser = flags.rollout_parser("a test")
+    with pytest.raises(SystemExit):
+        args = parser.parse_args(given)
+        flags.choose_rewards(parser, args)
+    assert says in capsys.readouterr().err
+
+
+def test_a_weight_is_a_number_behind_a_colon():
+    assert flags.weighted("length:-2") == ("length", -2.0)
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        flags.weighted("length:nan")

@@ -1,0 +1,159 @@
+"""How good an answer is: the parts of a reward, weighted and added up. A reader may skip this file.
+
+    --rewards answers length:0.5 --max_reward_tokens 30
+
+answers  1 if the answer is right by the record's own test (dataset/prompts.py), else 0
+format   1 if the whole answer, ends stripped, matches --reward_format, else 0
+length   1 up to --max_reward_tokens; from there it falls evenly, to 0 at twice as many
+file     what the person's own function says: --reward_file my.py:score, where my.py holds
+             def score(messages, answer, record):    # the prompt as messages, the text, the whole record
+                 return float(len(answer) < 80)      # any number
+model    what a reward model says: --reward_model DIR, of transformers' kind "sequence classification"
+"""
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import ModelError, RunError, UsageError
+from common.files import one_line
+from dataset.prompts import Prompt
+from dataset.replies import read_message
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote. num_tokens counts its end token; an answer without one was cut off."""
+
+    text: str
+    num_tokens: int
+    is_cut_off: bool
+
+
+# A part of a reward takes prompts and their answers, and gives a number for each.
+Part = Callable[[list[Prompt], list[Answer]], list[float]]
+
+
+class Rewards:
+    """The weighted sum of several parts: rewards(prompts, answers) -> [{"reward": sum, part: number, ...}].
+
+    The arguments are the flags of the same names. weights: {"answers": 1.0, "length": 0.5}.
+    """
+
+    def __init__(self, weights: dict[str, float], *, reward_format: str | None = None,
+                 max_reward_tokens: int | None = None, reward_file: str | None = None,
+                 reward_model: Path | None = None, **other_flags):
+        make = {"answers": lambda: right_answers, "format": lambda: matches(reward_format),
+                "length": lambda: shortness(max_reward_tokens), "file": lambda: own_function(reward_file),
+                "model": lambda: RewardModel(reward_model)}
+        self.weights, self.parts = weights, {name: make[name]() for name in weights}
+
+    def __call__(self, prompts: list[Prompt], answers: list[Answer]) -> list[dict[str, float]]:
+        found = {name: part(prompts, answers) for name, part in self.parts.items()}
+        rewards = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+        return [{"reward": sum(self.weights[name] * value for name, value in parts.items())}
+                | ({f"reward_{name}": value for name, value in parts.items()} if len(parts) > 1 else {})
+                for parts in rewards]
+
+
+def right_answers(prompts: list[Prompt], answers: list[Answer]) -> list[float]:
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        said = read_message({"role": "assistant", "content": answer.text})
+        found.append(float(bool(prompt.test.is_right(said["content"], said.get("tool_calls", ())))))
+    return found
+
+
+def matches(pattern: str) -> Part:
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise UsageError(f"--reward_format {pattern!r} is no regular expression: {error}") from None
+    return lambda _, answers: [float(bool(compiled.fullmatch(answer.text.strip()))) for answer in answers]
+
+
+def shortness(longest: int) -> Part:
+    return lambda _, answers: [min(1.0, max(0.0, 2 - answer.num_tokens / longest)) for answer in answers]
+
+
+def own_function(path_and_name: str) -> Part:
+    """The function of a Python file, "my.py:score". Raises UsageError where there is none."""
+    path, _, name = path_and_name.rpartition(":")
+    flag = f"--reward_file {path_and_name}"
+    if not path or not Path(path).is_file():
+        raise UsageError(f"{flag}: there is no file {path or path_and_name}; write it as my.py:function")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the person's file does
+        raise UsageError(f"{flag}: {path} can't be run: {type(error).__name__}: {one_line(error)}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UsageError(f"{flag}: {path} has no function {name!r}")
+
+    def judge(prompt: Prompt, answer: Answer) -> float:
+        said = f"the prompt of {prompt.where} and the answer {answer.text[:60]!r}"
+        try:
+            value = function(prompt.messages, answer.text, prompt.record)
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            if error.__traceback__.tb_next is None:  # float refused the value; the function has returned
+                raise RunError(f"{flag} returned {repr(value)[:60]}, no number, for {said}") from None
+            raise RunError(f"{flag} raised {type(error).__name__}: {one_line(error)}, for {said}") from None
+        except Exception as error:
+            raise RunError(f"{flag} raised {type(error).__name__}: {one_line(error)}, for {said}") from None
+        if not math.isfinite(number):
+            raise RunError(f"{flag} returned {number}, no finite number, for {said}")
+        return number
+
+    return lambda prompts, answers: [judge(*pair) for pair in zip(prompts, answers, strict=True)]
+
+
+class RewardModel:
+    """A model that gives a text one number: a folder of transformers' AutoModelForSequenceClassification."""
+
+    def __init__(self, path: Path, batch_size: int = 32):
+        # Imported here, because it takes seconds.
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.batch_size = batch_size
+        if not (path / "config.json").is_file():
+            raise UsageError(f"--reward_model {path}: there is no model in that folder")
+        try:  # no code from the folder runs, and nothing is fetched
+            safely = {"local_files_only": True, "trust_remote_code": False}
+            self.tokenizer = AutoTokenizer.from_pretrained(path, **safely)
+            self.model, report = AutoModelForSequenceClassification.from_pretrained(
+                path, output_loading_info=True, **safely)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise ModelError(f"--reward_model {path} can't be read: {one_line(error)}") from None
+        if missing := report["missing_keys"]:
+            raise ModelError(f"--reward_model {path} has no head that gives a number ({sorted(missing)[0]} "
+                             "is missing): it must be a model for sequence classification")
+        if self.model.config.num_labels != 1:
+            raise ModelError(f"--reward_model {path} gives {self.model.config.num_labels} numbers, not one")
+        self.model.eval()
+
+    def __call__(self, prompts: list[Prompt], answers: list[Answer]) -> list[float]:
+        import torch
+
+        texts, scores = [], []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            messages = [*prompt.messages, {"role": "assistant", "content": answer.text}]
+            if self.tokenizer.chat_template:
+                texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            else:
+                texts.append("\n".join(message["content"] for message in messages))
+        # Without a token for padding the rows of a batch could not have different lengths.
+        size = self.batch_size if self.tokenizer.pad_token else 1
+        for begin in range(0, len(texts), size):
+            inputs = self.tokenizer(texts[begin:begin + size], return_tensors="pt", padding=size > 1,
+                                    truncation=True, add_special_tokens=not self.tokenizer.chat_template)
+            with torch.no_grad():
+                scores += self.model(**inputs).logits[:, 0].float().tolist()
+        if not all(map(math.isfinite, scores)):
+            raise RunError("--reward_model gives numbers that are not finite")
+        return scores
