@@ -67,7 +67,7 @@ if __name__ == "__main__":
         help="by which simpo wants the chosen score to be larger (default: 1)")
     # One pair is a row. --max_seq_len holds for each of its sides.
     parser.set_defaults(batch_size=32, max_seq_len=256, packing=False, stage="dpo", world="dpo", name="dpo",
-                        load_from=flags.ROOT / "out/full_sft", learning_rate=1e-4, weight_decay=0.0)
+                        load_from=flags.ROOT / "out/full_sft", learning_rate=5e-5, weight_decay=0.0)
     args = flags.parse_args(parser)
     kind = args.preference_loss
     if args.label_smoothing and kind in ("ipo", "orpo"):

@@ -20,7 +20,7 @@ WATCHED = ("optimizer", "learning_rate", "warmup_ratio", "lr_schedule", "max_seq
 YOUNG = {"pretrain": ("muon", 5e-3, 0.02, "wsd", 256, 16, None, 1, 0.1),
          "full_sft": ("muon", 3e-3, 0.02, "cosine", 256, 16, None, 1, 0.1),
          "lora": ("adamw", 5e-3, 0.02, "cosine", 256, 16, None, 3, 0.0),
-         "dpo": ("adamw", 1e-4, 0.02, "cosine", 256, 32, None, 1, 0.0)}
+         "dpo": ("adamw", 5e-5, 0.02, "cosine", 256, 32, None, 1, 0.0)}
 OVER_A_GROWN_MODEL = {"pretrain": ("adamw", 1e-4, 0.1, "wsd", 1024, 4, 1, 1, 0.1),
                       "full_sft": ("adamw", 1e-4, 0.1, "cosine", 1024, 4, 1, 1, 0.1),
                       "lora": ("adamw", 1e-3, 0.1, "cosine", 1024, 4, 1, 1, 0.0),
