@@ -1,13 +1,13 @@
 """Four numbers in order, by reward alone: a skill that never succeeds at first, reached through easier ones.
 
-    python benchmarks/ladder.py --folder /tmp/ladder            # an hour or so on 2 CPU cores; goes on if stopped
+    python benchmarks/ladder.py --folder /tmp/ladder            # goes on if it was stopped
     python benchmarks/ladder.py --folder /tmp/ladder --rungs 1  # the first rung alone
 
-The quickstart's model sorts three numbers. Asked to sort four it always says three, so no answer is ever right and
-no reward comes. But it can count to four, and so "count up: 3, 1, 4, 2" is sometimes right. Each rung is a run of
-train_grpo.py that starts from the one before. Its prompts have wider numbers, and half of them ask to sort. After
-each rung metrics.jsonl holds the share of right greedy answers to held-out questions of the last kind: "sort",
-four numbers from 1 to 99.
+The quickstart's model sorts three numbers. Asked to sort four it always says three, so no answer is ever
+right and no reward comes. But it can count to four, and so "count up: 3, 1, 4, 2" is sometimes right. Each
+rung is a run of train_grpo.py that starts from the one before. Its prompts have wider numbers, and half of
+them ask to sort. In its metrics.jsonl eval_reward is the share of right greedy answers to held-out questions
+of the last kind: "sort", four numbers from 1 to 99.
 """
 
 import argparse
@@ -21,19 +21,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ROOT, Parser, count, run_script
 
-COUNT = ["count up: {list}", "count in order: {list}", "count {list}", "数数{list}", "按顺序数{list}", "从小到大数：{list}"]
-SORT = ["sort {list}", "sort these: {list}", "put {list} from low to high.", "从小到大排：{list}", "把{list}从小到大排列。",
-        "order these numbers from small to large: {list}"]
+COUNT = ["count up: {list}", "count in order: {list}", "count {list}", "数数{list}", "按顺序数{list}",
+         "从小到大数：{list}"]
+SORT = ["sort {list}", "sort these: {list}", "put {list} from low to high.", "从小到大排：{list}",
+        "把{list}从小到大排列。", "order these numbers from small to large: {list}"]
 # The largest number of a list, and rollouts of 16 prompts
 RUNGS = [((4, 5, 6), 150), ((6, 9, 12), 150), ((9, 15, 20, 30), 200), ((20, 50, 99), 400), ((99,), 600)]
 UPDATES = 3
-FLAGS = (f"--updates_per_rollout {UPDATES} --advantage group_std --learning_rate 3e-4 --lr_schedule wsd "
-         "--max_new_tokens 24 --eval_interval 75 --log_interval 15 --show_interval 50 --save_interval 75").split()
+FLAGS = (f"--updates_per_rollout {UPDATES} --advantage group_std --learning_rate 3e-4 "
+         "--lr_schedule wsd --max_new_tokens 24 --eval_interval 75 --log_interval 15 --show_interval 50 --save_interval 75").split()
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--load_from", type=Path, default=ROOT / "out/quickstart/full_sft", metavar="DIR")
+    parser.add_argument("--load_from", type=Path, metavar="DIR",
+                        default=ROOT / "out/quickstart/full_sft")
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="for data and runs")
     parser.add_argument("--rungs", type=count, default=len(RUNGS), metavar="N", help="only the first N")
     return parser.parse_args()
@@ -47,8 +49,8 @@ def record(rng: random.Random, largest: int, wordings: list[str], held_out: bool
             break
     question = rng.choice(wordings).format(list=", ".join(map(str, four)))
     answer = ", ".join(map(str, sorted(four)))
-    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-            "family": "sort_four"}
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"conversations": turns, "family": "sort_four"}
 
 
 def write(path: Path, records: list[dict]) -> Path:
@@ -67,8 +69,9 @@ def main(args: argparse.Namespace) -> None:
         out = args.folder / f"rung{number}"
         if not (out / "training.json").exists() or (out / "checkpoints").exists():
             command = [sys.executable, str(ROOT / "trainer/train_grpo.py"), "--data_path", str(data),
-                       "--eval_data_path", str(asked), "--load_from", str(model), "--out_dir", str(args.folder),
-                       "--name", out.name, "--max_steps", str(rollouts * UPDATES), "--resume", *FLAGS]
+                       "--eval_data_path", str(asked), "--load_from", str(model), "--resume",
+                       "--out_dir", str(args.folder), "--name", out.name,
+                       "--max_steps", str(rollouts * UPDATES), *FLAGS]
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True)
         model = out
