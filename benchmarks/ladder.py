@@ -29,7 +29,8 @@ SORT = ["sort {list}", "sort these: {list}", "put {list} from low to high.", "ไป
 RUNGS = [((4, 5, 6), 150), ((6, 9, 12), 150), ((9, 15, 20, 30), 200), ((20, 50, 99), 400), ((99,), 600)]
 UPDATES = 3
 FLAGS = (f"--updates_per_rollout {UPDATES} --advantage group_std --learning_rate 3e-4 "
-         "--lr_schedule wsd --max_new_tokens 24 --eval_interval 75 --log_interval 15 --show_interval 50 --save_interval 75").split()
+         "--lr_schedule wsd --max_new_tokens 24 --eval_interval 75 --log_interval 15 --show_interval 50 "
+         "--save_interval 75").split()
 
 
 def parse_args() -> argparse.Namespace:
