@@ -4,8 +4,8 @@ A reader may skip this file.
 A record is a chat whose last turn is a right answer, and "answers" are all right ones: the test that the
 reward asks (dataset/answers.py). The model learns them by trying, and never reads them.
 
-A third of the prompts are chats that the model knows already. While it learns what is new, they keep rewarding
-what is old: without them much is forgotten (docs/rewards.md).
+A third of the prompts are chats that the model knows already. While it learns what is new, they keep
+rewarding what is old: without them much is forgotten (docs/rewards.md).
 """
 
 import copy
