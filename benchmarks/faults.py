@@ -42,8 +42,9 @@ SAVES = 8  # checkpoints of a run
 
 
 def kills(bench: Bench) -> None:
-    variants = [(stage, {}) for stage in runs.STAGES]
-    variants.append(("pretrain", {"dtype": "float16", "optimizer": "adamw"}))  # with a GradScaler's state
+    variants = [(stage, {}) for stage in bench.stages]
+    if "pretrain" in bench.stages:
+        variants.append(("pretrain", {"dtype": "float16", "optimizer": "adamw"}))  # with a GradScaler's state
     for stage, changes in variants:
         began = time.monotonic()
         out_dir = bench.fresh()
@@ -348,7 +349,7 @@ SECTIONS = {"kills": kills, "saves": saves, "shards": shards, "processes": fault
 
 def main(args) -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        bench = Bench(Path(folder), args.trials, args.seed, args.optimizers)
+        bench = Bench(Path(folder), args.trials, args.seed, args.optimizers, args.stages)
         warm_up(bench)
         for name in args.only:
             SECTIONS[name](bench)
@@ -378,6 +379,8 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="PART",
                         help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--stages", nargs="+", choices=runs.STAGES, default=runs.STAGES, metavar="STAGE",
+                        help="those that the parts `kills` and `processes` train")
     parser.add_argument("--trials", type=int, default=30, metavar="N", help="of each kind")
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "muon"], metavar="NAME",
                         help="those that the part `processes` compares")

@@ -29,7 +29,7 @@ LONG_RUN = {"max_steps": 60, "learning_rate": 1e-3}
 
 def processes(bench: Bench) -> None:
     """1, 2, 4 processes x accumulation 1, 2, 4: the loss of each of 50 steps, and the weights at the end."""
-    for stage in runs.STAGES:
+    for stage in bench.stages:
         for optimizer in bench.optimizers:
             changes = {"max_steps": 50, "batch_size": 16, "log_interval": 1, "optimizer": optimizer,
                        "learning_rate": 1e-3, "lora_dropout": 0 if stage == "lora" else None,

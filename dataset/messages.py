@@ -42,20 +42,23 @@ class NothingToLearn(DataError):
     """A record is right, but no word in it is to be learnt."""
 
 
-def to_messages(record: dict, note: Note = no_note) -> tuple[list[dict], list | None]:
+def to_messages(record: dict, note: Note = no_note,
+                side: str | None = None) -> tuple[list[dict], list | None]:
     """The messages and the tools (None: none) of a record in any format that we accept.
 
     {"conversations": [...]} or {"messages": [...]} with role/content or from/value (human, gpt), optionally
     "system" and "tools" (a list, or a JSON string of one); {"instruction", "input", "output"}, before which
-    the questions and answers of "history" come, which are learnt, too; {"chosen"}, of a preference pair,
-    also with "prompt". Messages come back with the keys role (system, user, assistant, tool) and content,
-    plus tool_calls and reasoning_content where there are any, and trained=False on an answer that the record
-    says must not be learnt. A last answer that is empty is left out, and so the messages are a prompt.
+    the questions and answers of "history" come, which are learnt, too; {"chosen", "rejected"}, a preference
+    pair, also with "prompt". side: which conversation of a pair is meant, "chosen" or "rejected"; None means
+    "chosen", with a note that the other side is not used. Messages come back with the keys role (system,
+    user, assistant, tool) and content, plus tool_calls and reasoning_content where there are any, and
+    trained=False on an answer that the record says must not be learnt. A last answer that is empty is left
+    out, and so the messages are a prompt.
 
     note(text) is called for what is not used as its author may have meant it. Raises DataError for another
     format or wrong roles; the caller adds path and line.
     """
-    turns, known = _turns_of(record, note)
+    turns, known = _turns_of(record, note, side)
     if not isinstance(turns, list) or not turns:
         raise DataError("the conversation is not a list of messages")
     messages = [_to_message(turn, f"message {number}", note) for number, turn in enumerate(turns, 1)]
@@ -82,11 +85,11 @@ def learnt_messages(record: dict, note: Note = no_note) -> tuple[list[dict], lis
 # --- record -> turns ----------------------------------------------------------------------------------------
 
 
-def _turns_of(record: dict, note: Note) -> tuple[object, set[str]]:
+def _turns_of(record: dict, note: Note, side: str | None) -> tuple[object, set[str]]:
     """The turns of a record as its author wrote them, and the keys that were read for them."""
     turns, known = value_of(record, "conversation"), {*NAMES["conversation"]}
-    chosen, prompt = (_messages_in(record.get(key)) for key in ("chosen", "prompt"))
-    is_pair = not is_empty(chosen)
+    answer, prompt = (_messages_in(record.get(key)) for key in (side or "chosen", "prompt"))
+    is_pair = not is_empty(answer)
     if turns is None and "instruction" in record and ("output" in record or is_pair):
         if not all(is_empty(record.get(key)) for key in ALPACA):
             known = {*ALPACA} - ({"output"} if is_pair else set())
@@ -98,11 +101,13 @@ def _turns_of(record: dict, note: Note) -> tuple[object, set[str]]:
     if isinstance(turns, dict):  # {"role": [...], "content": [...]}: datasets writes lists of objects so
         turns = rows_of(turns) or turns
     if is_pair:
-        prompt, turns = turns, _with_chosen(turns, chosen)
-        if not is_empty(prompt) and not (isinstance(prompt, list) and turns[: len(prompt)] == prompt):
+        prompt, turns = turns, _with_answer(turns, answer, side or "chosen")
+        is_used = is_empty(prompt) or isinstance(prompt, list) and turns[: len(prompt)] == prompt
+        if not is_used and side != "rejected":  # of both sides the chosen one alone says it
             unused = [repr(key) for key in record if key in known and not is_empty(record[key])]
             note(f"{' and '.join(unused)} beside a whole conversation in 'chosen' is not used")
-        note("a preference pair: the chosen answer is learnt, the rejected one is not used")
+        if side is None:
+            note("a preference pair: the chosen answer is learnt, the rejected one is not used")
         known |= {"chosen", "rejected"}
     if turns is None:
         raise DataError(f"no conversations, messages or instruction and output in it, but {keys_of(record)}")
@@ -129,18 +134,18 @@ def _alpaca_turns(record: dict, with_output: bool) -> list:
     return turns
 
 
-def _with_chosen(turns: list | None, chosen: object) -> list:
-    """The conversation that ends with the chosen answer: a text, a message, the last messages, or all."""
-    if isinstance(chosen, str):
+def _with_answer(turns: list | None, answer: object, side: str) -> list:
+    """The conversation with one side's answer: a text, a message, the last messages, or all of them."""
+    if isinstance(answer, str):
         if not turns:
-            raise DataError("chosen is a text, and there is no prompt before it")
-        chosen = {"role": "assistant", "content": chosen}
-    answer = chosen if isinstance(chosen, list) else [chosen]
-    if _role_of(answer[0]) != "assistant" or not isinstance(turns, list) or not turns:
-        return answer
+            raise DataError(f"{side} is a text, and there is no prompt before it")
+        answer = {"role": "assistant", "content": answer}
+    last = answer if isinstance(answer, list) else [answer]
+    if _role_of(last[0]) != "assistant" or not isinstance(turns, list) or not turns:
+        return last
     if _role_of(turns[-1]) == "assistant":
-        raise DataError("a chosen answer to a conversation that ends with another answer")
-    return [*turns, *answer]
+        raise DataError(f"a {side} answer to a conversation that ends with another answer")
+    return [*turns, *last]
 
 
 def _role_of(turn: object) -> str | None:

@@ -53,6 +53,7 @@ try:
         in_words, pairs_in_between, with_commas, worked,
     )
     from dataset.world.hasty import hasty, mistype, noise  # noqa: E402, I001
+    from dataset.world.pairs import make_pairs  # noqa: E402, I001
     from dataset.world.skills import SKILL_QUESTIONS, SKILLS, make_skills  # noqa: E402, I001
     from dataset.world.texts import TEXTS  # noqa: E402, I001
 except DataError as error:  # a mistake in an edited file; a training script reports it by itself
@@ -542,7 +543,7 @@ ADAPTERS = {"identity": (identity, 1600), "clinic": (clinic, 2000)}
 FILES = {name: f"{name}.jsonl" for name in (
     "pretrain", "pretrain_eval", "sft", "sft_eval", "sft_test",
     "lora_identity", "lora_identity_test", "lora_clinic", "lora_clinic_test",
-    "grpo", "grpo_eval", "grpo_test")}
+    "dpo", "dpo_eval", "dpo_test", "grpo", "grpo_eval", "grpo_test")}
 
 
 def make_texts(world):
@@ -616,6 +617,7 @@ def build(seed=0):
         files[f"lora_{family}"] = chats
         files[f"lora_{family}_test"] = make_chats(world, family, generator, 100, True, asked)
     files |= make_skills(world, split_wordings(random.Random(seed), SKILL_QUESTIONS), files["sft"], seed)
+    files |= make_pairs(world, seed)
     return {name: files[name] for name in FILES}
 
 

@@ -32,7 +32,7 @@ MAX_RECORDS_OF_BATCH, MAX_CHARACTERS_OF_BATCH = 1024, 2 << 20
 READS_PER_RELEASE = 16  # after so many reads mapped pages are given back; a read may bring 2 MB into memory
 # The name of a cache depends on these files, too: an edited chat.py must not meet the caches it wrote before.
 MODULES = ("keys", "json_records", "tables", "records", "tool_calls", "messages", "encoder", "foreign_chat",
-           "chat", "token_cache", "lm_dataset")  # fmt: skip
+           "chat", "token_cache", "lm_dataset", "preference")  # fmt: skip
 
 # --- the name of a cache ------------------------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ def build_cache(folder: Path, dataset, tokenizer, report: Report) -> None:
                            unusable=report.unusable.total())  # for benchmarks/data.py  # fmt: skip
 
 
-def batches(dataset, tokenizer, path: str, report: Report) -> Iterator[list[tuple[int, str | list]]]:
+def batches(dataset, tokenizer, path: str, report: Report) -> Iterator[list[tuple[int, str | list | tuple]]]:
     """The usable records of a file, some hundred at a time, as (line, text or pieces to encode)."""
     batch, characters = [], 0
     for _, line, record in read_records(path, report=report):
@@ -252,13 +252,19 @@ def batches(dataset, tokenizer, path: str, report: Report) -> Iterator[list[tupl
             report.note(path, line, note)
         report.usable[path] += 1
         batch += [(line, one) for one in prepared]
-        texts = [one if isinstance(one, str) else "".join(text for text, _, _ in one) for one in prepared]
-        characters += sum(len(text) for text in texts)
+        characters += number_of_characters(prepared)
         if len(batch) >= MAX_RECORDS_OF_BATCH or characters >= MAX_CHARACTERS_OF_BATCH:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def number_of_characters(prepared) -> int:
+    """Of a text; or of the pieces of a conversation, or lists of these: a piece is (text, bool, bool)."""
+    if isinstance(prepared, str | bool):
+        return len(prepared) if isinstance(prepared, str) else 0
+    return sum(map(number_of_characters, prepared))
 
 
 def samples(dataset, tokenizer, path: str, batch: list, report: Report) -> Iterator[tuple]:

@@ -147,6 +147,8 @@ def yarn_frequencies(config: ModelConfig, frequency, original_length) -> tuple[t
 
 
 PRESETS: dict[str, ModelConfig] = {
+    "micro": ModelConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+                         intermediate_size=192, qk_norm=True, rope_theta=1e4),
     # Two wide heads, and not more: the model that scripts/quickstart.sh trains answered 93.6 % of 1,956 test
     # questions with two heads of 64, 92.5 % with four of 32, and 85.7 % with eight of 16 (one run each).
     "tiny": ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,

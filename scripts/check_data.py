@@ -40,7 +40,7 @@ def look(args, tokenizer, folder: str) -> None:
     dataset_class = class_for(args.data_path)
     settings = {"split_documents": True} if args.split_documents else {}
     if args.split_documents and dataset_class.kind != "pretrain":
-        raise UsageError("--split_documents is for plain text, and these are chats")
+        raise UsageError("--split_documents is for plain text, and this is none")
     # The dataset cuts nothing. `lengths_in_rows` computes below what many values of --max_seq_len would cut.
     dataset = dataset_class(args.data_path, tokenizer, sys.maxsize, strict=args.strict, allow_unusable=True,
                             cache_dir=folder, **settings)  # fmt: skip
@@ -54,18 +54,21 @@ def look(args, tokenizer, folder: str) -> None:
         if len(ids) > MAX_SHOWN_TOKENS:
             text += f" ... ({len(ids):,} tokens in all)"
         print(UNPRINTABLE.sub("\ufffd", f"\n--- {dataset.where(sample)}\n{text}"))
-    if dataset.kind == "sft" and args.show:
+    if dataset.kind != "pretrain" and args.show:
         print("\n[[...]] is learnt, and nothing else.")
 
 
 def class_for(paths: list[Path]):
-    """The dataset class for the first usable record: chats, or plain text."""
+    """The dataset class for the first usable record: pairs, chats, or plain text."""
     from common.errors import DataError
     from dataset.lm_dataset import PretrainDataset, SFTDataset
     from dataset.messages import to_messages
+    from dataset.preference import PairSides
     from dataset.records import Report, read_records
 
     for _, _, record in read_records(paths, report=Report(shown=0)):
+        if "chosen" in record and "rejected" in record:
+            return PairSides
         try:
             to_messages(record)
             return SFTDataset
@@ -81,7 +84,8 @@ def describe(dataset) -> None:
 
     tokens, targets = int(dataset.lengths.sum()), int(dataset.num_targets.sum())
     use = {"pretrain": "plain text, for train_pretrain.py",
-           "sft": "chats, for train_full_sft.py and train_lora.py"}[dataset.kind]
+           "sft": "chats, for train_full_sft.py and train_lora.py",
+           "preference": "the chosen and the rejected sides of pairs, for train_dpo.py"}[dataset.kind]
     print(f"{len(dataset):,} samples ({use})")
     print(f"{tokens:,} tokens, {targets:,} of them learnt ({targets / tokens:.1%}); "
           f"{dataset.num_bytes.sum() / max(1, targets):.2f} UTF-8 bytes a learnt token")
@@ -90,20 +94,33 @@ def describe(dataset) -> None:
           f"the longest {dataset.lengths.max():,}")
 
 
-def lengths_in_rows(dataset, size: int):
-    """Lengths of the samples that rows of `size` tokens would hold, int (n,); the dataset has cut nothing.
+def keeps(dataset, size: int):
+    """Which samples a row of `size` tokens does not drop, bool (n,); the dataset has cut nothing.
 
-    A longer chat is cut there, or dropped if no word of the assistant comes before the cut (see SFTDataset).
-    A longer text is read in windows that overlap by one token (see PretrainDataset).
+    A chat is dropped if no word of the assistant comes before the cut (see SFTDataset), a pair if one of its
+    sides would be. A text is never dropped.
     """
     import numpy as np
 
-    lengths, cache = dataset.lengths, dataset.cache
-    if dataset.kind == "sft":
-        learnt = np.flatnonzero(cache.mask)  # places in the whole cache; every sample has at least one
-        starts = cache.offsets[:-1]
-        first = learnt[np.searchsorted(learnt, starts)] - starts
-        return np.minimum(lengths, size)[first < size]
+    cache = dataset.cache
+    if dataset.kind == "pretrain":
+        return np.ones(len(dataset), dtype=bool)
+    learnt = np.flatnonzero(cache.mask)  # places in the whole cache; every sample has at least one
+    starts = cache.offsets[:-1]
+    kept = learnt[np.searchsorted(learnt, starts)] - starts < size
+    return kept.reshape(-1, 2).all(axis=1).repeat(2) if dataset.kind == "preference" else kept
+
+
+def lengths_in_rows(dataset, size: int):
+    """Lengths of the samples that rows of `size` tokens would hold, int (n,); the dataset has cut nothing.
+
+    A longer chat is cut. A longer text is read in windows that overlap by one token (see PretrainDataset).
+    """
+    import numpy as np
+
+    lengths = dataset.lengths
+    if dataset.kind != "pretrain":
+        return np.minimum(lengths, size)[keeps(dataset, size)]
     windows = (lengths - 2) // (size - 1) + 1  # of each text
     found = np.full(windows.sum(), size)
     found[np.cumsum(windows) - 1] = lengths - (windows - 1) * (size - 1)  # the last window has the rest
@@ -114,18 +131,20 @@ def print_rows(dataset, folder: str) -> None:
     """A table of row lengths, up to the first length that holds the longest sample."""
     from dataset.packing import pack_rows
 
-    chats, tokens = dataset.kind == "sft", int(dataset.lengths.sum())
-    print(f"\n| --max_seq_len | samples {'cut' if chats else 'divided'} | dropped | tokens lost "
-          "| packed rows | filled |\n|---|---|---|---|---|---|")
+    chats, tokens = dataset.kind != "pretrain", int(dataset.lengths.sum())
+    packs = dataset.kind != "preference"  # a row of train_dpo.py holds one pair
+    print(f"\n| --max_seq_len | samples {'cut' if chats else 'divided'} | dropped | tokens lost |"
+          + " packed rows | filled |" * packs + "\n|---|---|---|---|" + "---|---|" * packs)
     for size in ROW_LENGTHS:
-        lengths = lengths_in_rows(dataset, size)
-        dropped = len(dataset) - len(lengths) if chats else 0
-        longer, kept = int((dataset.lengths > size).sum()), int(lengths.sum())
-        lost = 1 - kept / tokens if chats else 0  # windows lose nothing
-        rows = len(pack_rows(lengths, size, seed=0, cache_dir=folder))
-        print(f"| {size:,} | {longer - dropped:,} | {dropped:,} | {lost:.1%} | {rows:,} | "
-              f"{kept / max(1, rows) / size:.0%} |")
-        if not longer:
+        lengths, kept = lengths_in_rows(dataset, size), keeps(dataset, size)
+        longer, filled = dataset.lengths > size, int(lengths.sum())
+        lost = 1 - filled / tokens if chats else 0  # windows lose nothing
+        line = f"| {size:,} | {(longer & kept).sum():,} | {(~kept).sum():,} | {lost:.1%} |"
+        if packs:
+            rows = len(pack_rows(lengths, size, seed=0, cache_dir=folder))
+            line += f" {rows:,} | {filled / max(1, rows) / size:.0%} |"
+        print(line)
+        if not longer.any():
             break
 
 

@@ -29,7 +29,7 @@ SPINE = (
     "trainer/train_pretrain.py", "trainer/train_full_sft.py", "trainer/train_lora.py",
 )
 MAX_SPINE_LINES = 1_500  # of code, without comments and docstrings
-MAX_CORE_LINES = 7_400
+MAX_CORE_LINES = 7_700
 MAX_FILE_LINES = 450  # in all
 
 
@@ -160,6 +160,6 @@ def test_a_file_beside_the_spine_says_first_what_it_is_for_and_that_it_may_be_sk
         name = path.relative_to(ROOT).as_posix()
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert docstring and len(docstring.splitlines()[0]) > 20, path
-        is_run_or_read = name in (*SPINE, "eval_model.py", "trainer/train_tokenizer.py")
+        is_run_or_read = name in (*SPINE, "eval_model.py") or name.startswith("trainer/train_")
         if not is_run_or_read and path.name != "__init__.py":
             assert "skip" in docstring.split("\n\n")[0], f"{path}: may a reader skip it?"

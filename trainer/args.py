@@ -12,7 +12,7 @@ from pathlib import Path
 from common import cli
 from common.cli import ROOT, Parser, any_count, count, fraction, not_negative, number, positive, seed
 from common.errors import EXIT_CODES
-from trainer.defaults import GENTLE, LORA_RATIO, gentle_defaults
+from trainer.defaults import GENTLE, LORA_RATIO, RATIO_OF_STAGE, gentle_defaults
 from trainer.interrupt import command_to_resume
 
 LORA_FLAGS = ("lora_alpha", "lora_rslora", "lora_dropout", "lora_init", "lora_plus_ratio", "target_modules",
@@ -124,7 +124,6 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
     add("--updates_per_rollout", type=count, default=1, metavar="N", help="steps that learn from one rollout")
     add("--temperature", type=positive, default=1.0, metavar="T", help="of sampling and training")
     add("--max_new_tokens", type=count, default=64, metavar="N", help="then an answer is cut off")
-    add("--mask_cut_off", action="store_true", help="answers that were cut off are not trained")
     add("--kl_beta", type=not_negative, default=0.0, metavar="F",
         help="weight of the KL divergence from the model at the start; 0: no such model is kept")
     add("--show_interval", type=any_count, default=50, metavar="N",
@@ -213,6 +212,7 @@ def explain_gentle_defaults(parser: argparse.ArgumentParser) -> None:
     values = dict(GENTLE)
     if parser.get_default("lora_rank"):
         values["learning_rate"] *= LORA_RATIO
+    values["learning_rate"] *= RATIO_OF_STAGE.get(parser.get_default("stage"), 1)
     for action in parser._actions:
         if action.dest in values:
             action.help += f"; {values[action.dest]} over a grown model"
@@ -233,6 +233,8 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         (args.wandb_project and not args.use_wandb, "--wandb_project has no effect without --use_wandb"),
         (args.use_wandb and not find_spec("wandb"), "--use_wandb needs wandb: pip install wandb"),
         (without_lora, f"{' '.join(without_lora)}: adapters need --lora_rank, such as --lora_rank 16"),
+        (args.packing and not parser.get_default("packing"),
+         f"--packing: the rows of the stage {args.stage} can't be packed"),
         (is_8bit and not find_spec("bitsandbytes"),
          f"--optimizer {args.optimizer} needs bitsandbytes: pip install bitsandbytes"),
         (fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1,

@@ -58,16 +58,19 @@ class Batches(Dataset):
     def __getitem__(self, number: int) -> tuple[list[dict], int, int]:
         rows = self.rows_of(number)
         samples = np.concatenate(rows)
+        micro_batches = [self.dataset.collate(part, self.pad_token_id) for part in self.forward_passes(rows)]
+        num_units = int(self.dataset.num_units[samples].sum())
+        num_tokens = int(self.dataset.lengths[samples].sum())
+        return micro_batches, num_units, num_tokens
+
+    def forward_passes(self, rows: list) -> list[list]:
+        """The rows that this process has of a batch, in parts: one for each of its forward passes."""
         mine = rows[self.rank::self.world_size]
         share = math.ceil(len(rows) / self.world_size)  # rows of a process; some processes may have one fewer
         size = self.micro_batch_size or share
         # All processes make the same number of forward passes. Where a process has no row left, its
         # micro-batch has no target.
-        micro_batches = [self.dataset.collate(mine[start:start + size], self.pad_token_id)
-                         for start in range(0, share, size)]
-        num_units = int(self.dataset.num_units[samples].sum())
-        num_tokens = int(self.dataset.lengths[samples].sum())
-        return micro_batches, num_units, num_tokens
+        return [mine[start:start + size] for start in range(0, share, size)]
 
     def rows_of(self, number: int) -> list[np.ndarray]:
         """The sample numbers in each row of batch `number`."""

@@ -8,8 +8,12 @@ step, over all micro-batches and processes. So the loss of a step is one mean, a
     the mean of the two means                                                  (1 + 3) / 2 = 2, which is wrong
 """
 
+import math
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model.transformer import LOSS_ROWS
 
@@ -23,6 +27,71 @@ def cross_entropy(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Ten
     return model(**batch).token_losses.sum(), {}
 
 
+# --- preferences: DPO and its kin ---------------------------------------------------------------------------
+
+
+def dpo(model, batch: dict, *, kind: str = "dpo", beta: float = 0.1, label_smoothing: float = 0.0,
+        sft_weight: float = 0.0, margin: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The sum over pairs of a loss that falls where the chosen answer gains on the rejected one.
+
+    gap = the score of the chosen answer - the score of the rejected one, as in preference_scores.
+    loss = preference_losses of the gap + sft_weight * -log p(chosen) / |chosen|
+
+    A gap may also grow while both answers become unlikely. The second term keeps the chosen one likely (Pang
+    et al. 2024, arXiv:2404.19733). kind: dpo, ipo, simpo or orpo. batch: see PreferenceDataset.collate; units
+    are pairs. Named sums: preference (the first term alone), accuracy (gap > 0; a tie counts half), margin
+    (the gap), chosen and rejected (log p of each side).
+    """
+    labels = batch["labels"]  # (2 P, T): first the chosen sides of P pairs, then the rejected sides
+    num_tokens = (labels[:, 1:] != -100).sum(dim=1)  # (2 P,)
+    log_probs = -model(batch["input_ids"], labels).token_losses.sum(dim=1)
+    means = (log_probs / num_tokens.clamp(min=1)).clamp(max=-1e-7)  # at 0, orpo's score would be infinite
+    scores = preference_scores(kind, beta, log_probs, means, num_tokens, batch.get("reference_log_probs"))
+    gap = torch.sub(*scores.chunk(2))  # (P,)
+    preference = preference_losses(kind, beta, gap, label_smoothing, margin)
+    losses = preference - sft_weight * means.chunk(2)[0]
+    (chosen, rejected), is_pair = log_probs.chunk(2), num_tokens.chunk(2)[0] > 0  # false: no pair at all
+    named = {"preference": preference, "accuracy": (gap > 0) + 0.5 * (gap == 0), "margin": gap,
+             "chosen": chosen, "rejected": rejected}
+    return (losses * is_pair).sum(), {name: (value * is_pair).sum() for name, value in named.items()}
+
+
+def preference_scores(kind: str, beta: float, log_probs, means, num_tokens, reference) -> torch.Tensor:
+    """How an answer y of |y| tokens is scored, (2 P,). p is the model, p0 the reference that it began as.
+
+        dpo     beta (log p(y) - log p0(y))                     Rafailov et al. 2023, arXiv:2305.18290
+        ipo     (log p(y) - log p0(y)) / |y|                    Azar et al. 2023, arXiv:2310.12036
+        simpo   beta log p(y) / |y|                             Meng et al. 2024, arXiv:2405.14734
+        orpo    log(q / (1 - q)), q = exp(log p(y) / |y|)       Hong et al. 2024, arXiv:2403.07691
+
+    log_probs: log p(y). means: log p(y) / |y|. reference: log p0(y), which simpo and orpo do without.
+    """
+    if kind == "dpo":
+        return beta * (log_probs - reference)
+    if kind == "ipo":
+        return (log_probs - reference) / num_tokens.clamp(min=1)
+    if kind == "simpo":
+        return beta * means
+    return means - torch.log(-torch.expm1(means))  # log(1 - exp(x)), exact also where exp(x) is nearly 1
+
+
+def preference_losses(kind: str, beta: float, gap, label_smoothing: float, margin: float) -> torch.Tensor:
+    """The loss of each pair, (P,), in the papers named above. s is label_smoothing, margin is SimPO's gamma.
+
+        dpo, simpo   -(1 - s) log sigmoid(gap - margin) - s log sigmoid(margin - gap)
+        ipo          (gap - 1 / (2 beta))^2
+        orpo         -beta log sigmoid(gap)
+
+    With no gap and no margin the first of them is log 2 = 0.6931: where DPO begins.
+    """
+    if kind == "ipo":
+        return (gap - 1 / (2 * beta)) ** 2
+    if kind == "orpo":
+        return -beta * F.logsigmoid(gap)
+    right, wrong = F.logsigmoid(gap - margin), F.logsigmoid(margin - gap)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
 # --- rewards: GRPO, PPO and their kin -----------------------------------------------------------------------
 #
 # Their micro-batch holds answers that the model itself has sampled (trainer/rollouts.py), one in each row.
@@ -31,6 +100,8 @@ def cross_entropy(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Ten
 #     advantages              how much better than expected a token was; 0 outside of the answer
 #     old_log_probs           log p(token) by the model that sampled; 0 outside of the answer
 #     reference_log_probs     by the model that the policy shall stay near; only where kl_beta is not 0
+#     values, returns         only in PPO: the rewards to come as the model that sampled expected them, and as
+#                             they came (trainer/values.py)
 #     weights (B,)            what the term of one token counts in the loss
 #     token_weights (B,)      number of answers / number of tokens in the rows of the whole step
 #     sums                    {name: a sum over answers} for the log, handed on as they are
@@ -67,21 +138,26 @@ def before_labels(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 
 
 def policy_loss(model, batch: dict, *, objective, temperature: float = 1.0, kl_beta: float = 0.0):
-    """The sum over all tokens of weight * (objective + kl_beta * KL). objective: one of the functions below.
-
-    The KL divergence from the reference is estimated from the sampled tokens, with d = log p_ref - log p, as
-
-        KL = exp(d) - d - 1        (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3")
-
-    It is never negative, and its mean is right although each token shows one word alone.
-    """
+    """The sum over all tokens of weight * (objective + kl_beta * KL). objective: a function from below."""
     log_probs, entropy = answer_log_probs(model, batch, temperature)
     terms, shown = objective(log_probs, batch)
     if kl_beta:
-        difference = batch["reference_log_probs"] - log_probs
-        shown["kl"] = difference.exp() - difference - 1
+        shown["kl"] = kl_divergence(log_probs, batch)
         terms = terms + kl_beta * shown["kl"]
     return answer_sum(terms, batch), batch["sums"] | token_means({"entropy": entropy, **shown}, batch)
+
+
+def kl_divergence(log_probs: torch.Tensor, batch: dict) -> torch.Tensor:
+    """How far the model is from the reference, estimated from the sampled tokens alone: (B, T).
+
+        r (exp(d) - d - 1),   d = log p_ref - log p,   r = p / p_old
+        (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3")
+
+    It is never negative, and its mean is right. The factor r makes its gradient right, too; without r, as in
+    the paper of GRPO, the gradient is that of KL(p_ref || p)  (DeepSeek-V3.2 2025, arXiv:2512.02556).
+    """
+    difference, ratio = batch["reference_log_probs"] - log_probs, (log_probs - batch["old_log_probs"]).exp()
+    return ratio * (difference.exp() - difference - 1)
 
 
 def answer_sum(terms: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -138,3 +214,98 @@ def gspo(log_probs, batch: dict, low: float = 0.2, high: float = 0.2) -> tuple[t
     change = (log_probs - batch["old_log_probs"]).sum(dim=1, keepdim=True) / length  # (B, 1)
     # clipped_ratio reads the ratio of each token as that of its answer.
     return clipped_ratio(change, batch | {"old_log_probs": torch.zeros_like(change)}, low, high)
+
+
+def ppo(model, batch: dict, *, value_head, temperature: float = 1.0, low: float = 0.2, high: float = 0.2,
+        value_clip: float = 0.2, value_weight: float = 0.1):
+    """clipped_ratio + value_weight / 2 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)
+    (Schulman et al. 2017, arXiv:1707.06347; the clipping of values: Engstrom et al. 2020, arXiv:2005.12729)
+
+    V = value_head(state before the token) learns to predict the returns R. V may not leave V_old, what the
+    same head said when the answer was sampled, by more than c = value_clip in one rollout.
+    """
+    output, old, returns = model(batch["input_ids"]), batch["values"], batch["returns"]
+    log_probs, entropy = labelled_log_probs(output, batch["labels"], temperature)
+    terms, shown = clipped_ratio(log_probs, batch, low, high)
+    values = labelled_values(output, batch["labels"], value_head)
+    near = values.clamp(old - value_clip, old + value_clip)
+    value_loss = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
+    shown |= {"entropy": entropy, "value_loss": value_loss}
+    if "reference_log_probs" in batch:  # here the KL divergence lowers rewards and is no part of the loss
+        shown["kl"] = kl_divergence(log_probs, batch)
+    return answer_sum(terms + value_weight * value_loss, batch), batch["sums"] | token_means(shown, batch)
+
+
+def labelled_values(output, labels: torch.Tensor, value_head) -> torch.Tensor:
+    """The value of the state before each label, at the place of that label; 0 where there is none: (B, T)."""
+    is_answer, states = before_labels(output.hidden, labels)
+    values = value_head(states).float().squeeze(-1)
+    return values.new_zeros(labels.shape).masked_scatter(is_answer, values)
+
+
+# --- a teacher: trainer/train_distillation.py -----------------------------------------------------------
+# p and q are what teacher and student say of the next token, for every token of the vocabulary. Each function
+# takes log p and log q, (N, V), and returns a number for each of the N places. It is 0 where p = q.
+
+
+def forward_kl(log_p, log_q) -> torch.Tensor:
+    """KL(p || q) = sum over tokens of p (log p - log q)   (Hinton et al. 2015, arXiv:1503.02531)
+
+    The student pays where the teacher finds a token likely and the student does not. So a small student
+    spreads out, in order to cover all that the teacher might say.
+    """
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(log_p, log_q) -> torch.Tensor:
+    """KL(q || p) = sum over tokens of q (log q - log p)   (MiniLLM: Gu et al. 2024, arXiv:2306.08543)
+
+    The student pays where the student finds a token likely and the teacher does not. So a small student
+    settles on some of what the teacher might say, and leaves the rest out.
+    """
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def jensen_shannon(log_p, log_q, beta: float) -> torch.Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q   (GKD: arXiv:2306.13649)
+
+    For beta near 0 this is beta times the forward KL, and for beta near 1 it is 1 - beta times the reverse
+    one. It never exceeds ln 2, however wrong the student is.
+    """
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+    return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
+
+
+def distillation(model, batch: dict, *, teacher, divergence, weight: float, temperature: float = 1.0):
+    """(1 - weight) * cross-entropy + weight * T^2 * divergence(p, q), summed over the supervised tokens.
+
+    p and q are softmax(logits / T) of teacher and student. A temperature T above 1 makes likely tokens less
+    likely and unlikely ones more. This also makes gradients about T^2 times smaller, for which T^2 makes up.
+    If the batch has "by_student", the answers in it are the student's own. They are no example to follow, so
+    there the divergence counts alone, and in full. Without that key the batch is as for `cross_entropy`.
+    """
+    inputs, labels = (batch["input_ids"], None, batch["document_ids"]), batch["labels"]
+    with torch.no_grad():
+        taught = teacher(*inputs)
+    output = model(*inputs)
+    is_target, states = before_labels(output.hidden, labels)  # (B, T), (N, C): N tokens have a label
+    tokens = (states, before_labels(taught.hidden, labels)[1], labels[is_target])
+    compare = partial(compare_tokens, output.head, taught.head, divergence, temperature)
+    if len(states) > LOSS_ROWS:  # then no part keeps its logits: the backward pass computes them again
+        compare = partial(checkpoint, compare, use_reentrant=False)
+    parts = zip(*(rows.split(LOSS_ROWS) for rows in tokens), strict=True)
+    data_loss, distance = (sum(found) for found in zip(*(compare(*part) for part in parts), strict=True))
+    loss = distance if "by_student" in batch else (1 - weight) * data_loss + weight * distance
+    return loss, {"cross_entropy": data_loss, "divergence": distance}
+
+
+def compare_tokens(head, teacher_head, divergence, temperature: float, states, teacher_states, targets):
+    """The summed cross-entropy and T^2 * divergence of N tokens; states (N, C) predict targets (N,)."""
+    logits = head(states).float()  # (N, V)
+    with torch.no_grad():
+        teacher_logits = teacher_head(teacher_states).float()
+    # Two models of one tokenizer may have different numbers of further logits, which stand for no token.
+    size = min(logits.size(-1), teacher_logits.size(-1))
+    log_p, log_q = ((x[:, :size] / temperature).log_softmax(-1) for x in (teacher_logits, logits))
+    distance = temperature**2 * divergence(log_p, log_q).sum()
+    return F.cross_entropy(logits, targets, reduction="sum"), distance

@@ -314,8 +314,8 @@ def reference_log_probs(model, kl_beta: float, temperature: float) -> Callable |
 
 def load_rollouts(model, tokenizer, ranks: Ranks, advantages: Callable, reference: Callable | None,
                   complete: Callable | None = None, /, *, rewards, max_seq_len, max_new_tokens, dtype, strict,
-                  allow_unusable, batch_size, group_size, updates_per_rollout, temperature, mask_cut_off,
-                  micro_batch_size, show_interval, seed, mean_over="tokens",
+                  allow_unusable, batch_size, group_size, updates_per_rollout, temperature,
+                  micro_batch_size, show_interval, seed, mask_cut_off=False, mean_over="tokens",
                   **flags) -> tuple[Rollouts, Rollouts | None]:
     """Returns the Rollouts of training, and those of validation, which may be None. Flags are passed by name.
 

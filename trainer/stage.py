@@ -48,16 +48,17 @@ def is_finished(run_dir: Path, resume: bool, overwrite: bool, ranks: Ranks) -> b
     return finished
 
 
-def load_weights(path: Path, ranks: Ranks, tokenizer_path: Path | None = None):
+def load_weights(path: Path, ranks: Ranks, tokenizer_path: Path | None = None, flag: str = "--load_from"):
     """(model, tokenizer) of a folder that another stage left, or of a .pth file of MiniMind.
 
-    A .pth file has no tokenizer; tokenizer_path names one, and without it Seedling's own is taken. Raises
-    UsageError where there is no such path, ModelError where weights and tokenizer do not fit.
+    A .pth file has no tokenizer; tokenizer_path names one, and without it Seedling's own is taken. flag: with
+    which the path was given. Raises UsageError where there is no such path, ModelError where weights and
+    tokenizer do not fit.
     """
     if not path.exists():
         script = f"trainer/train_{path.name}.py"  # a stage writes to the folder with its own name
         is_ours = path.parent.name == "out" and (ROOT / script).is_file()
-        raise UsageError(f"--load_from {path}: there is no such folder"
+        raise UsageError(f"{flag} {path}: there is no such folder"
                          + (f"; make it first: python {script}" if is_ours else ""))
     if path.is_file() and not tokenizer_path and ranks.is_main:
         print(OWN_IS_TAKEN.format(path))

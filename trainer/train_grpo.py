@@ -61,6 +61,7 @@ if __name__ == "__main__":
         help="reward minus the mean of its group; group_std: divided by the group's standard deviation")
     add("--mean_over", choices=("tokens", "answers", "constant"), default="tokens",
         help="each token counts the same, or each answer; constant: a token counts 1 / --max_new_tokens")
+    add("--mask_cut_off", action="store_true", help="answers that were cut off are not trained")
     add("--clip_low", type=flags.fraction, default=0.2, metavar="F", help="a ratio is clipped below 1 - F")
     add("--clip_high", type=flags.positive, default=0.2, metavar="F", help="a ratio is clipped above 1 + F")
     parser.set_defaults(batch_size=256, max_seq_len=256, stage="grpo", world="grpo", name="grpo",

@@ -60,7 +60,7 @@ if __name__ == "__main__":
     parser = flags.training_parser(__doc__)
     parser.add_argument("--split_documents", action="store_true", help="<|im_start|>..<|im_end|>: a document")
     shape = parser.add_argument_group("the model's shape (later stages inherit it from the weights)")
-    shape.add_argument("--preset", default="tiny", help="tiny, 26m, 64m or 104m")
+    shape.add_argument("--preset", default="tiny", help="micro, tiny, 26m, 64m or 104m")
     for name in SHAPE:
         shape.add_argument(f"--{name}", type=int, metavar="N", help="instead of the preset's")
     # With these settings a model learns most from few tokens: docs/speedrun.md compares them with others.

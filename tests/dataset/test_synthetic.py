@@ -61,7 +61,9 @@ def built():
 
 
 def contents(record):
-    return [record["text"]] if "text" in record else [m["content"] for m in record["conversations"]]
+    if "text" in record:
+        return [record["text"]]
+    return [m["content"] for key in ("conversations", "chosen", "rejected") for m in record.get(key, ())]
 
 
 def training_texts(files, names=TRAINING):
@@ -224,7 +226,7 @@ def test_records_are_well_formed(files):
             if name.startswith("pretrain"):
                 assert list(record) == ["text"]
                 continue
-            roles = [message["role"] for message in record["conversations"]]
+            roles = [message["role"] for message in record.get("conversations", record.get("chosen"))]
             assert roles == ["user", "assistant"] * (len(roles) // 2) and roles, record
 
 

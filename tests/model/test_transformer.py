@@ -65,7 +65,7 @@ def test_presets_have_the_published_sizes(name, count):
 
 
 def test_unknown_preset_names_those_there_are():
-    with pytest.raises(ModelError, match="tiny, 26m, 64m, 104m"):
+    with pytest.raises(ModelError, match="micro, tiny, 26m, 64m, 104m"):
         preset("27m")
     assert preset("tiny") is PRESETS["tiny"]
 

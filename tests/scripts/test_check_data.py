@@ -10,6 +10,7 @@ import pytest
 
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import pack_rows
+from dataset.preference import PairSides
 from model.weights import load_tokenizer
 from scripts import check_data
 
@@ -167,3 +168,27 @@ def test_documents_are_split_as_in_pretraining(files, tmp_path, refused, capsys)
     out, err = capsys.readouterr()
     assert "2 samples" in out and "[[ fox<|endoftext|>]]" in out and err == ""
     refused(check_data, [files / "chats.jsonl", "--split_documents"], "--split_documents is for plain text")
+
+
+def test_pairs_are_shown_side_by_side(tokenizer, tmp_path, capsys):
+    def pair(number):
+        ask, words = {"role": "user", "content": "Say it again. " * number}, "very " * number
+        return {"chosen": [ask, {"role": "assistant", "content": f"It is {words}good."}],
+                "rejected": [ask, {"role": "assistant", "content": "No."}]}
+
+    path = tmp_path / "pairs.jsonl"
+    same = pair(1) | {"rejected": pair(1)["chosen"]}
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*map(pair, range(1, 60, 4)), same]))
+    check(path, "--show", 2)
+    out, err = capsys.readouterr()
+    assert "pairs.jsonl:16: a pair without a difference" in err
+    assert "30 samples (the chosen and the rejected sides of pairs, for train_dpo.py)" in out
+    assert "| --max_seq_len | samples cut | dropped | tokens lost |\n|---|---|---|---|\n| 128 |" in out
+    assert "[[It is very good.<|im_end|>]]" in out and "and nothing else" in out
+    whole = PairSides(path, tokenizer, 10**6, cache_dir=tmp_path / "cache")
+    for line in re.findall(r"^\| \d.*", out, re.MULTILINE):
+        size, cut, dropped, lost = (float(cell.strip("% ").replace(",", "")) for cell in line.split("|")[1:5])
+        dataset = PairSides(path, tokenizer, int(size), cache_dir=tmp_path / "cache")
+        assert len(whole) - len(dataset) == dropped and (size > 128 or dropped > 0)
+        assert f"sides over {size:.0f} tokens cut: {cut:.0f}" in dataset.summary or cut == 0
+        assert lost == pytest.approx(100 * (1 - dataset.lengths.sum() / whole.lengths.sum()), abs=0.051)

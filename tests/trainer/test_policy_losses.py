@@ -4,67 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from small_answers import LENGTHS, T, answers, clipped_again, gradients, small_model, tokens
 
-from model.transformer import CausalLM, ModelConfig
 from trainer.losses import answer_log_probs, cispo, clipped_ratio, gspo, policy_loss, reinforce
-
-LENGTHS = (3, 1, 5)  # tokens of the three answers
-PROMPTS = (4, 2, 3)
-T = 9
-
-
-def small_model(seed=0):
-    torch.manual_seed(seed)
-    model = CausalLM(ModelConfig(vocab_size=23, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                 num_key_value_heads=1, intermediate_size=24, max_position_embeddings=16))
-    model.lm_head.weight.data.mul_(8)  # far from uniform, so that probabilities differ
-    return model
-
-
-def answers(rows=range(3)) -> dict:
-    """The batch of the contract; three answers of other lengths, one with a bad advantage."""
-    generator = torch.Generator().manual_seed(1)
-    input_ids = torch.randint(1, 23, (3, T), generator=generator)
-    labels = torch.full((3, T), -100)
-    for row, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
-        labels[row, prompt:prompt + length] = input_ids[row, prompt:prompt + length]
-        input_ids[row, prompt + length:] = 0
-    is_answer = labels != -100
-    batch = {"input_ids": input_ids, "labels": labels,
-             "advantages": torch.tensor([[1.5], [-0.7], [0.4]]) * is_answer,
-             "weights": torch.tensor([1 / length for length in LENGTHS]),
-             "token_weights": torch.full((3,), 3 / sum(LENGTHS))}
-    old, _ = answer_log_probs(small_model(), batch, 0.8)
-    noise = torch.randn(3, T, generator=generator) * 0.3
-    batch["old_log_probs"] = ((old + noise) * is_answer).detach()
-    batch["reference_log_probs"] = ((old - 2 * noise) * is_answer).detach()
-    batch = {name: values[list(rows)] for name, values in batch.items()}
-    return batch | {"sums": {"reward": torch.tensor(2.0)}}
-
-
-def tokens(model, batch, temperature=0.8):
-    """Yields (row, place, log p(token)) of all answers from plain logits, without the code under test."""
-    for row in range(len(batch["labels"])):
-        logits = model(batch["input_ids"][row:row + 1]).logits[0]
-        for place in range(1, T):
-            if batch["labels"][row, place] != -100:
-                p = torch.softmax(logits[place - 1] / temperature, dim=0)[batch["labels"][row, place]]
-                yield row, place, p.log()
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
 def reinforce_again(log_p, batch, row, place):
     return -batch["advantages"][row, place] * log_p
-
-
-def clipped_again(log_p, batch, row, place):
-    ratio, advantage = torch.exp(log_p - batch["old_log_probs"][row, place]), batch["advantages"][row, place]
-    return -min(ratio * advantage, torch.clip(ratio, 0.9, 1.3) * advantage)
 
 
 def cispo_again(log_p, batch, row, place):
@@ -85,7 +31,8 @@ def test_loss_and_gradients_are_those_of_the_equation(objective, again, kl_beta)
     for row, place, log_p in tokens(model, batch):
         term = again(log_p, batch, row, place)
         difference = batch["reference_log_probs"][row, place] - log_p
-        term = term + kl_beta * (torch.exp(difference) - difference - 1)
+        ratio = torch.exp(log_p - batch["old_log_probs"][row, place])
+        term = term + kl_beta * ratio * (torch.exp(difference) - difference - 1)
         expected = expected + term / LENGTHS[row]
     wanted = gradients(model, expected)
     loss, _ = policy_loss(model, batch, objective=objective, temperature=0.8, kl_beta=kl_beta)
@@ -171,11 +118,30 @@ def test_the_log_shows_means_over_tokens():
     log_p = torch.stack([log_p for _, _, log_p in tokens(model, batch)])
     is_answer = batch["labels"] != -100
     difference = batch["reference_log_probs"][is_answer] - log_p
-    assert torch.isclose(sums["kl"] / 3, (difference.exp() - difference - 1).mean(), atol=1e-6)
+    ratio = (log_p - batch["old_log_probs"][is_answer]).exp()
+    assert torch.isclose(sums["kl"] / 3, (ratio * (difference.exp() - difference - 1)).mean(), atol=1e-6)
     _, entropy = answer_log_probs(model, batch, 0.8)
     assert torch.isclose(sums["entropy"] / 3, entropy.sum() / sum(LENGTHS), atol=1e-6)
-    ratio = (log_p - batch["old_log_probs"][is_answer]).exp()
     advantages = batch["advantages"][is_answer]
     is_clipped = (ratio > 1.2) & (advantages > 0) | (ratio < 0.8) & (advantages < 0)
     assert torch.isclose(sums["clipped"] / 3, is_clipped.float().mean()) and 0 < is_clipped.sum() < 9
     assert sums["reward"] == 2
+
+
+def test_the_gradient_of_the_kl_is_that_of_the_divergence_itself():
+    """One token after one prompt, with every word of the vocabulary as often as the policy says it."""
+    model, prompt = small_model(), torch.tensor([[3, 7, 5]])
+    reference = torch.log_softmax(torch.randn(23, generator=torch.Generator().manual_seed(5)), dim=0)
+    divergence = torch.log_softmax(model(prompt).logits[0, -1], dim=0)
+    divergence = (divergence.exp() * (divergence - reference)).sum()
+    wanted = gradients(model, divergence)
+    words = torch.arange(23)[:, None]
+    labels = torch.cat((torch.full((23, 3), -100), words), dim=1)
+    batch = {"input_ids": torch.cat((prompt.expand(23, 3), words), dim=1), "labels": labels, "sums": {},
+             "advantages": torch.zeros(23, 4), "token_weights": torch.zeros(23)}
+    batch["old_log_probs"] = answer_log_probs(model, batch, 1.0)[0].detach()
+    batch["reference_log_probs"] = torch.nn.functional.pad(reference[:, None], (3, 0))
+    batch["weights"] = batch["old_log_probs"][:, 3].exp()
+    loss, _ = policy_loss(model, batch, objective=reinforce, kl_beta=1.0)
+    assert torch.isclose(loss, divergence, atol=1e-5)
+    assert torch.allclose(gradients(model, loss), wanted, atol=1e-5) and wanted.abs().max() > 0.01

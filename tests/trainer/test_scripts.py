@@ -334,7 +334,8 @@ def test_a_gpu_flag_without_a_gpu(stage, complaint):
 
 
 def test_shapes(complaint, workshop):
-    assert "unknown preset 'huge'; there are tiny, 26m, 64m, 104m" in complaint("pretrain", preset="huge")
+    known = "there are micro, tiny, 26m, 64m, 104m"
+    assert f"unknown preset 'huge'; {known}" in complaint("pretrain", preset="huge")
     assert "attention" in complaint("pretrain", num_attention_heads=3, num_key_value_heads=2)
     assert "the model has only 32768 positions" in complaint("pretrain", max_seq_len=40_000)
     line = complaint("pretrain", load_from=workshop.base)  # with --hidden_size 32 and others
