@@ -4,7 +4,7 @@ A reader may skip this file.
 A record is a chat whose last turn is a right answer, and "answers" are all right ones: the test that the
 reward asks (dataset/answers.py). The model learns them by trying, and never reads them.
 
-A third of the prompts are chats that the model knows already. While it learns what is new, they keep
+A quarter of the prompts are chats that the model knows already. While it learns what is new, they keep
 rewarding what is old: without them much is forgotten (docs/rewards.md).
 """
 
@@ -12,6 +12,7 @@ import copy
 import random
 
 from dataset.world import (
+    BETWEEN_ITEMS,
     HEROES,
     LANGUAGES,
     PLACES,
@@ -37,6 +38,14 @@ def largest(world, family, lang, for_test):
     return question, [answer, answer + FULL_STOP[lang]]
 
 
+def second(world, family, lang, for_test):
+    """What is the second word: fox, rice, oak? -> rice"""
+    items = world.words(lang, world.rng.randint(3, 5))
+    listed = world.listed(items, lang, BETWEEN_ITEMS[lang])
+    question, _ = world.ask(family, "word", lang, for_test, list=listed)
+    return question, [items[1]]
+
+
 def short_story(world, family, lang, for_test):
     """A story about the fox by the river, in one sentence -> Long ago, the fox came to the river."""
     rng = world.rng
@@ -51,9 +60,9 @@ def short_story(world, family, lang, for_test):
                       for opening in STORIES[f"openings {lang}"] for season in SEASONS]
 
 
-SKILLS = {"largest": largest, "short_story": short_story}
+SKILLS = {"largest": largest, "second": second, "short_story": short_story}
 LONGEST = 200  # characters of an old chat: what is long takes long to read, again for every answer
-COUNTS = {"grpo": 1200, "grpo_eval": 64, "grpo_test": 200}  # prompts of each skill
+COUNTS = {"grpo": 900, "grpo_eval": 64, "grpo_test": 200}  # prompts of each skill
 
 
 def make_skills(world, wordings, chats, seed):
@@ -80,6 +89,6 @@ def make_skills(world, wordings, chats, seed):
                 answers = list(dict.fromkeys(answers))
                 files[file].append(({"conversations": turns, "answers": answers, "family": family}, None))
     short = [row for row in chats if sum(len(turn["content"]) for turn in row[0]["conversations"]) < LONGEST]
-    files["grpo"] += rng.sample(short, len(files["grpo"]) // 2)
+    files["grpo"] += rng.sample(short, len(files["grpo"]) // 3)
     rng.shuffle(files["grpo"])
     return files
