@@ -26,7 +26,8 @@ GENTLE = {"optimizer": "adamw", "learning_rate": 1e-4, "warmup_ratio": 0.1, "epo
           "batch_size": TOKENS_PER_STEP // ROW, "micro_batch_size": 1}
 LORA_RATIO = 10  # an adapter learns this many times faster than the weights themselves would
 # DPO only asks that one answer gains on the other. Large steps do that, too, and make both answers unlikely.
-RATIO_OF_STAGE = {"dpo": 0.1}
+# What a reward says of an answer is far more random than what a text says of its next word.
+RATIO_OF_STAGE = {"dpo": 0.1, "grpo": 0.1, "ppo": 0.1}
 # AdamW changes each weight by about the learning rate. In a wide layer more of these changes add up. So the
 # rate above is for layers up to this width. Beyond it the rate is smaller, in proportion.
 WIDTH = 576
@@ -54,6 +55,8 @@ def gentle_defaults(flags: dict, typed: dict) -> tuple[dict, str]:
         chosen["epochs"] = flags["epochs"]  # has no effect
     elif shown:
         chosen["epochs"] = min(MAX_EPOCHS, math.ceil(MIN_STEPS * TOKENS_PER_STEP / shown))
+    if "group_size" in flags:  # A batch is a number of answers, whose length the data doesn't tell.
+        chosen |= {"batch_size": flags["batch_size"], "epochs": flags["epochs"]}
     return chosen, "did not grow here" if seen is None else f"has seen {seen:,} tokens"
 
 
