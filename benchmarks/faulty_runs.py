@@ -104,7 +104,7 @@ class Bench:
             # to a border between two of them that rounding decides.
             flags |= {"reward_file": f"{self.reward}:score", "batch_size": 8, "group_size": 4,
                       "kl_beta": 0.05, "max_new_tokens": 8, "updates_per_rollout": 2, "show_interval": 0,
-                      "temperature": 0.03}
+                      "temperature": 0.05}
         if stage == "distillation":  # in half of the steps the student writes the answers itself
             teacher = self.reference("full_sft") / "full_sft"
             flags |= {"teacher": teacher, "on_policy": 0.5, "max_new_tokens": 8}
