@@ -26,7 +26,7 @@ from common.cli import ROOT
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
 
-STAGES = ("pretrain", "full_sft", "lora", "grpo", "ppo", "distillation")
+STAGES = ("pretrain", "full_sft", "lora", "dpo", "grpo", "ppo", "distillation")
 ROLLOUT_STAGES = ("grpo", "ppo")
 MAX_SECONDS = 600  # a run that has not ended by then counts as hanging
 SECONDS_TO_STOP = 30  # torchrun kills processes that have not obeyed SIGTERM by then
@@ -56,8 +56,12 @@ class Bench:
         self.reward = folder / "reward.py"
         self.reward.write_text("def score(messages, answer, record):\n    return answer.count('a')\n")
         self.texts, self.chats = folder / "texts.jsonl", folder / "chats.jsonl"
+        self.pairs = folder / "pairs.jsonl"
         self.texts.write_text("".join(json.dumps({"text": phrase(3, 40)}) + "\n" for _ in range(45)))
         self.chats.write_text("".join(json.dumps(chat()) + "\n" for _ in range(41)))
+        pairs = ({"prompt": phrase(1, 9), "chosen": phrase(1, 12), "rejected": phrase(13, 16)}
+                 for _ in range(41))
+        self.pairs.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
     def report(self, promise: str, problems: list[str], note: str = "") -> None:
         """Adds a row to the table. problems: what is wrong with each trial, '' where nothing is wrong."""
@@ -88,7 +92,8 @@ class Bench:
 
     def flags(self, stage: str, out_dir: Path, **changes) -> list[str]:
         """A short run that logs, validates and saves often, each at another interval."""
-        flags = {"data_path": self.texts if stage == "pretrain" else self.chats, "out_dir": out_dir,
+        data = {"pretrain": self.texts, "dpo": self.pairs}.get(stage, self.chats)
+        flags = {"data_path": data, "out_dir": out_dir,
                  "name": stage, "max_seq_len": 64, "batch_size": 4, "device": "cpu", "dtype": "float32",
                  "eval_fraction": 0.2, "max_steps": 24, "log_interval": 4, "save_interval": SAVE_INTERVAL,
                  "eval_interval": 9, "learning_rate": 0.01}

@@ -12,7 +12,7 @@ from pathlib import Path
 from common import cli
 from common.cli import ROOT, Parser, any_count, count, fraction, not_negative, number, positive, seed
 from common.errors import EXIT_CODES
-from trainer.defaults import GENTLE, LORA_RATIO, gentle_defaults
+from trainer.defaults import GENTLE, LORA_RATIO, RATIO_OF_STAGE, gentle_defaults
 from trainer.interrupt import command_to_resume
 
 LORA_FLAGS = ("lora_alpha", "lora_rslora", "lora_dropout", "lora_init", "lora_plus_ratio", "target_modules",
@@ -212,6 +212,7 @@ def explain_gentle_defaults(parser: argparse.ArgumentParser) -> None:
     values = dict(GENTLE)
     if parser.get_default("lora_rank"):
         values["learning_rate"] *= LORA_RATIO
+    values["learning_rate"] *= RATIO_OF_STAGE.get(parser.get_default("stage"), 1)
     for action in parser._actions:
         if action.dest in values:
             action.help += f"; {values[action.dest]} over a grown model"
@@ -233,7 +234,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         (args.use_wandb and not find_spec("wandb"), "--use_wandb needs wandb: pip install wandb"),
         (without_lora, f"{' '.join(without_lora)}: adapters need --lora_rank, such as --lora_rank 16"),
         (args.packing and not parser.get_default("packing"),
-         f"--packing: the rows of the stage {args.stage} can't be packed"),
+         "--packing: the rows of this stage can't be packed"),
         (is_8bit and not find_spec("bitsandbytes"),
          f"--optimizer {args.optimizer} needs bitsandbytes: pip install bitsandbytes"),
         (fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1,

@@ -25,6 +25,8 @@ ROW, TOKENS_PER_STEP, MIN_STEPS, MAX_EPOCHS = 1024, 4096, 30, 10
 GENTLE = {"optimizer": "adamw", "learning_rate": 1e-4, "warmup_ratio": 0.1, "epochs": 1, "max_seq_len": ROW,
           "batch_size": TOKENS_PER_STEP // ROW, "micro_batch_size": 1}
 LORA_RATIO = 10  # an adapter learns this many times faster than the weights themselves would
+# DPO only asks that one answer gains on the other. Large steps do that, too, and make both answers unlikely.
+RATIO_OF_STAGE = {"dpo": 0.1}
 # AdamW changes each weight by about the learning rate. In a wide layer more of these changes add up. So the
 # rate above is for layers up to this width. Beyond it the rate is smaller, in proportion.
 WIDTH = 576
@@ -45,7 +47,7 @@ def gentle_defaults(flags: dict, typed: dict) -> tuple[dict, str]:
         return {}, ""
     row = min(ROW, whole(config.get("max_position_embeddings")) or ROW)
     rate = GENTLE["learning_rate"] * min(1, WIDTH / (whole(config.get("hidden_size")) or WIDTH))
-    rate *= LORA_RATIO if flags.get("lora_rank") else 1
+    rate *= (LORA_RATIO if flags.get("lora_rank") else 1) * RATIO_OF_STAGE.get(flags.get("stage"), 1)
     chosen = GENTLE | {"max_seq_len": row, "learning_rate": float(f"{rate:.0e}")}  # one digit: easy to type
     chosen["batch_size"] = max(1, TOKENS_PER_STEP // (typed["max_seq_len"] or row))
     if flags["max_steps"]:
