@@ -5,8 +5,8 @@
     python benchmarks/distillation.py --table                            # of what is there; trains nothing
 
 Teacher and data are those of the quickstart. Each run is train_distillation.py with the flags of its way, and
-then eval_model.py on the world's test, one run after the other on one thread. Finished runs stay, so a stopped
-command goes on where it was.
+then eval_model.py on the world's test, one run after the other on one thread. Finished runs stay, so a
+stopped command goes on where it was.
 """
 
 import json
