@@ -147,6 +147,9 @@ def yarn_frequencies(config: ModelConfig, frequency, original_length) -> tuple[t
 
 
 PRESETS: dict[str, ModelConfig] = {
+    # A third of tiny's parameters, for tiny's student in train_distillation.py. Three quarters of them are in
+    # the embedding. After 500 of 800 steps of SFT the loss was 0.65. With heads as wide as tiny's, and in
+    # return an intermediate_size of 128, it was 0.71 (one run each).
     "micro": ModelConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
                          intermediate_size=192, qk_norm=True, rope_theta=1e4),
     # Two wide heads, and not more: the model that scripts/quickstart.sh trains answered 93.6 % of 1,956 test

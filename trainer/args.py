@@ -234,7 +234,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         (args.use_wandb and not find_spec("wandb"), "--use_wandb needs wandb: pip install wandb"),
         (without_lora, f"{' '.join(without_lora)}: adapters need --lora_rank, such as --lora_rank 16"),
         (args.packing and not parser.get_default("packing"),
-         f"--packing: the rows of the stage {args.stage} can't be packed"),
+         "--packing: the rows of this stage can't be packed"),
         (is_8bit and not find_spec("bitsandbytes"),
          f"--optimizer {args.optimizer} needs bitsandbytes: pip install bitsandbytes"),
         (fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1,

@@ -302,10 +302,13 @@ def distillation(model, batch: dict, *, teacher, divergence, weight: float, temp
 def compare_tokens(head, teacher_head, divergence, temperature: float, states, teacher_states, targets):
     """The summed cross-entropy and T^2 * divergence of N tokens; states (N, C) predict targets (N,)."""
     logits = head(states).float()  # (N, V)
+    log_q = logits.log_softmax(-1)
+    data_loss = F.nll_loss(log_q, targets, reduction="sum")
     with torch.no_grad():
         teacher_logits = teacher_head(teacher_states).float()
-    # Two models of one tokenizer may have different numbers of further logits, which stand for no token.
-    size = min(logits.size(-1), teacher_logits.size(-1))
-    log_p, log_q = ((x[:, :size] / temperature).log_softmax(-1) for x in (teacher_logits, logits))
-    distance = temperature**2 * divergence(log_p, log_q).sum()
-    return F.cross_entropy(logits, targets, reduction="sum"), distance
+        # Two models of one tokenizer may have different numbers of further logits, which stand for no token.
+        size = min(logits.size(-1), teacher_logits.size(-1))
+        log_p = (teacher_logits[:, :size] / temperature).log_softmax(-1)
+    if temperature != 1 or size < logits.size(-1):
+        log_q = (logits[:, :size] / temperature).log_softmax(-1)
+    return data_loss, temperature**2 * divergence(log_p, log_q).sum()

@@ -331,7 +331,7 @@ def test_processes_and_accumulation_change_nothing(workshop, flags, tmp_path, re
 
 
 @pytest.mark.parametrize(("words", "reason"), [
-    (["--packing"], "--packing: the rows of the stage dpo can't be packed"),
+    (["--packing"], "--packing: the rows of this stage can't be packed"),
     (["--preference_loss", "ipo", "--label_smoothing", "0.1"], "--label_smoothing has no effect on ipo"),
     (["--margin", "1"], "--margin has no effect on dpo"),
     (["--beta", "0"], "--beta must be above 0"),
