@@ -34,8 +34,9 @@ def processes(bench: Bench) -> None:
     for stage in bench.stages:
         for optimizer in bench.optimizers:
             changes = {"max_steps": 50, "batch_size": 16, "log_interval": 1, "optimizer": optimizer,
-                       "learning_rate": RATES.get(stage, 1e-3), "lora_dropout": 0 if stage == "lora" else None,
-                       "eval_interval": 0, "save_interval": 50, "eval_fraction": 0, "max_seq_len": 96,
+                       "learning_rate": RATES.get(stage, 1e-3),
+                       "lora_dropout": 0 if stage == "lora" else None, "eval_interval": 0,
+                       "save_interval": 50, "eval_fraction": 0, "max_seq_len": 96,
                        "no-packing": True if stage != "pretrain" else None}
             one, again = (run_on(bench, stage, 1, changes) for _ in range(2))
             bench.report(f"the same command twice: the same bits ({stage}, {optimizer})",
