@@ -7,7 +7,8 @@ A reader may skip this file.
     {"question": "...", "answer": "... #### 42"}                 the final number decides (GSM8K)
 
 "answers" and "contains" say what a right answer is, as in dataset/answers.py. "gt", MiniMind's key, means
-"contains". "max_reward_tokens" is for the reward "length". A record without any of them is a prompt that other rewards judge.
+"contains". A record without any of them is a prompt that other rewards judge. "max_reward_tokens" is for the
+reward "length".
 """
 
 import hashlib

@@ -133,7 +133,8 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
         help="what is added up: answers, format, length, file, model (default: what the flags below ask "
              "for, else answers)")
     add("--reward_format", metavar="REGEX", help="format: 1 if the whole answer matches")
-    add("--max_reward_tokens", type=count, metavar="N", help="length: 1 up to N tokens, 0 from 2 N on (default: what a record says)")
+    add("--max_reward_tokens", type=count, metavar="N",
+        help="length: 1 up to N tokens, 0 from 2 N on (default: what a record says)")
     add("--reward_file", metavar="FILE.py:NAME",
         help="file: your own function of the prompt's messages, the answer and the record; its file is run")
     add("--reward_model", type=Path, metavar="DIR",
