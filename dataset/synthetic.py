@@ -55,7 +55,7 @@ try:
     )
     from dataset.world.hasty import hasty, mistype, noise  # noqa: E402, I001
     from dataset.world.pairs import make_pairs  # noqa: E402, I001
-    from dataset.world.skills import QUESTIONS as SKILLS, make_skills  # noqa: E402, I001
+    from dataset.world.skills import SKILL_QUESTIONS, SKILLS, make_skills  # noqa: E402, I001
     from dataset.world.texts import TEXTS  # noqa: E402, I001
 except DataError as error:  # a mistake in an edited file; a training script reports it by itself
     if __name__ == "__main__":
@@ -552,7 +552,7 @@ FAMILIES = {
     "story": (story, 2000), "memory": (memory, 7500), "self": (talk, 5000), "unknown": (unknown, 8000),
     "small_talk": (talk, 11000), "limits": (talk, 8500),
 }
-EXACT = ("comparing", "sorting", "counting", "words", "addition", "subtraction")  # no typing mistakes here
+EXACT = ("comparing", "sorting", "counting", "words", "addition", "subtraction", *SKILLS)  # no typos
 IN_BETWEEN = [family for family in FAMILIES if family not in ("memory", "story", "self")]  # of a longer chat
 ADAPTERS = {"identity": (identity, 1600), "clinic": (clinic, 2000)}
 
@@ -634,7 +634,7 @@ def build(seed=0):
         rng.shuffle(chats)
         files[f"lora_{family}"] = chats
         files[f"lora_{family}_test"] = make_chats(world, family, generator, 100, True, asked)
-    files |= make_skills(world, split_wordings(random.Random(seed), SKILLS), files["sft"], seed)
+    files |= make_skills(world, split_wordings(random.Random(seed), SKILL_QUESTIONS), files["sft"], seed)
     files |= make_pairs(world, seed)
     return {name: files[name] for name in FILES}
 
