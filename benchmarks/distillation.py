@@ -5,8 +5,8 @@
     python benchmarks/distillation.py --table                            # of what is there; trains nothing
 
 Teacher and data are those of the quickstart. Each run is train_distillation.py with the flags of its way, and
-then eval_model.py on the world's test, one run after the other on one thread. The student begins with random
-weights. Finished runs stay, so a stopped command goes on where it was.
+then eval_model.py on the world's test, one run after the other on one thread. Finished runs stay, so a
+stopped command goes on where it was.
 """
 
 import json
@@ -57,6 +57,8 @@ def main(args):
 def result(args, way: str, seed: int, rate: float) -> dict | None:
     """What a run came to. It trains and scores unless that was done before; with --table it may be None."""
     world, name = args.quickstart / "world", f"{way}_steps{args.steps}_rate{rate:g}_seed{seed}"
+    start = ["--load_from", args.load_from] if args.load_from else []
+    name += f"_from_{args.load_from.name}" if args.load_from else ""
     run_dir, scores = args.out_dir / name, args.out_dir / f"{name}.json"
     if not scores.exists():
         if args.table:
@@ -66,7 +68,7 @@ def result(args, way: str, seed: int, rate: float) -> dict | None:
                  "--data_path", world / "sft.jsonl", "--eval_data_path", world / "sft_eval.jsonl",
                  "--out_dir", args.out_dir, "--name", name, "--max_steps", args.steps, "--batch_size", 8,
                  "--learning_rate", rate, "--seed", seed, "--log_interval", 100, "--eval_interval", 0,
-                 "--resume", *WAYS[way][1].split())
+                 "--resume", *WAYS[way][1].split(), *start)
         call(scores, "eval_model.py", "--load_from", run_dir, "--data_path", world / "sft_test.jsonl",
              "--temperature", 0, "--batch_size", 64, "--json", scores)
     files = run_dir / "training.json", scores
@@ -116,6 +118,7 @@ if __name__ == "__main__":
     add("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="of teaching")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="of weights and data order")
     add("--rates", type=positive, nargs="+", default=[1e-2], metavar="LR", help="learning rates")
+    add("--load_from", type=Path, metavar="DIR", help="the student (default: random weights)")
     add("--steps", type=count, default=1000, metavar="N", help="of 8 rows of 256 tokens")
     add("--table", action="store_true", help="show what is there already, and train nothing")
     run_script(main, parser.parse_args())

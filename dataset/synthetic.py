@@ -17,7 +17,8 @@ Half of the questions are written as people in a hurry type them (dataset/world/
 the end of a longer chat, so that the model answers the last question and still remembers the first.
 
 Pretraining texts (stories, descriptions, lists, sums) state the very facts that the chat records ask for. Two
-more sets of chat records train adapters: another identity, and the knowledge of a plant clinic.
+more sets of chat records train adapters: another identity, and the knowledge of a plant clinic. Pairs of
+stories, for preferences, come from dataset/world/pairs.py.
 
 Held out by construction, so that the test asks for understanding and not for memory:
   wordings     a wording of a question ("do you know what sound {x} makes?") is for training or for the test;

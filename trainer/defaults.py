@@ -26,7 +26,7 @@ GENTLE = {"optimizer": "adamw", "learning_rate": 1e-4, "warmup_ratio": 0.1, "epo
           "batch_size": TOKENS_PER_STEP // ROW, "micro_batch_size": 1}
 LORA_RATIO = 10  # an adapter learns this many times faster than the weights themselves would
 # DPO only asks that one answer gains on the other. Large steps do that, too, and make both answers unlikely.
-# What a reward says of an answer is far more random than what a text says of its next word.
+# A reward says little about each token, and what it says is partly chance.
 RATIO_OF_STAGE = {"dpo": 0.1, "grpo": 0.1, "ppo": 0.1}
 ROWS_OF_ANSWERS = 8  # in a forward pass over answers, which are much shorter than ROW
 # AdamW changes each weight by about the learning rate. In a wide layer more of these changes add up. So the
@@ -50,12 +50,13 @@ def gentle_defaults(flags: dict, typed: dict) -> tuple[dict, str]:
     chosen, row = gentle_values(flags), min(ROW, whole(config.get("max_position_embeddings")) or ROW)
     rate = chosen["learning_rate"] * min(1, WIDTH / (whole(config.get("hidden_size")) or WIDTH))
     chosen |= {"max_seq_len": row, "learning_rate": float(f"{rate:.0e}")}  # one digit: easy to type
-    if "group_size" not in flags:
+    writes_answers = "group_size" in flags  # how many tokens a step shows is not known before
+    if not writes_answers:
         chosen["batch_size"] = max(1, TOKENS_PER_STEP // (typed["max_seq_len"] or row))
-        if shown:
-            chosen["epochs"] = min(MAX_EPOCHS, math.ceil(MIN_STEPS * TOKENS_PER_STEP / shown))
-    if flags["max_steps"]:
-        chosen["epochs"] = flags["epochs"]  # has no effect
+    if flags["max_steps"] or writes_answers:
+        chosen["epochs"] = flags["epochs"]
+    elif shown:
+        chosen["epochs"] = min(MAX_EPOCHS, math.ceil(MIN_STEPS * TOKENS_PER_STEP / shown))
     return chosen, "did not grow here" if seen is None else f"has seen {seen:,} tokens"
 
 
@@ -63,9 +64,8 @@ def gentle_values(flags: dict) -> dict:
     """GENTLE for a stage with these flags, over a model that is not wide."""
     ratio = (LORA_RATIO if flags.get("lora_rank") else 1) * RATIO_OF_STAGE.get(flags.get("stage"), 1)
     values = GENTLE | {"learning_rate": GENTLE["learning_rate"] * ratio}
-    if "group_size" in flags:  # a batch is a number of answers, whose length the data doesn't tell
-        values |= {name: flags[name] for name in ("batch_size", "epochs")}
-        values["micro_batch_size"] = ROWS_OF_ANSWERS
+    if "group_size" in flags:  # GRPO and PPO count answers, and need as many of them as over a young model
+        values |= {"batch_size": flags["batch_size"], "micro_batch_size": ROWS_OF_ANSWERS}
     return values
 
 

@@ -93,9 +93,10 @@ class OwnAnswers(Lessons):
     """Lessons of which a part, on_policy, are on-policy: the student answers the prompts of the batch anew.
 
     on_policy 0.25 are the batches 3, 7, 11 and so on. An answer takes the place of the last answer of its
-    conversation, has at most max_new_tokens, and ends with one of end_tokens where it is not cut off. It
-    follows from the number of the batch, the seed and the weights of the moment. So a resumed run needs no
-    other state, and any number of processes writes the same.
+    conversation, has at most max_new_tokens, and ends with one of end_tokens where it is not cut off. Rows
+    keep their conversations, so packed rows become longer where answers do. An answer follows from the
+    number of the batch, the seed and the weights of the moment. So a resumed run needs no other state, and
+    any number of processes writes the same.
     """
 
     def __init__(self, batches: Batches, of_teacher: str, student: CausalLM, ranks: Ranks, *,
@@ -109,10 +110,11 @@ class OwnAnswers(Lessons):
             return super().__getitem__(number)
         rows = self.rows_of(number)
         samples = np.concatenate(rows).tolist()
-        # A row of random numbers for each sample of the batch, whichever process has the sample. The 2 keeps
+        # Each sample of the batch has a row of random numbers, whichever process answers it. The 2 keeps
         # these numbers apart from those of other generators with this seed.
-        numbers = np.random.default_rng([self.seed, number, 2]).random((len(samples), self.max_new_tokens))
-        numbers = dict(zip(samples, torch.from_numpy(numbers).float(), strict=True))
+        numbers = np.random.default_rng([self.seed, number, 2]).random(
+            (len(samples), self.max_new_tokens), dtype=np.float32)
+        numbers = dict(zip(samples, torch.from_numpy(numbers), strict=True))
         micro_batches, num_units, num_tokens = [], 0, 0
         for part in self.forward_passes(rows):
             mine = np.concatenate([*part, []]).astype(int).tolist()  # no row: no sample

@@ -58,7 +58,8 @@ if __name__ == "__main__":
     parser = flags.tuning_parser(__doc__)
     add = parser.add_argument_group("preferences (the equations: trainer/losses.py)").add_argument
     add("--preference_loss", choices=BETA, default="dpo", help="how a pair becomes a loss")
-    add("--beta", type=flags.positive, metavar="B", help=f"how much a preference weighs (default: {BETA})")
+    add("--beta", type=flags.positive, metavar="B",
+        help="how much a difference in log-probability counts (default: 0.1; simpo: 2)")
     add("--label_smoothing", type=flags.fraction, default=0.0, metavar="F",
         help="part of the pairs that may be the wrong way round, for dpo and simpo")
     add("--sft_weight", type=flags.not_negative, default=1.0, metavar="W",
