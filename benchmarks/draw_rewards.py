@@ -19,16 +19,18 @@ from benchmarks.shared import COLORS, markdown, new_figure, output_of, save_pict
 from common.cli import ROOT, Parser, count, run_script
 from common.files import read_json, write_whole
 
-FLAGS = ("--batch_size 256 --max_new_tokens 32 --log_interval 2 --eval_interval 5 --show_interval 10 "
-         "--learning_rate 3e-4 --lr_schedule wsd").split()
+UPDATES = 4  # of each rollout
+FLAGS = (f"--batch_size 256 --updates_per_rollout {UPDATES} --max_new_tokens 32 --learning_rate 3e-4 "
+         f"--log_interval {UPDATES} --eval_interval {3 * UPDATES} --show_interval 9").split()
+SHORT = ["--rewards", "answers", "length:0.2"]  # the second reward leads to the first right answers
 GAMED = "def mentioned(messages, answer, record):\n    return record['answers'][0] in answer\n"
 VARIANTS = {  # name: the flags that differ
-    "as it should be": [], "rate 10 times as high": ["--learning_rate", "3e-3"],
-    "groups of 2": ["--group_size", "2"], "--kl_beta 0.1": ["--kl_beta", "0.1"],
+    "as it should be": SHORT, "rate 10 times as high": [*SHORT, "--learning_rate", "3e-3"],
+    "groups of 2": [*SHORT, "--group_size", "2"], "--kl_beta 0.1": [*SHORT, "--kl_beta", "0.1"],
     # The second reward counts next to nothing. It is there to be logged.
     "gamed": ["--reward_file", "{folder}/gamed.py:mentioned", "--rewards", "file", "answers:1e-6"],
 }  # fmt: skip
-SMOOTH = 3  # log lines of which the mean is drawn
+SMOOTH = 2  # log lines of which the mean is drawn
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, metavar="DIR", required=True, help="for the runs")
     parser.add_argument("--ladder", type=Path, metavar="DIR", help="the --folder of benchmarks/ladder.py")
     parser.add_argument("--out_dir", type=Path, metavar="DIR", default=ROOT / "docs", help="for the picture")
-    parser.add_argument("--rollouts", type=count, default=40, metavar="N", help="of each run")
+    parser.add_argument("--rollouts", type=count, default=24, metavar="N", help="of each run")
     parser.add_argument("--old_questions", type=count, default=420, metavar="N", help="of sft_test.jsonl")
     return parser.parse_args()
 
@@ -55,9 +57,9 @@ def main(args: argparse.Namespace) -> None:
         run = train(args, f"variant{number}", flags)
         log, after = metrics(run), score(args, run, run.name)
         steps = [line for line in log if "loss" in line]
-        rows.append({"": name, "reward": steps[-1]["reward"], "held out": after["largest"],
+        rows.append({"": name, "reward": steps[-1]["reward"], "right": after["largest"],
                      "old": 100 * (after["old"] - before["old"]), "entropy": steps[-1]["entropy"]})
-    print(markdown(rows, {"reward": ".2f", "held out": ".2f", "old": "+.1f", "entropy": ".2f"}))
+    print(markdown(rows, {"reward": ".2f", "right": ".2f", "old": "+.1f", "entropy": ".2f"}))
     draw(args)
 
 
@@ -67,7 +69,8 @@ def train(args: argparse.Namespace, name: str, flags: list[str]) -> Path:
     if not (run / "training.json").exists() or (run / "checkpoints").exists():
         output_of([sys.executable, ROOT / "trainer/train_grpo.py", "--data_path", args.folder / "grpo.jsonl",
                    "--eval_data_path", args.folder / "grpo_eval.jsonl", "--load_from", args.load_from,
-                   "--out_dir", args.folder, "--name", name, "--max_steps", args.rollouts, "--resume", *FLAGS,
+                   "--out_dir", args.folder, "--name", name, "--max_steps", args.rollouts * UPDATES,
+                   "--resume", *FLAGS,
                    *[flag.format(folder=args.folder) for flag in flags]])
     return run
 
@@ -101,7 +104,7 @@ def draw(args: argparse.Namespace) -> None:
     figure, [axes] = new_figure(13, 3.4, columns=4)
     for number, name in enumerate(list(VARIANTS)[:4]):
         log = metrics(args.folder / f"variant{number}")
-        axes[0].plot(*curve(log, "eval_reward"), "o-", color=COLORS[number], label=name, markersize=3)
+        axes[0].plot(*curve(log, "eval_reward_answers"), "o-", color=COLORS[number], label=name, markersize=3)
         axes[1].plot(*curve(log, "entropy", SMOOTH), color=COLORS[number], label=name)
     log = metrics(args.folder / f"variant{list(VARIANTS).index('gamed')}")
     axes[2].plot(*curve(log, "reward_file"), color=COLORS[1], label="reward: the number is mentioned")

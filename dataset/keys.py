@@ -60,7 +60,7 @@ NO_MEANING = set(
     # anything else
     "meta metadata info extra extra_info schema features comment comments note notes signature cache_control "
     # for the scoring and the rewards of this project and of MiniMind
-    "answers contains gt".split()
+    "answers contains gt max_reward_tokens".split()
 ) | {"", "Unnamed: 0"}  # a column of row numbers without a name, and what pandas makes of it
 
 Note = Callable[[str], None]  # takes what is worth counting about a record that is used all the same

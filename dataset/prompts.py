@@ -7,7 +7,8 @@ A reader may skip this file.
     {"question": "...", "answer": "... #### 42"}                 the final number decides (GSM8K)
 
 "answers" and "contains" say what a right answer is, as in dataset/answers.py. "gt", MiniMind's key, means
-"contains". A record without any of them is a prompt that other rewards judge.
+"contains". A record without any of them is a prompt that other rewards judge. "max_reward_tokens" is for the
+reward "length".
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import DataError
-from dataset.answers import AnswerTest, answer_test
+from dataset.answers import AnswerTest, answer_test, required
 from dataset.chat import encode_chat
 from dataset.keys import is_empty, value_of
 from dataset.messages import to_messages
@@ -101,6 +102,8 @@ def read_prompt(tokenizer, record: dict, where: str, note: Callable) -> Prompt:
                                                              if key in record}, note)
     if not messages or messages[-1]["role"] == "assistant":
         raise DataError("the prompt ends with an answer, and holds no question")
+    if "max_reward_tokens" in record and required(record, "max_reward_tokens", int) < 1:
+        raise DataError(f"'max_reward_tokens' must be at least 1, not {record['max_reward_tokens']}")
     ids, _ = encode_chat(tokenizer, messages, tools, True)
     return Prompt(messages, ids, test_of(record, last_turn), record, where)
 

@@ -134,7 +134,7 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
              "for, else answers)")
     add("--reward_format", metavar="REGEX", help="format: 1 if the whole answer matches (default: none)")
     add("--max_reward_tokens", type=count, metavar="N",
-        help="length: 1 up to N tokens, 0 from 2 N on (default: none)")
+        help="length: 1 up to N tokens, 0 from 2 N on (default: what a record says)")
     add("--reward_file", metavar="FILE.py:NAME",
         help="file: your own function of the prompt's messages, the answer and the record; its file is run "
              "(default: none)")
@@ -160,7 +160,8 @@ def choose_rewards(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     asked = [(name, 1.0) for name in REWARD_FLAGS if name in given] or [("answers", 1.0)]
     weights = dict(args.rewards or asked)
     for name, flag in REWARD_FLAGS.items():
-        if flag and (name in weights) != (name in given):
+        is_needed = name in weights and name != "length"  # records may have limits of their own
+        if flag and (is_needed and name not in given or name in given and name not in weights):
             missing = (f"--rewards {name} needs --{flag}" if name in weights
                        else f"--{flag} has no effect: add {name} to --rewards")
             parser.error(missing)

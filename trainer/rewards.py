@@ -4,7 +4,8 @@
 
 answers  1 if the answer is right by the record's own test (dataset/prompts.py), else 0
 format   1 if the whole answer, ends stripped, matches --reward_format, else 0
-length   1 up to --max_reward_tokens; from there it falls evenly, to 0 at twice as many
+length   1 up to --max_reward_tokens; from there it falls evenly, to 0 at twice as many. A record may have its
+         own "max_reward_tokens"; without both the length doesn't matter: 1
 file     what the person's own function says: --reward_file my.py:score, where my.py holds
              def score(messages, answer, record):    # the prompt as messages, the text, the whole record
                  return float(len(answer) < 80)      # any number
@@ -75,8 +76,12 @@ def matches(pattern: str) -> Part:
     return lambda _, answers: [float(bool(compiled.fullmatch(answer.text.strip()))) for answer in answers]
 
 
-def shortness(longest: int) -> Part:
-    return lambda _, answers: [min(1.0, max(0.0, 2 - answer.num_tokens / longest)) for answer in answers]
+def shortness(longest: int | None) -> Part:
+    def judge(prompt: Prompt, answer: Answer) -> float:
+        limit = prompt.record.get("max_reward_tokens", longest)
+        return min(1.0, max(0.0, 2 - answer.num_tokens / limit)) if limit else 1.0
+
+    return lambda prompts, answers: [judge(*pair) for pair in zip(prompts, answers, strict=True)]
 
 
 def own_function(path_and_name: str) -> Part:

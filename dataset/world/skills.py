@@ -61,6 +61,8 @@ def short_story(world, family, lang, for_test):
 
 
 SKILLS = {"largest": largest, "second": second, "short_story": short_story}
+# A short answer gets a small reward of its own: without it a first right answer is rarely found.
+MAX_REWARD_TOKENS = {"largest": 4, "second": 4, "short_story": 25}
 LONGEST = 200  # characters of an old chat: what is long takes long to read, again for every answer
 COUNTS = {"grpo": 900, "grpo_eval": 64, "grpo_test": 200}  # prompts of each skill
 
@@ -87,7 +89,9 @@ def make_skills(world, wordings, chats, seed):
                 found += 1
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]
                 answers = list(dict.fromkeys(answers))
-                files[file].append(({"conversations": turns, "answers": answers, "family": family}, None))
+                record = {"conversations": turns, "answers": answers, "family": family,
+                          "max_reward_tokens": MAX_REWARD_TOKENS[family]}
+                files[file].append((record, None))
     short = [row for row in chats if sum(len(turn["content"]) for turn in row[0]["conversations"]) < LONGEST]
     files["grpo"] += rng.sample(short, len(files["grpo"]) // 3)
     rng.shuffle(files["grpo"])

@@ -40,6 +40,13 @@ def test_length_falls_from_its_limit_to_twice_as_many_tokens(num_tokens, reward)
     assert judge(Rewards({"length": 1.0}, max_reward_tokens=10), "x", num_tokens)["reward"] == reward
 
 
+def test_a_record_may_have_a_limit_of_its_own():
+    rewards = Rewards({"length": 1.0})
+    record = Prompt(ASKED, [1], AnswerTest(), {"max_reward_tokens": 4}, "x.jsonl:1")
+    assert judge(rewards, "x", 6, record)["reward"] == 0.5 and judge(rewards, "x", 6)["reward"] == 1.0
+    assert judge(Rewards({"length": 1.0}, max_reward_tokens=3), "x", 6, record)["reward"] == 0.5
+
+
 def test_parts_are_weighted_and_added():
     rewards = Rewards({"answers": 2.0, "length": -0.5}, max_reward_tokens=10)
     assert judge(rewards, "5", 15) == {"reward": 2.0 - 0.25, "reward_answers": 1.0, "reward_length": 0.5}
@@ -139,7 +146,8 @@ def test_the_flags_say_which_parts_count(given, weights):
     (["--rewards", "answer"], "'answer' is none of answers, format, length, file, model"),
     (["--rewards", "answers:0"], "a weight that is not 0"),
     (["--rewards", "answers:much"], "answers:much"),
-    (["--rewards", "length"], "--rewards length needs --max_reward_tokens"),
+    (["--rewards", "format"], "--rewards format needs --reward_format"),
+    (["--rewards", "answers", "--max_reward_tokens", "9"], "no effect: add length to --rewards"),
     (["--rewards", "answers", "--reward_format", "a"], "no effect: add format to --rewards"),
 ])  # fmt: skip
 def test_a_part_without_its_flag_and_a_flag_without_its_part_are_refused(given, says, capsys):
