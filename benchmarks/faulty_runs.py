@@ -104,12 +104,13 @@ class Bench:
         if stage == "lora":
             flags |= {"lora_rank": 4, "lora_dropout": 0.1}
         if stage in ROLLOUT_STAGES:
-            # Many states are saved between two updates of one rollout. The temperature is low, so that few
-            # tokens are likely. Among thousands of equally likely tokens, one number in a thousand is so near
-            # to a border between two of them that rounding decides.
-            flags |= {"reward_file": f"{self.reward}:score", "batch_size": 8, "group_size": 4,
-                      "kl_beta": 0.05, "max_new_tokens": 8, "updates_per_rollout": 2, "show_interval": 0,
-                      "temperature": 0.05}
+            # Many states are saved between two updates of one rollout. The base has learnt for longer. A base
+            # that knows nothing finds thousands of tokens equally likely. Then often a random number
+            # lies so near to the border between two of them that rounding decides what is sampled.
+            base = self.reference("pretrain", max_steps=300, save_interval=300)
+            flags |= {"load_from": base / "pretrain", "reward_file": f"{self.reward}:score", "batch_size": 8,
+                      "group_size": 4, "kl_beta": 0.05, "max_new_tokens": 8, "updates_per_rollout": 2,
+                      "show_interval": 0}
         if stage == "distillation":  # in half of the steps the student writes the answers itself
             teacher = self.reference("full_sft") / "full_sft"
             flags |= {"teacher": teacher, "on_policy": 0.5, "max_new_tokens": 8}

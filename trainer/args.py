@@ -132,13 +132,14 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
     add("--rewards", nargs="+", type=weighted, metavar="NAME[:WEIGHT]",
         help="what is added up: answers, format, length, file, model (default: what the flags below ask "
              "for, else answers)")
-    add("--reward_format", metavar="REGEX", help="format: 1 if the whole answer matches")
+    add("--reward_format", metavar="REGEX", help="format: 1 if the whole answer matches (default: none)")
     add("--max_reward_tokens", type=count, metavar="N",
         help="length: 1 up to N tokens, 0 from 2 N on (default: what a record says)")
     add("--reward_file", metavar="FILE.py:NAME",
-        help="file: your own function of the prompt's messages, the answer and the record; its file is run")
+        help="file: your own function of the prompt's messages, the answer and the record; its file is run "
+             "(default: none)")
     add("--reward_model", type=Path, metavar="DIR",
-        help="model: a sequence-classification model of transformers")
+        help="model: a sequence-classification model of transformers (default: none)")
     parser.set_defaults(packing=False)  # each answer has a row of its own
     return parser
 

@@ -37,7 +37,7 @@ def chat(*turns):
 # --- help and ways to call ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "dpo", "grpo", "ppo", "distillation"])
 def test_help_is_grouped_complete_and_imports_nothing_heavy(stage):
     script = str(ROOT / "trainer" / f"train_{stage}.py")
     ended = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], capture_output=True,
@@ -53,7 +53,7 @@ def test_help_is_grouped_complete_and_imports_nothing_heavy(stage):
         assert "(default:" in text or re.search(r"--(load_from|max_steps|\w+_size|num_\w+|name)", flag) or \
             flag in ("--strict", "--allow_unusable", "--split_documents", "--resume", "--overwrite",
                      "--compile", "--gradient_checkpointing",
-                     "--use_wandb", "--lora_rslora"), flag
+                     "--use_wandb", "--lora_rslora", "--mask_cut_off"), flag
 
 
 @pytest.fixture(scope="session")
