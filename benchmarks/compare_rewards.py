@@ -7,6 +7,7 @@ The task: name the largest of three numbers, which SFT never taught. The reward 
 up to 0.2 for a short one: without that, hardly any of the first answers would have a reward. Every run
 samples the same number of answers, and all but one make several steps with each rollout. The table shows:
 
+rollouts to 0.6    until the mean reward of a rollout reached half of what it can be
 reward    mean reward of the answers that were sampled in the last rollouts
 held out  part of the right greedy answers to 200 questions that were never trained
 KL        how far the model has moved: KL(model || base), a mean over the tokens of answers that it samples
@@ -30,7 +31,8 @@ from common.errors import UsageError
 from common.files import json_text, read_json, write_whole
 
 FAMILY, LONGEST = "largest", 24  # of the built-in prompts; tokens of an answer at most
-LAST_STEPS = 8  # over which the last reward is a mean
+HALF = 0.6  # of the largest reward, 1.2
+LAST_ROLLOUTS = 4  # over which reward and entropy are means
 # Name -> (stage, flags, number of seeds). With one update a rollout all losses of GRPO would be the same.
 METHODS = {
     "GRPO: clipped ratio": ("grpo", ["--policy_loss", "clipped"], 2),
@@ -73,25 +75,28 @@ def compared(args, method: str, seed: int, prompts: dict[str, Path]) -> dict:
     if not file.exists():
         if "--updates_per_rollout" not in flags:
             flags = [*flags, "--updates_per_rollout", str(args.updates)]
-        steps = args.rollouts * int(flags[flags.index("--updates_per_rollout") + 1])
+        updates = int(flags[flags.index("--updates_per_rollout") + 1])
         before = seconds_of_children()
         output_of([
             sys.executable, ROOT / "trainer" / f"train_{stage}.py", "--load_from", args.load_from,
             "--data_path", prompts["grpo"], "--eval_fraction", 0, "--out_dir", args.out_dir, "--name", name,
-            "--overwrite", "--max_steps", steps, "--seed", seed, "--max_new_tokens", LONGEST,
-            "--batch_size", 256, "--group_size", 16, "--rewards", "answers", "length:0.2",
-            "--max_reward_tokens", 4, "--learning_rate", args.learning_rate, "--optimizer", "adamw",
-            "--dtype", "float32", "--log_interval", 1, "--show_interval", 0, *flags], OMP_NUM_THREADS="1")
+            "--overwrite", "--max_steps", args.rollouts * updates, "--seed", seed,
+            "--max_new_tokens", LONGEST, "--batch_size", 256, "--group_size", 16, "--rewards", "answers",
+            "length:0.2", "--max_reward_tokens", 4, "--learning_rate", args.learning_rate, "--optimizer",
+            "adamw", "--dtype", "float32", "--log_interval", 1, "--show_interval", 0, *flags,
+        ], OMP_NUM_THREADS="1")
         seconds, run_dir = seconds_of_children() - before, args.out_dir / name
         lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         steps_of_run = [json.loads(line) for line in lines]
         reward, entropy = ([step[value] for step in steps_of_run] for value in ("reward", "entropy"))
+        last, rewards = updates * LAST_ROLLOUTS, reward[::updates]
         row = {"": method + (f", seed {seed}" if seed > 1 else ""),
-               "reward": sum(reward[-LAST_STEPS:]) / LAST_STEPS,
+               "rollouts to 0.6": next((n for n, mean in enumerate(rewards, 1) if mean >= HALF), None),
+               "reward": sum(reward[-last:]) / last,
                "held out": held_out(run_dir, prompts["grpo_test"]),
                "KL": divergence(run_dir, args.load_from, prompts["grpo_test"]),
-               "entropy": sum(entropy[-LAST_STEPS:]) / LAST_STEPS, "seconds": seconds}
-        write_whole(file, json_text(row | {"rewards": reward}))
+               "entropy": sum(entropy[-last:]) / last, "seconds": seconds}
+        write_whole(file, json_text(row | {"rewards": rewards}))
     row = read_json(file)
     print(f"{name:<32} held out {row['held out']:.3f}", flush=True)
     return {key: value for key, value in row.items() if key != "rewards"}

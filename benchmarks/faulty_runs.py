@@ -26,7 +26,8 @@ from common.cli import ROOT
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
 
-STAGES = ("pretrain", "full_sft", "lora", "ppo", "distillation")
+STAGES = ("pretrain", "full_sft", "lora", "dpo", "grpo", "ppo", "distillation")
+ROLLOUT_STAGES = ("grpo", "ppo")
 MAX_SECONDS = 600  # a run that has not ended by then counts as hanging
 SECONDS_TO_STOP = 30  # torchrun kills processes that have not obeyed SIGTERM by then
 SAVE_INTERVAL = 3  # steps
@@ -52,11 +53,15 @@ class Bench:
             turns = [(r, phrase(1, 14)) for _ in range(rng.choice((1, 1, 2))) for r in ("user", "assistant")]
             return {"conversations": [{"role": role, "content": text} for role, text in turns]}
 
-        self.judge = folder / "judge.py"  # the rewards of GRPO and PPO
-        self.judge.write_text("def score(messages, answer, record):\n    return answer.count('e')\n")
+        self.reward = folder / "reward.py"
+        self.reward.write_text("def score(messages, answer, record):\n    return answer.count('a')\n")
         self.texts, self.chats = folder / "texts.jsonl", folder / "chats.jsonl"
+        self.pairs = folder / "pairs.jsonl"
         self.texts.write_text("".join(json.dumps({"text": phrase(3, 40)}) + "\n" for _ in range(45)))
         self.chats.write_text("".join(json.dumps(chat()) + "\n" for _ in range(41)))
+        pairs = ({"prompt": phrase(1, 9), "chosen": phrase(1, 12), "rejected": phrase(13, 16)}
+                 for _ in range(41))
+        self.pairs.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
     def report(self, promise: str, problems: list[str], note: str = "") -> None:
         """Adds a row to the table. problems: what is wrong with each trial, '' where nothing is wrong."""
@@ -87,7 +92,8 @@ class Bench:
 
     def flags(self, stage: str, out_dir: Path, **changes) -> list[str]:
         """A short run that logs, validates and saves often, each at another interval."""
-        flags = {"data_path": self.texts if stage == "pretrain" else self.chats, "out_dir": out_dir,
+        data = {"pretrain": self.texts, "dpo": self.pairs}.get(stage, self.chats)
+        flags = {"data_path": data, "out_dir": out_dir,
                  "name": stage, "max_seq_len": 64, "batch_size": 4, "device": "cpu", "dtype": "float32",
                  "eval_fraction": 0.2, "max_steps": 24, "log_interval": 4, "save_interval": SAVE_INTERVAL,
                  "eval_interval": 9, "learning_rate": 0.01}
@@ -97,9 +103,13 @@ class Bench:
             flags |= {"load_from": self.reference("pretrain") / "pretrain"}
         if stage == "lora":
             flags |= {"lora_rank": 4, "lora_dropout": 0.1}
-        if stage in ("grpo", "ppo"):  # two steps learn from a rollout, so a kill may fall between them
-            flags |= {"reward_file": f"{self.judge}:score", "max_new_tokens": 6, "group_size": 2,
-                      "updates_per_rollout": 2, "kl_beta": 0.05, "show_interval": 0}
+        if stage in ROLLOUT_STAGES:
+            # Many states are saved between two updates of one rollout. The temperature is low, so that few
+            # tokens are likely. Among thousands of equally likely tokens, one number in a thousand is so near
+            # to a border between two of them that rounding decides.
+            flags |= {"reward_file": f"{self.reward}:score", "batch_size": 8, "group_size": 4,
+                      "kl_beta": 0.05, "max_new_tokens": 8, "updates_per_rollout": 2, "show_interval": 0,
+                      "temperature": 0.05}
         if stage == "distillation":  # in half of the steps the student writes the answers itself
             teacher = self.reference("full_sft") / "full_sft"
             flags |= {"teacher": teacher, "on_policy": 0.5, "max_new_tokens": 8}

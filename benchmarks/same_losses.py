@@ -127,6 +127,7 @@ def sampled_answers(model, tokenizer) -> dict:
     from model.generate import generate
     from trainer.distributed import Ranks
     from trainer.losses import answer_log_probs
+    from trainer.rollouts import group_advantages
     from trainer.values import add_value_head, judge_tokens
 
     rows, labels = [], []
@@ -148,9 +149,8 @@ def sampled_answers(model, tokenizer) -> dict:
     with torch.no_grad():
         batch["old_log_probs"], _ = answer_log_probs(sampler, batch, TEMPERATURE)
         batch["reference_log_probs"], _ = answer_log_probs(reference, batch, TEMPERATURE)
-    pairs = rewards.view(-1, 2)
-    group_advantages = ((pairs - pairs.mean(1, keepdim=True)) / (pairs.std(1, keepdim=True) + 1e-4)).flatten()
-    batch |= {"advantages": group_advantages[:, None] * is_answer, "rewards": rewards, "lengths": lengths}
+    advantages = group_advantages(rewards.view(-1, 2), divide=True).flatten()
+    batch |= {"advantages": advantages[:, None] * is_answer, "rewards": rewards, "lengths": lengths}
     batch["token_weights"] = (len(rows) / lengths.sum()).expand(len(rows))
 
     judged = dict(batch)  # with values, returns and advantages as train_ppo.py computes them

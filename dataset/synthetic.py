@@ -17,7 +17,8 @@ Half of the questions are written as people in a hurry type them (dataset/world/
 the end of a longer chat, so that the model answers the last question and still remembers the first.
 
 Pretraining texts (stories, descriptions, lists, sums) state the very facts that the chat records ask for. Two
-more sets of chat records train adapters: another identity, and the knowledge of a plant clinic.
+more sets of chat records train adapters: another identity, and the knowledge of a plant clinic. Pairs of
+stories, for preferences, come from dataset/world/pairs.py.
 
 Held out by construction, so that the test asks for understanding and not for memory:
   wordings     a wording of a question ("do you know what sound {x} makes?") is for training or for the test;
@@ -34,6 +35,7 @@ import json
 import random
 import re
 import sys
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +56,7 @@ try:
     )
     from dataset.world.hasty import hasty, mistype, noise  # noqa: E402, I001
     from dataset.world.pairs import make_pairs  # noqa: E402, I001
-    from dataset.world.skills import QUESTIONS as SKILLS, make_skills  # noqa: E402, I001
+    from dataset.world.skills import SKILL_QUESTIONS, SKILLS, make_skills  # noqa: E402, I001
     from dataset.world.texts import TEXTS  # noqa: E402, I001
 except DataError as error:  # a mistake in an edited file; a training script reports it by itself
     if __name__ == "__main__":
@@ -81,7 +83,7 @@ def split_wordings(rng, questions=QUESTIONS):
     No wording of a test is in the training of any kind.
 
     The first wording of each line stays in training. Of the other combinations one in eight is held out, so
-    that a held-out wording is new as a whole, while the model has met its parts in other wordings.
+    that a held-out wording is new as a whole, while the model has met its words in others of the same kind.
     """
     lines = read_wordings(questions)
     always = {bare(wording) for some in lines.values() for line, can_hold_out in some
@@ -89,7 +91,14 @@ def split_wordings(rng, questions=QUESTIONS):
     test = {}
     for key in lines:
         free = sorted({wording for line, _ in lines[key] for wording in line if bare(wording) not in always})
-        test[key] = set(rng.sample(free, min(len(free), max(3, len(free) // 8))))
+        different = {bare(wording): wording for line, _ in lines[key] for wording in line}.values()
+        in_training = Counter(word for wording in different for word in parts_of(wording))
+        test[key], wanted = set(), max(3, len(free) // 8)
+        for wording in rng.sample(free, len(free)):
+            parts = parts_of(wording)
+            if len(test[key]) < wanted and min(in_training[part] for part in parts) > 1:
+                test[key].add(wording)
+                in_training.subtract(parts)
     bare_test = {bare(wording) for wordings in test.values() for wording in wordings}
     split = {}
     for key, some in lines.items():  # two kinds may share a wording: what one tests, the other does not train
@@ -97,6 +106,11 @@ def split_wordings(rng, questions=QUESTIONS):
         tested = [[wording for wording in line if wording in test[key]] for line, _ in some]
         split[key] = Split([line for line in training if line], [line for line in tested if line])
     return split
+
+
+def parts_of(wording):
+    """The English words, Chinese characters and slots of a wording."""
+    return set(re.findall("[a-z']+|[^\x00-\x7f]|{.*?}", wording.lower()))
 
 
 class World:
@@ -109,7 +123,8 @@ class World:
         self.rng = rng = random.Random(seed)
         self.wordings = split_wordings(rng)
         pairs = [(a, b) for a in range(100) for b in range(a + 1)]
-        self.held_pairs = set(rng.sample(pairs, 250))  # (larger, smaller): 5 % of all
+        self.held_list = rng.sample(pairs, 250)  # (larger, smaller): 5 % of all
+        self.held_pairs = set(self.held_list)
         self.ordinary_text = ordinary_text()
         self.ordinary_words = words_of(self.ordinary_text)
         self.names = {lang: self.split(NAMES[f"names {lang}"], 6) for lang in LANGUAGES}
@@ -215,10 +230,10 @@ class World:
     def number_pair(self, for_test):
         """(a, b) with a >= b: one of the held-out pairs, or one of the others."""
         if for_test:
-            return self.rng.choice(sorted(self.held_pairs))
+            return self.rng.choice(self.held_list)
         while True:
             # Small numbers too, as people ask for them, and small beside large, as in the last step of a sum.
-            top_a, top_b = self.rng.choices([(99, 99), (12, 12), (99, 9)], [65, 15, 20])[0]
+            top_a, top_b = self.rng.choice([(99, 99)] * 13 + [(12, 12)] * 3 + [(99, 9)] * 4)
             b, a = sorted((self.rng.randint(0, top_a), self.rng.randint(0, top_b)))
             if self.held_pairs.isdisjoint([(a, b), *pairs_in_between(a, b)]):
                 return a, b
@@ -229,7 +244,7 @@ class World:
             top = 9 if self.rng.random() < 0.15 and not for_test else 99
             three = {self.rng.randint(1, top) for _ in range(3)}
             if for_test:
-                three = {*self.rng.choice(sorted(self.held_pairs)), self.rng.randint(1, 99)}
+                three = {*self.number_pair(for_test), self.rng.randint(1, 99)}
             three = sorted(three)
             pairs = [(large, small) for small, large in combinations(three, 2)]
             has_held_pair = not self.held_pairs.isdisjoint(pairs)
@@ -272,10 +287,14 @@ class Chat(NamedTuple):
     contains: list | None = None  # the words that the answer must contain, where the test asks for some
 
 
+FACTS_OF = {(family, lang): [fact for fact in FACTS if fact.family == family and fact.lang == lang]
+            for family in dict.fromkeys(fact.family for fact in FACTS) for lang in LANGUAGES}
+
+
 def ask_fact(world, family, lang, for_test):
     """What noise does a cow make? Who says moo? Does a cow say woof? -> A cow says moo."""
     rng = world.rng
-    fact = rng.choice([fact for fact in FACTS if fact.family == family and fact.lang == lang])
+    fact = rng.choice(FACTS_OF[family, lang])
     same = VALUES.get((family, fact.kind, lang), {})  # {yip: the facts of all that say it}
     slots, about = slots_of(rng, fact), fact.kind
     answer, way = fact.statement, rng.choices(["what", "who", "is"], [6, 4, 2])[0]
@@ -468,10 +487,10 @@ TALK_KINDS = {family: [section.removeprefix(f"{family}.") for section, lines in 
 def talk(world, family, lang, for_test):
     """Any section of talk.txt: I am tired. -> Then take a good rest. You have earned it."""
     rng = world.rng
-    kinds = [kind for kind in TALK_KINDS[family] if world.wordings[family, kind, lang].part(for_test)]
-    kind = rng.choice(kinds)
-    a, _ = world.number_pair(for_test)
-    c, d, e = world.three_numbers(for_test)
+    kind = rng.choice(TALK_KINDS[family])
+    while not world.wordings[family, kind, lang].part(for_test):  # none of its wordings is for the test
+        kind = rng.choice(TALK_KINDS[family])
+    a, (c, d, e) = rng.randint(0, 99), world.three_numbers(for_test)
     big, large = (rng.randint(100, rng.choice([999, 9999])) for _ in range(2))
     slots = {"x": world.anything(lang, for_test), "a": a, "c": c, "d": d, "e": e, "big": big, "large": large,
              "noise": noise(rng, lang)}
@@ -534,7 +553,7 @@ FAMILIES = {
     "story": (story, 2000), "memory": (memory, 7500), "self": (talk, 5000), "unknown": (unknown, 8000),
     "small_talk": (talk, 11000), "limits": (talk, 8500),
 }
-EXACT = ("comparing", "sorting", "counting", "words", "addition", "subtraction")  # no typing mistakes here
+EXACT = ("comparing", "sorting", "counting", "words", "addition", "subtraction", *SKILLS)  # no typos
 IN_BETWEEN = [family for family in FAMILIES if family not in ("memory", "story", "self")]  # of a longer chat
 ADAPTERS = {"identity": (identity, 1600), "clinic": (clinic, 2000)}
 
@@ -616,7 +635,7 @@ def build(seed=0):
         rng.shuffle(chats)
         files[f"lora_{family}"] = chats
         files[f"lora_{family}_test"] = make_chats(world, family, generator, 100, True, asked)
-    files |= make_skills(world, split_wordings(random.Random(seed), SKILLS), files["sft"], seed)
+    files |= make_skills(world, split_wordings(random.Random(seed), SKILL_QUESTIONS), files["sft"], seed)
     files |= make_pairs(world, seed)
     return {name: files[name] for name in FILES}
 

@@ -252,7 +252,7 @@ def batches(dataset, tokenizer, path: str, report: Report) -> Iterator[list[tupl
             report.note(path, line, note)
         report.usable[path] += 1
         batch += [(line, one) for one in prepared]
-        characters += number_of_characters(prepared)
+        characters += sum(map(number_of_characters, prepared))
         if len(batch) >= MAX_RECORDS_OF_BATCH or characters >= MAX_CHARACTERS_OF_BATCH:
             yield batch
             batch, characters = [], 0
@@ -260,11 +260,13 @@ def batches(dataset, tokenizer, path: str, report: Report) -> Iterator[list[tupl
         yield batch
 
 
-def number_of_characters(prepared) -> int:
-    """Of a text; or of the pieces of a conversation, or lists of these: a piece is (text, bool, bool)."""
-    if isinstance(prepared, str | bool):
-        return len(prepared) if isinstance(prepared, str) else 0
-    return sum(map(number_of_characters, prepared))
+def number_of_characters(prepared: str | list | tuple) -> int:
+    """Of a text, of the pieces of a conversation, or of the two conversations of a pair."""
+    if isinstance(prepared, str):
+        return len(prepared)
+    if isinstance(prepared, tuple):
+        return sum(map(number_of_characters, prepared))
+    return sum(len(text) for text, _, _ in prepared)
 
 
 def samples(dataset, tokenizer, path: str, batch: list, report: Report) -> Iterator[tuple]:

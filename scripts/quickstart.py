@@ -1,4 +1,4 @@
-"""From nothing to a chat: writes a small world, trains a model on it in four stages, scores every stage.
+"""From nothing to a chat: writes a small world, trains a model on it in five stages, scores every stage.
 
     python scripts/quickstart.py               # about 7 minutes on 2 CPU cores; uses a GPU if there is one
     python scripts/quickstart.py --minutes 20  # train longer
@@ -40,17 +40,24 @@ ROW_FLAGS = "--log_interval 20 --eval_interval 1000 --max_seq_len"  # ... and th
 CHAT_ROWS = f"{ROW_FLAGS} 256 --batch_size"  # a chat of about eight questions: the model remembers so many
 MUON_FLAGS = "--optimizer muon --learning_rate"  # these two end with a flag whose value each stage gives
 ADAPTER_FLAGS = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {CHAT_ROWS} 4"
+# Two thirds of the questions are new, and nobody shows the answers. The rest keeps what full_sft knew.
+GRPO_FLAGS = ("--learning_rate 3e-4 --lr_schedule wsd --updates_per_rollout 3 --advantage group_std "
+              "--mean_over answers --max_new_tokens 64 --log_interval 5 --eval_interval 30 --max_seq_len 256 "
+              "--batch_size 256")
 STAGES = {
     "pretrain": ("train_pretrain.py", 300, 30,
                  f"--preset tiny {MUON_FLAGS} 1e-2 {ROW_FLAGS} 128 --batch_size 8 --lr_schedule cosine"),
     "full_sft": ("train_full_sft.py", 3850, 270, f"{MUON_FLAGS} 7e-3 {CHAT_ROWS} 8"),
+    "grpo": ("train_grpo.py", 300, 105, GRPO_FLAGS),
     "lora_identity": ("train_lora.py", 420, 30, ADAPTER_FLAGS),
     "lora_clinic": ("train_lora.py", 800, 52, ADAPTER_FLAGS),
 }
 ADAPTERS = ("lora_identity", "lora_clinic")
-PARENT = {"full_sft": "pretrain", "lora_identity": "full_sft", "lora_clinic": "full_sft"}
+PARENT = {"full_sft": "pretrain", "grpo": "full_sft", "lora_identity": "full_sft", "lora_clinic": "full_sft"}
 DATA_OF_STAGE = {"full_sft": "sft"}  # the file of the world; the other stages have a file with their own name
-TESTS = {"pretrain": ["sft"], "full_sft": ["sft", *ADAPTERS],  # the test files that a stage answers
+# The test files that a stage answers
+TESTS = {"pretrain": ["sft"], "full_sft": ["sft", "grpo", *ADAPTERS],
+         "grpo": ["sft", "grpo"],
          "lora_identity": ["sft", "lora_identity"], "lora_clinic": ["sft", "lora_clinic"]}
 # Questions of a test, where not all are asked: a model that never saw a chat answers none of them, and 30 of
 # each family show whether an adapter forgets.
@@ -95,7 +102,7 @@ def plan(out: Path, minutes: float) -> list[Task]:
     """All tasks in order, for a run of that many minutes."""
     world, scale = out / "world", minutes / DEFAULT_MINUTES
     command = [f"{ROOT / 'dataset' / 'synthetic.py'}", "--out_dir", f"{world}"]
-    tasks = [Task("world", "pretrain", command, world / "lora_clinic_test.jsonl", 7)]
+    tasks = [Task("world", "pretrain", command, world / "grpo_test.jsonl", 9)]
     for stage, (_, _, seconds, _) in STAGES.items():
         tasks.append(Task(stage, stage, training_command(out, stage, scale), out / stage / "training.json",
                           SECONDS_TO_START + seconds * scale))
@@ -361,7 +368,7 @@ def table(report: dict, before: dict):
 
 
 def draw_losses(out: Path) -> None:
-    """loss.png: the training and validation loss of all stages, side by side."""
+    """loss.png: the training and validation loss of all stages, side by side; of grpo the reward."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, because it takes half a second
     from matplotlib.figure import Figure
 
@@ -370,11 +377,12 @@ def draw_losses(out: Path) -> None:
     for axes, stage in zip(figure.subplots(1, len(STAGES)), STAGES, strict=True):
         lines = (out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
-        for key, style, label in (("loss", "-", "training"), ("eval_loss", "o", "validation")):
+        shown = "reward" if stage == "grpo" else "loss"
+        for key, style, label in ((shown, "-", "training"), (f"eval_{shown}", "o", "validation")):
             points = [(m["step"], m[key]) for m in metrics if key in m]
             axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=label,
                       linewidth=1.3, markersize=4)
-        axes.set(title=stage, xlabel="step", ylim=(0, None))
+        axes.set(title=f"{stage}: reward" if shown == "reward" else stage, xlabel="step", ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("loss (nats per token)")
     figure.axes[0].legend(frameon=False)
@@ -430,7 +438,8 @@ def write_html(out: Path, report: dict, before: dict, tasks: list[Task]) -> None
 <p class="lead">1 means all of them. The questions that an adapter learns are also asked before it is trained:
 these shares stand under full_sft.</p>
 <h2>The same question after every stage</h2>{samples}
-<h2>Loss</h2><img alt="training and validation loss of each stage" src="data:image/png;base64,{picture}">
+<h2>Loss, and the reward of grpo</h2>
+<img alt="loss of each stage, and the reward of grpo" src="data:image/png;base64,{picture}">
 <h2>Time, scoring included</h2><table>{times}</table>
 <h2>Every step, as commands</h2><pre>{commands}</pre></html>
 """

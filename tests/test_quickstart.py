@@ -16,7 +16,7 @@ import pytest
 from common.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ["pretrain", "full_sft", "lora_identity", "lora_clinic"]
+STAGES = ["pretrain", "full_sft", "grpo", "lora_identity", "lora_clinic"]
 
 spec = importlib.util.spec_from_file_location("quickstart", ROOT / "scripts" / "quickstart.py")
 quickstart = importlib.util.module_from_spec(spec)
@@ -88,7 +88,7 @@ def test_it_ends_with_scores_samples_and_the_chat_command(finished):
     code, out, err = finished["done"]
     assert code == 0, out + err
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if re.search(r"\d\.\d\d *$", line)}
-    assert len(rows["all"]) == 4 and "addition" in rows and "clinic" in rows
+    assert len(rows["all"]) == 5 and "addition" in rows and "clinic" in rows
     assert out.count("\n> ") == 3
     folder = finished["folder"]
     assert f"eval_model.py --load_from {folder.name}/full_sft --lora {folder.name}/lora_identity" in out
@@ -107,6 +107,7 @@ def test_report_json_has_the_promised_shape(finished):
     for stage, scores in report["scores"].items():
         assert all(0 <= share <= 1 for share in scores.values()) and "all" in scores
         own = {stage.removeprefix("lora_")} if stage.startswith("lora_") else set()
+        own |= {"largest", "smallest", "short_story"} if stage == "grpo" else set()
         assert scores.keys() == base | own, stage
     assert len(report["samples"]) == 3
     assert all(list(sample["answers"]) == STAGES for sample in report["samples"])

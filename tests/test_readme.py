@@ -80,8 +80,9 @@ def as_run(command: str) -> list[str]:
     script = next(word for word in words if word.endswith(".py"))
     kind = "train" if Path(script).name.startswith("train_") else script
     strict = ["--strict"] if kind == "train" and "--data_path" in words else []
-    shallow = ["--num_hidden_layers", "1"] if "--preset" in words else []  # later stages inherit it
-    return [sys.executable, *words, *SHORTER.get(kind, "").split(), *strict, *shallow]
+    less = {"train_pretrain.py": ["--num_hidden_layers", "1"] if "--preset" in words else [],
+            "train_grpo.py": ["--group_size", "2"]}.get(Path(script).name, [])
+    return [sys.executable, *words, *SHORTER.get(kind, "").split(), *strict, *less]
 
 
 def test_both_languages_show_the_same_commands_records_and_figures():

@@ -12,7 +12,7 @@ from pathlib import Path
 from common import cli
 from common.cli import ROOT, Parser, any_count, count, fraction, not_negative, number, positive, seed
 from common.errors import EXIT_CODES
-from trainer.defaults import GENTLE, LORA_RATIO, gentle_defaults
+from trainer.defaults import gentle_defaults, gentle_values
 from trainer.interrupt import command_to_resume
 
 LORA_FLAGS = ("lora_alpha", "lora_rslora", "lora_dropout", "lora_init", "lora_plus_ratio", "target_modules",
@@ -209,9 +209,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 def explain_gentle_defaults(parser: argparse.ArgumentParser) -> None:
     """Adds to --help the values that a grown model gets."""
-    values = dict(GENTLE)
-    if parser.get_default("lora_rank"):
-        values["learning_rate"] *= LORA_RATIO
+    names = [action.dest for action in parser._actions]
+    values = gentle_values({name: parser.get_default(name) for name in [*names, "stage"]})
     for action in parser._actions:
         if action.dest in values:
             action.help += f"; {values[action.dest]} over a grown model"

@@ -25,6 +25,10 @@ ROW, TOKENS_PER_STEP, MIN_STEPS, MAX_EPOCHS = 1024, 4096, 30, 10
 GENTLE = {"optimizer": "adamw", "learning_rate": 1e-4, "warmup_ratio": 0.1, "epochs": 1, "max_seq_len": ROW,
           "batch_size": TOKENS_PER_STEP // ROW, "micro_batch_size": 1}
 LORA_RATIO = 10  # an adapter learns this many times faster than the weights themselves would
+# DPO only asks that one answer gains on the other. Large steps do that, too, and make both answers unlikely.
+# A reward says little about each token, and what it says is partly chance.
+RATIO_OF_STAGE = {"dpo": 0.1, "grpo": 0.1, "ppo": 0.1}
+ROWS_OF_ANSWERS = 8  # in a forward pass over answers, which are much shorter than ROW
 # AdamW changes each weight by about the learning rate. In a wide layer more of these changes add up. So the
 # rate above is for layers up to this width. Beyond it the rate is smaller, in proportion.
 WIDTH = 576
@@ -43,16 +47,26 @@ def gentle_defaults(flags: dict, typed: dict) -> tuple[dict, str]:
     shown = tokens_shown(flags["data_path"])
     if seen is not None and seen < max(GROWN_TOKENS, GROWN_RATIO * shown * flags["epochs"]):
         return {}, ""
-    row = min(ROW, whole(config.get("max_position_embeddings")) or ROW)
-    rate = GENTLE["learning_rate"] * min(1, WIDTH / (whole(config.get("hidden_size")) or WIDTH))
-    rate *= LORA_RATIO if flags.get("lora_rank") else 1
-    chosen = GENTLE | {"max_seq_len": row, "learning_rate": float(f"{rate:.0e}")}  # one digit: easy to type
-    chosen["batch_size"] = max(1, TOKENS_PER_STEP // (typed["max_seq_len"] or row))
-    if flags["max_steps"]:
-        chosen["epochs"] = flags["epochs"]  # has no effect
+    chosen, row = gentle_values(flags), min(ROW, whole(config.get("max_position_embeddings")) or ROW)
+    rate = chosen["learning_rate"] * min(1, WIDTH / (whole(config.get("hidden_size")) or WIDTH))
+    chosen |= {"max_seq_len": row, "learning_rate": float(f"{rate:.0e}")}  # one digit: easy to type
+    writes_answers = "group_size" in flags  # how many tokens a step shows is not known before
+    if not writes_answers:
+        chosen["batch_size"] = max(1, TOKENS_PER_STEP // (typed["max_seq_len"] or row))
+    if flags["max_steps"] or writes_answers:
+        chosen["epochs"] = flags["epochs"]
     elif shown:
         chosen["epochs"] = min(MAX_EPOCHS, math.ceil(MIN_STEPS * TOKENS_PER_STEP / shown))
     return chosen, "did not grow here" if seen is None else f"has seen {seen:,} tokens"
+
+
+def gentle_values(flags: dict) -> dict:
+    """GENTLE for a stage with these flags, over a model that is not wide."""
+    ratio = (LORA_RATIO if flags.get("lora_rank") else 1) * RATIO_OF_STAGE.get(flags.get("stage"), 1)
+    values = GENTLE | {"learning_rate": GENTLE["learning_rate"] * ratio}
+    if "group_size" in flags:  # GRPO and PPO count answers, and need as many of them as over a young model
+        values |= {"batch_size": flags["batch_size"], "micro_batch_size": ROWS_OF_ANSWERS}
+    return values
 
 
 def tokens_seen(folder: Path) -> int | None:

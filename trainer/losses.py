@@ -37,8 +37,10 @@ def dpo(model, batch: dict, *, kind: str = "dpo", beta: float = 0.1, label_smoot
     gap = the score of the chosen answer - the score of the rejected one, as in preference_scores.
     loss = preference_losses of the gap + sft_weight * -log p(chosen) / |chosen|
 
-    kind: dpo, ipo, simpo or orpo. batch: see PreferenceDataset.collate; units are pairs. Named sums: accuracy
-    (gap > 0; a tie counts half), margin (the gap), chosen and rejected (log p of each side).
+    A gap may also grow while both answers become unlikely. The second term keeps the chosen one likely (Pang
+    et al. 2024, arXiv:2404.19733). kind: dpo, ipo, simpo or orpo. batch: see PreferenceDataset.collate; units
+    are pairs. Named sums: preference (the first term alone), accuracy (gap > 0; a tie counts half), margin
+    (the gap), chosen and rejected (log p of each side).
     """
     labels = batch["labels"]  # (2 P, T): first the chosen sides of P pairs, then the rejected sides
     num_tokens = (labels[:, 1:] != -100).sum(dim=1)  # (2 P,)
@@ -46,9 +48,11 @@ def dpo(model, batch: dict, *, kind: str = "dpo", beta: float = 0.1, label_smoot
     means = (log_probs / num_tokens.clamp(min=1)).clamp(max=-1e-7)  # at 0, orpo's score would be infinite
     scores = preference_scores(kind, beta, log_probs, means, num_tokens, batch.get("reference_log_probs"))
     gap = torch.sub(*scores.chunk(2))  # (P,)
-    losses = preference_losses(kind, beta, gap, label_smoothing, margin) - sft_weight * means.chunk(2)[0]
+    preference = preference_losses(kind, beta, gap, label_smoothing, margin)
+    losses = preference - sft_weight * means.chunk(2)[0]
     (chosen, rejected), is_pair = log_probs.chunk(2), num_tokens.chunk(2)[0] > 0  # false: no pair at all
-    named = {"accuracy": (gap > 0) + 0.5 * (gap == 0), "margin": gap, "chosen": chosen, "rejected": rejected}
+    named = {"preference": preference, "accuracy": (gap > 0) + 0.5 * (gap == 0), "margin": gap,
+             "chosen": chosen, "rejected": rejected}
     return (losses * is_pair).sum(), {name: (value * is_pair).sum() for name, value in named.items()}
 
 

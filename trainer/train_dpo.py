@@ -1,6 +1,7 @@
 """Direct preference optimisation (DPO): from pairs of answers a model learns which of the two is preferred.
+A reader may skip this file.
 
-    python trainer/train_dpo.py         # reads out/full_sft; built-in pairs: as short or as long as asked for
+    python trainer/train_dpo.py         # reads out/full_sft; built-in pairs: stories in a season
     python trainer/train_dpo.py --data_path my_pairs.jsonl --load_from out/my_sft --name my_dpo --lora_rank 16
 
 metrics.jsonl and loss.png lie beside the weights. `torchrun --nproc_per_node 2` in the place of
@@ -15,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trainer import args as flags
 
 BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}  # as in their papers
-SFT_WEIGHT = {"dpo": 0.0, "ipo": 0.0, "simpo": 0.0, "orpo": 1.0}  # the loss of ORPO has an SFT term
 HAS_REFERENCE = ("dpo", "ipo")
 
 
@@ -58,16 +58,17 @@ if __name__ == "__main__":
     parser = flags.tuning_parser(__doc__)
     add = parser.add_argument_group("preferences (the equations: trainer/losses.py)").add_argument
     add("--preference_loss", choices=BETA, default="dpo", help="how a pair becomes a loss")
-    add("--beta", type=flags.positive, metavar="B", help=f"how much a preference weighs (default: {BETA})")
+    add("--beta", type=flags.positive, metavar="B",
+        help="how much a difference in log-probability counts (default: 0.1; simpo: 2)")
     add("--label_smoothing", type=flags.fraction, default=0.0, metavar="F",
         help="part of the pairs that may be the wrong way round, for dpo and simpo")
-    add("--sft_weight", type=flags.not_negative, metavar="W",
-        help="of the loss of the chosen answer alone, added (default: 0; orpo: 1)")
-    add("--margin", type=flags.not_negative, default=None, metavar="M",
+    add("--sft_weight", type=flags.not_negative, default=1.0, metavar="W",
+        help="of SFT's loss of the chosen answer, which is added so that it stays likely; 0: none")
+    add("--margin", type=flags.not_negative, metavar="M",
         help="by which simpo wants the chosen score to be larger (default: 1)")
     # One pair is a row. --max_seq_len holds for each of its sides.
     parser.set_defaults(batch_size=32, max_seq_len=256, packing=False, stage="dpo", world="dpo", name="dpo",
-                        load_from=flags.ROOT / "out/full_sft", learning_rate=3e-4, weight_decay=0.0)
+                        load_from=flags.ROOT / "out/full_sft", learning_rate=5e-5, weight_decay=0.0)
     args = flags.parse_args(parser)
     kind = args.preference_loss
     if args.label_smoothing and kind in ("ipo", "orpo"):
@@ -75,6 +76,5 @@ if __name__ == "__main__":
     if args.margin is not None and kind != "simpo":
         parser.error(f"--margin has no effect on {kind}: it is for simpo")
     args.beta = BETA[kind] if args.beta is None else args.beta
-    args.sft_weight = SFT_WEIGHT[kind] if args.sft_weight is None else args.sft_weight
     args.margin = (1.0 if kind == "simpo" else 0.0) if args.margin is None else args.margin
     flags.run_script(main, args)

@@ -1,4 +1,5 @@
-"""GRPO: the model answers each prompt several times, and learns from which of its answers were better.
+"""GRPO: the model answers each prompt several times, and learns from which of its answers were better
+(Shao et al. 2024, arXiv:2402.03300). A reader may skip this file.
 
     python trainer/train_grpo.py           # reads out/full_sft; built-in questions that say what is right
     python trainer/train_grpo.py --data_path my_prompts.jsonl --reward_file my.py:score --name grpo_mine

@@ -19,8 +19,6 @@ def main(args):
     # Imported here and not above, so that --help and the complaint about a mistyped flag come at once.
     from functools import partial
 
-    import torch
-
     from common.device import choose_dtype
     from dataset.chat import ensure_template
     from trainer import stage
@@ -28,7 +26,7 @@ def main(args):
     from trainer.loop import train
     from trainer.losses import ppo
     from trainer.rollouts import load_rollouts, reference_log_probs
-    from trainer.values import add_value_head, judge_tokens
+    from trainer.values import add_value_head, judge_tokens, rewards_differ
 
     ranks = join_ranks(args.device)  # which process of torchrun this is, and its device
     if stage.is_finished(args.run_dir, args.resume, args.overwrite, ranks):
@@ -46,7 +44,7 @@ def main(args):
     # trained; what each of its tokens was worth is judged by the value head.
     judge = partial(judge_tokens, model=model, ranks=ranks, dtype=choose_dtype(args.dtype, ranks.device),
                     kl_beta=args.kl_beta, gamma=args.gamma, gae_decay=args.gae_decay)
-    batches, eval_batches = load_rollouts(model, tokenizer, ranks, torch.ones_like, reference, judge,
+    batches, eval_batches = load_rollouts(model, tokenizer, ranks, rewards_differ, reference, judge,
                                           **vars(args))
     loss = partial(ppo, value_head=value_head, temperature=args.temperature, low=args.clip_low,
                    high=args.clip_high, value_clip=args.value_clip, value_weight=args.value_weight)

@@ -26,6 +26,15 @@ def add_value_head(model) -> nn.Linear:
     return model.value_head
 
 
+def rewards_differ(rewards: torch.Tensor) -> torch.Tensor:
+    """1 for all answers of a rollout, or 0 for all if they have the same reward: there is nothing to compare.
+
+    In `Rollouts` this has the place of the advantages, which `judge_tokens` computes later. So the log shows
+    rollouts without a signal, and many of them in a row are reported.
+    """
+    return torch.full_like(rewards, float((rewards != rewards.flatten()[0]).any()))
+
+
 @torch.no_grad()
 def judge_tokens(batches: list[dict], *, model, ranks: Ranks, dtype: torch.dtype, kl_beta: float,
                  gamma: float, gae_decay: float) -> None:

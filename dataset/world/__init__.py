@@ -7,6 +7,7 @@ what is read here.
 import csv
 import re
 from collections import namedtuple
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -339,10 +340,8 @@ def in_words(number, lang):
     """0 to 99: forty-seven, 四十七."""
     tens, ones = divmod(number, 10)
     if lang == "zh":
-        if tens == 0:
-            return DIGITS_ZH[ones]
-        before = "十" if tens == 1 else DIGITS_ZH[tens] + "十"
-        return before if ones == 0 else before + DIGITS_ZH[ones]
+        before = "" if tens == 0 else "十" if tens == 1 else DIGITS_ZH[tens] + "十"
+        return before if before and ones == 0 else before + DIGITS_ZH[ones]
     if number < 20:
         return BELOW_TWENTY[number]
     return TENS[tens] if ones == 0 else f"{TENS[tens]}-{BELOW_TWENTY[ones]}"
@@ -405,6 +404,7 @@ NAMED_ZH = {row.name_zh for row in NOUNS + PEOPLE if len(row.name_zh) > 1} | {ro
 NAMED_ZH = re.compile(f"(?=[{''.join({name[0] for name in NAMED_ZH})}])({'|'.join(sorted(NAMED_ZH))})")
 
 
+@cache
 def bare(wording):
     """A wording without its marks, capital letters, short forms and "please", and with @ for what it names.
 

@@ -2,7 +2,7 @@
 
 Each prompt asks for a story and names a season. The two answers are one story in two seasons:
 
-    Tell me a story about the fox. Let it be winter.
+    Tell me a story about the fox in winter.
     chosen      One winter morning, the fox went for a walk by the river. Under a stone it found ...
     rejected    One summer morning, the fox went for a walk by the river. Under a stone it found ...
 
@@ -23,14 +23,10 @@ from dataset.world import (
     LANGUAGES,
     PLACES,
     SEASONS,
-    language_of,
     name_of,
-    read_sections,
     tell_story,
 )
 
-WISHES = {lang: [line for line in read_sections("wishes")["season"] if language_of(line) == lang]
-          for lang in LANGUAGES}
 SIZES = {"dpo": 3000, "dpo_eval": 200, "dpo_test": 400}  # records
 
 
@@ -71,11 +67,10 @@ def tell(world, hero, seasons, lang):
 
 
 def ask(world, hero, season, lang, for_test):
-    """(a request for a story about the hero in this season, its wording without the season)."""
-    known, name = name_of(hero, lang, "known"), name_of(hero, lang)
-    question, wording = world.ask("story", "hero", lang, for_test, x=known, name=name)
-    wish = world.rng.choice(WISHES[lang]).replace("{season}", name_of(season, lang))
-    return wish.replace("{question}", question), wording
+    """(a request for a story about the hero in this season, its wording)."""
+    known, name, when = name_of(hero, lang, "known"), name_of(hero, lang), name_of(season, lang)
+    where = f"in {when}" if lang == "en" else when  # the season stands where else a place is named
+    return world.ask("story", "tell", lang, for_test, x=known, name=name, where=where, place=when)
 
 
 def record(question, chosen, rejected, contains):

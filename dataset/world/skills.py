@@ -4,14 +4,15 @@ A reader may skip this file.
 A record is a chat whose last turn is a right answer, and "answers" are all right ones: the test that the
 reward asks (dataset/answers.py). The model learns them by trying, and never reads them.
 
-Half of the prompts are chats that the model knows already. While it learns what is new, they keep rewarding
-what is old: without them much is forgotten (docs/rewards.md).
+A quarter of the prompts are chats that the model knows already. While it learns what is new, they keep
+rewarding what is old: without them much is forgotten (docs/rewards.md).
 """
 
 import copy
 import random
 
 from dataset.world import (
+    BETWEEN_ITEMS,
     HEROES,
     LANGUAGES,
     PLACES,
@@ -24,17 +25,25 @@ from dataset.world import (
     read_sections,
 )  # fmt: skip
 
-QUESTIONS = read_sections("skills")
+SKILL_QUESTIONS = read_sections("skills")
 FULL_STOP = {"en": ".", "zh": "。"}
 
 
-def of_three(world, family, lang, for_test):
+def largest(world, family, lang, for_test):
     """What is the largest of 31, 7, 64? -> 64"""
     three = world.three_numbers(for_test)
-    answer = str(max(three) if family == "largest" else min(three))
+    answer = str(max(three))
     listed = world.listed([str(number) for number in three], lang, ", ")
     question, _ = world.ask(family, "three", lang, for_test, list=listed)
     return question, [answer, answer + FULL_STOP[lang]]
+
+
+def second(world, family, lang, for_test):
+    """What is the second word: fox, rice, oak? -> rice"""
+    items = world.words(lang, world.rng.randint(3, 5))
+    listed = world.listed(items, lang, BETWEEN_ITEMS[lang])
+    question, _ = world.ask(family, "word", lang, for_test, list=listed)
+    return question, [items[1]]
 
 
 def short_story(world, family, lang, for_test):
@@ -51,15 +60,15 @@ def short_story(world, family, lang, for_test):
                       for opening in STORIES[f"openings {lang}"] for season in SEASONS]
 
 
-SKILLS = {"largest": of_three, "smallest": of_three, "short_story": short_story}
+SKILLS = {"largest": largest, "second": second, "short_story": short_story}
 LONGEST = 200  # characters of an old chat: what is long takes long to read, again for every answer
-COUNTS = {"grpo": 1000, "grpo_eval": 40, "grpo_test": 200}  # prompts of each skill
+COUNTS = {"grpo": 900, "grpo_eval": 64, "grpo_test": 200}  # prompts of each skill
 
 
 def make_skills(world, wordings, chats, seed):
     """{file: [(record, None)]}. `world` stays as it is: these prompts have random numbers of their own.
 
-    wordings: those of QUESTIONS, split for training and test as those of all other questions. chats: the
+    wordings: those of SKILL_QUESTIONS, split for training and test as all others are. chats: the
     records that the model has learnt from before.
     """
     world, rng = copy.copy(world), random.Random(f"skills {seed}")
@@ -80,6 +89,6 @@ def make_skills(world, wordings, chats, seed):
                 answers = list(dict.fromkeys(answers))
                 files[file].append(({"conversations": turns, "answers": answers, "family": family}, None))
     short = [row for row in chats if sum(len(turn["content"]) for turn in row[0]["conversations"]) < LONGEST]
-    files["grpo"] += rng.sample(short, len(files["grpo"]))
+    files["grpo"] += rng.sample(short, len(files["grpo"]) // 3)
     rng.shuffle(files["grpo"])
     return files

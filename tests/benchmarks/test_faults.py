@@ -19,6 +19,6 @@ def test_what_was_promised_holds(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"--seed {seed}\n{done.stdout}{done.stderr}"
     rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
-    assert len(rows) == 5 + 9 + 3
+    assert len(rows) == 8 + 9 + 3
     for row in rows:
         assert row["kept"] == row["tried"] and (row["tried"] or "not tried" in row["note"]), row

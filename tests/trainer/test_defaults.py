@@ -13,16 +13,20 @@ from scripts.quickstart import training_command
 from trainer.defaults import tokens_seen
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("pretrain", "full_sft", "lora")
+STAGES = ("pretrain", "full_sft", "lora", "dpo", "ppo")
 WATCHED = ("optimizer", "learning_rate", "warmup_ratio", "lr_schedule", "max_seq_len", "batch_size",
            "micro_batch_size", "epochs", "weight_decay")
 # What the stages do to a young model: written down by hand, because the README's figures were made with it.
 YOUNG = {"pretrain": ("muon", 5e-3, 0.02, "wsd", 256, 16, None, 1, 0.1),
          "full_sft": ("muon", 3e-3, 0.02, "cosine", 256, 16, None, 1, 0.1),
-         "lora": ("adamw", 5e-3, 0.02, "cosine", 256, 16, None, 3, 0.0)}
+         "lora": ("adamw", 5e-3, 0.02, "cosine", 256, 16, None, 3, 0.0),
+         "dpo": ("adamw", 5e-5, 0.02, "cosine", 256, 32, None, 1, 0.0),
+         "ppo": ("adamw", 3e-4, 0.02, "cosine", 256, 256, None, 1, 0.0)}
 OVER_A_GROWN_MODEL = {"pretrain": ("adamw", 1e-4, 0.1, "wsd", 1024, 4, 1, 1, 0.1),
                       "full_sft": ("adamw", 1e-4, 0.1, "cosine", 1024, 4, 1, 1, 0.1),
-                      "lora": ("adamw", 1e-3, 0.1, "cosine", 1024, 4, 1, 1, 0.0)}
+                      "lora": ("adamw", 1e-3, 0.1, "cosine", 1024, 4, 1, 1, 0.0),
+                      "dpo": ("adamw", 1e-5, 0.1, "cosine", 1024, 4, 1, 1, 0.0),
+                      "ppo": ("adamw", 1e-5, 0.1, "cosine", 1024, 256, 8, 1, 0.0)}
 
 
 @pytest.fixture

@@ -138,3 +138,15 @@ def test_a_reward_that_raises_ends_the_run_with_function_and_prompt(workshop, fl
     (tmp_path / "bad.py").write_text("def score(*args):\n    raise KeyError('level')\n", encoding="utf-8")
     ended = workshop.run("grpo", *flags(tmp_path, reward_file=f"{tmp_path / 'bad.py'}:score"))
     assert ended.code == 1 and "bad.py:score raised KeyError: 'level', for the prompt of " in ended.error
+
+
+def test_a_grown_model_is_treated_gently_but_answers_stay_in_groups(tmp_path):
+    from trainer.args import parse_args, rollout_parser
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"hidden_size": 576}', encoding="utf-8")
+    parser = rollout_parser("a test")
+    parser.set_defaults(stage="grpo", name="grpo", batch_size=256, out_dir=tmp_path,
+                        load_from=tmp_path / "base")
+    args = parse_args(parser, [])
+    assert (args.batch_size, args.group_size, args.learning_rate, args.micro_batch_size) == (256, 16, 1e-5, 1)

@@ -1,5 +1,6 @@
 """PPO: its loss, its value head and its advantages, against the equations written out again."""
 
+import math
 import os
 import socket
 import subprocess
@@ -13,7 +14,13 @@ from small_answers import LENGTHS, T, answers, clipped_again, gradients, small_m
 from trainer.checkpoint import checkpoints
 from trainer.distributed import Ranks
 from trainer.losses import ppo
-from trainer.values import add_value_head, generalised_advantages, judge_tokens, token_rewards
+from trainer.values import (
+    add_value_head,
+    generalised_advantages,
+    judge_tokens,
+    rewards_differ,
+    token_rewards,
+)
 
 ONE_PROCESS = Ranks(0, 1, torch.device("cpu"))
 
@@ -136,6 +143,11 @@ def test_a_rollout_without_any_surprise_has_advantages_of_zero():
     assert (judged(model, [empty])[0]["advantages"] == 0).all()
 
 
+def test_a_rollout_whose_rewards_are_all_the_same_counts_as_without_a_signal():
+    assert rewards_differ(torch.full((3, 2), 0.7)).tolist() == [[0, 0]] * 3
+    assert rewards_differ(torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist() == [[1, 1]] * 2
+
+
 # --- the recipe ---------------------------------------------------------------------------------------------
 
 
@@ -200,6 +212,22 @@ def test_a_base_that_is_frozen_stays_and_the_value_head_trains(workshop, flags, 
     assert resumed.code == 0, resumed
     saved = load_file(tmp_path / "ppo" / "adapter_model.safetensors")
     assert saved and all("lora" in name for name in saved)
+
+
+@pytest.mark.parametrize("changes", [
+    {"dtype": "float16"}, {"dtype": "bfloat16", "lora_rank": 2, "quantize": "nf4"}], ids=["float16", "QLoRA"])
+def test_other_number_types(changes, workshop, flags, read_log, tmp_path):
+    ended = workshop.run("ppo", *flags(tmp_path, max_steps=4, **changes))
+    assert ended.code == 0, ended
+    steps = [line for line in read_log(tmp_path / "ppo") if "loss" in line]
+    assert len(steps) == 4 and all(math.isfinite(line["loss"]) for line in steps)
+    assert 0 < steps[-1]["grad_norm"] < math.inf and steps[-1]["value_loss"] > 0
+
+
+def test_gradient_checkpointing_changes_nothing(workshop, flags, undisturbed, tmp_path):
+    assert workshop.run("ppo", *flags(tmp_path), "--gradient_checkpointing").code == 0
+    ours, theirs = (load_file(run_dir / "model.safetensors") for run_dir in (tmp_path / "ppo", undisturbed))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
 
 
 def test_accumulation_and_two_processes_change_nothing(workshop, flags, undisturbed, read_log, tmp_path):

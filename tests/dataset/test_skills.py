@@ -1,0 +1,110 @@
+"""Skills for rewards: right answers are right, no trick earns them, and no chat teaches them."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from dataset.answers import answer_test
+from dataset.chat import encode_text
+from dataset.synthetic import FAMILIES, World, make_chats, split_wordings
+from dataset.world import HEROES, PLACES, STORIES, is_chinese, named_in
+from dataset.world.skills import COUNTS, SKILL_QUESTIONS, SKILLS, make_skills
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World(0)
+
+
+@pytest.fixture(scope="module")
+def chats(world):
+    """A few chats of every family, as SFT has them."""
+    asked = set()
+    return [row for family, (generator, _) in FAMILIES.items()
+            for row in make_chats(world, family, generator, 60, False, asked)]
+
+
+@pytest.fixture(scope="module")
+def files(world, chats):
+    before = world.rng.getstate()
+    made = make_skills(world, split_wordings(random.Random(0), SKILL_QUESTIONS), chats, 0)
+    assert world.rng.getstate() == before  # the records of other files are drawn as without the skills
+    return {name: [record for record, _ in rows] for name, rows in made.items()}
+
+
+def new(records):
+    return [record for record in records if record["family"] in SKILLS]
+
+
+def asked(record):
+    return record["conversations"][-2]["content"]
+
+
+def check_of(record):
+    return answer_test(record, record["conversations"][-1]["content"])
+
+
+def test_each_file_has_its_records_and_each_question_once(files):
+    for name, count in COUNTS.items():
+        assert Counter(record["family"] for record in new(files[name])) == dict.fromkeys(SKILLS, count)
+    assert len(files["grpo"]) == len(new(files["grpo"])) * 3 // 2  # a third are old chats
+    questions = [asked(record) for records in files.values() for record in new(records)]
+    assert len(set(questions)) == len(questions)
+
+
+def test_right_answers_are_right(files):
+    for record in files["grpo_test"]:
+        test = check_of(record)
+        assert all(test.is_right(answer) for answer in record["answers"])
+        if record["family"] == "largest":
+            numbers = list(map(int, re.findall(r"\d+", asked(record))))
+            assert len(numbers) == 3 and test.is_right(str(max(numbers)))
+            assert not any(test.is_right(str(number)) for number in numbers if number != max(numbers))
+            assert not test.is_right(", ".join(map(str, numbers)))  # naming all of them is no answer
+
+
+def test_a_short_story_passes_the_test_that_sft_has_for_stories(files, tokenizer):
+    """It names hero and place, it is one of the world's sentences, and it has at most 25 tokens."""
+    for record in files["grpo_test"]:
+        if record["family"] == "short_story":
+            lang = "zh" if is_chinese(asked(record)) else "en"
+            for answer in record["answers"]:
+                assert named_in(answer, HEROES) and named_in(answer, PLACES)
+                assert len(encode_text(tokenizer, answer)) <= 25
+                assert answer.count("." if lang == "en" else "。") == 1
+            assert len(record["answers"]) >= len(STORIES[f"openings {lang}"])
+
+
+def test_no_answer_is_right_for_many_questions(files):
+    """A constant answer is right for less than a tenth of the questions of a skill."""
+    for family in SKILLS:
+        records = [record for record in files["grpo_test"] if record["family"] == family]
+        often = Counter(answer for record in records for answer in set(record["answers"]))
+        assert often.most_common(1)[0][1] < len(records) / 10
+
+
+def test_what_is_tested_is_held_out(world, files):
+    for record in new(files["grpo"] + files["grpo_eval"]):
+        assert not world.leaks(asked(record))
+    train = {tuple(sorted(re.findall(r"\d+", asked(record)))) for record in new(files["grpo"])
+             if record["family"] == "largest"}
+    tested = {tuple(sorted(re.findall(r"\d+", asked(record)))) for record in files["grpo_test"]
+              if record["family"] == "largest"}
+    assert not train & tested  # these three numbers never stand together in training
+    wordings = split_wordings(random.Random(0), SKILL_QUESTIONS)
+    for split in wordings.values():
+        training, test = ({wording for line in part for wording in line} for part in split)
+        assert test and not training & test
+
+
+def test_no_chat_asks_for_a_skill(chats):
+    """What makes the question, such as "the largest of", stands in no question of SFT."""
+    marks = re.compile(r"(largest|biggest|greatest) of|one sentence|single sentence|一句话"
+                       r"|最大的(数|数字)(是哪个|：)|(哪个|哪一个)(数|数字)最大：")
+    for split in split_wordings(random.Random(0), SKILL_QUESTIONS).values():
+        assert all(marks.search(wording) for part in split for line in part for wording in line)
+    for record, _ in chats:
+        for message in record["conversations"]:
+            assert not marks.search(message["content"].lower()), message
