@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.shared import markdown
 from common.cli import ROOT, Parser, count, positive, run_script
 from common.errors import UsageError
+from common.files import write_whole
 
 WAYS = {  # name: (what the table calls it, its flags)
     "sft": ("SFT alone: the data's own words", "--distillation_weight 0"),
@@ -42,6 +43,9 @@ def main(args):
             raise UsageError(f"--quickstart {args.quickstart}: there is no {folder} in it; "
                              "make it first: bash scripts/quickstart.sh")
     args.out_dir.mkdir(parents=True, exist_ok=True)
+    few = args.out_dir / f"sft_{args.chats}.jsonl"
+    if args.chats and not few.exists():
+        write_few(args.quickstart / "world/sft.jsonl", few, args.chats)
     results = {}  # (way, rate) -> what `result` gives, one for each seed
     for seed in args.seeds:
         for way in args.ways:
@@ -59,13 +63,15 @@ def result(args, way: str, seed: int, rate: float) -> dict | None:
     world, name = args.quickstart / "world", f"{way}_steps{args.steps}_rate{rate:g}_seed{seed}"
     start = ["--load_from", args.load_from] if args.load_from else []
     name += f"_from_{args.load_from.name}" if args.load_from else ""
+    name += f"_chats{args.chats}" if args.chats else ""
+    data = args.out_dir / f"sft_{args.chats}.jsonl" if args.chats else world / "sft.jsonl"
     run_dir, scores = args.out_dir / name, args.out_dir / f"{name}.json"
     if not scores.exists():
         if args.table:
             return None
         if not (run_dir / "training.json").exists():
             call(run_dir, "trainer/train_distillation.py", "--teacher", args.quickstart / "full_sft",
-                 "--data_path", world / "sft.jsonl", "--eval_data_path", world / "sft_eval.jsonl",
+                 "--data_path", data, "--eval_data_path", world / "sft_eval.jsonl",
                  "--out_dir", args.out_dir, "--name", name, "--max_steps", args.steps, "--batch_size", 8,
                  "--learning_rate", rate, "--seed", seed, "--log_interval", 100, "--eval_interval", 0,
                  "--resume", *WAYS[way][1].split(), *start)
@@ -76,6 +82,12 @@ def result(args, way: str, seed: int, rate: float) -> dict | None:
     return {"right": scored["scores"]["all"], "n": scored["n"]["all"], "loss": scored["loss"],
             "divergence": trained["eval_divergence"], "seconds": trained["seconds"], "seed": seed,
             "hits": [answer["ok"] for answer in scored["answers"]]}
+
+
+def write_few(whole: Path, part: Path, count: int) -> None:
+    """Copies `count` records of a file, evenly spread over it."""
+    lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+    write_whole(part, "".join(lines[i * len(lines) // count] for i in range(count)))
 
 
 def call(product: Path, script: str, *flags) -> None:
@@ -119,6 +131,7 @@ if __name__ == "__main__":
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="of weights and data order")
     add("--rates", type=positive, nargs="+", default=[1e-2], metavar="LR", help="learning rates")
     add("--load_from", type=Path, metavar="DIR", help="the student (default: random weights)")
+    add("--chats", type=count, metavar="N", help="as many of the world's 101,800 (default: all)")
     add("--steps", type=count, default=1000, metavar="N", help="of 8 rows of 256 tokens")
     add("--table", action="store_true", help="show what is there already, and train nothing")
     run_script(main, parser.parse_args())
