@@ -241,7 +241,10 @@ def test_accumulation_and_two_processes_change_nothing(workshop, flags, undistur
         encoding="utf-8")
     accumulated = workshop.run("ppo", *flags(tmp_path / "one", micro_batch_size=3))
     assert accumulated.code == 0, accumulated
-    _, err = pair.communicate(timeout=120)
+    try:
+        _, err = pair.communicate(timeout=300)
+    finally:
+        pair.kill()
     assert pair.returncode == 0, err
     wanted, weights = read_log(undisturbed), load_file(undisturbed / "model.safetensors")
     for run_dir in (tmp_path / "one" / "ppo", tmp_path / "two" / "ppo"):
