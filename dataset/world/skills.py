@@ -11,18 +11,7 @@ rewarding what is old: without them much is forgotten (docs/rewards.md).
 import copy
 import random
 
-from dataset.world import (
-    HEROES,
-    LANGUAGES,
-    PLACES,
-    SEASONS,
-    STORIES,
-    cell,
-    fill,
-    find,
-    name_of,
-    read_sections,
-)
+from dataset.world import BETWEEN_ITEMS, LANGUAGES, read_sections
 
 SKILL_QUESTIONS = read_sections("skills")
 FULL_STOP = {"en": ".", "zh": "。"}
@@ -37,23 +26,16 @@ def largest(world, family, lang, for_test):
     return question, [answer, answer + FULL_STOP[lang]]
 
 
-def short_story(world, family, lang, for_test):
-    """A story about the fox by the river in one sentence -> Long ago, the fox came to the river."""
-    rng = world.rng
-    hero, place = rng.choice(HEROES), rng.choice(PLACES)
-    if for_test:
-        hero, place = rng.choice(sorted(world.held_stories))
-        hero, place = find(hero, HEROES), find(place, PLACES)
-    name, place_name = name_of(hero, lang, "known"), name_of(place, lang)
-    slots = {"hero": name, "place": place_name, "where": cell(place, "where", lang)}
-    question, _ = world.ask(family, "tell", lang, for_test, x=name, **slots)
-    return question, [fill(opening, season=name_of(season, lang), **slots)
-                      for opening in STORIES[f"openings {lang}"] for season in SEASONS]
+def second(world, family, lang, for_test):
+    """What is the second word: fox, rice, oak? -> rice"""
+    items = world.words(lang, world.rng.randint(3, 5))
+    listed = world.listed(items, lang, BETWEEN_ITEMS[lang])
+    question, _ = world.ask(family, "word", lang, for_test, list=listed)
+    return question, [items[1]]
 
 
-SKILLS = {"largest": largest, "short_story": short_story}
-# A reward for short answers, without which a first right answer is rarely found
-MAX_REWARD_TOKENS = {"largest": 4}
+SKILLS = {"largest": largest, "second": second}
+MAX_REWARD_TOKENS = 4  # a reward for short answers, without which a first right answer is rarely found
 LONGEST = 200  # characters of an old chat: what is long takes long to read, again for every answer
 COUNTS = {"grpo": 1000, "grpo_eval": 64, "grpo_test": 200}  # prompts of each skill
 
@@ -80,9 +62,8 @@ def make_skills(world, wordings, chats, seed):
                 found += 1
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]
                 answers = list(dict.fromkeys(answers))
-                record = {"conversations": turns, "answers": answers, "family": family}
-                if family in MAX_REWARD_TOKENS:
-                    record["max_reward_tokens"] = MAX_REWARD_TOKENS[family]
+                record = {"conversations": turns, "answers": answers, "family": family,
+                          "max_reward_tokens": MAX_REWARD_TOKENS}
                 files[file].append((record, None))
     short = [row for row in chats if sum(len(turn["content"]) for turn in row[0]["conversations"]) < LONGEST]
     files["grpo"] += rng.sample(short, len(files["grpo"]))
