@@ -119,7 +119,7 @@ def draw(args: argparse.Namespace) -> None:
         before += log[-1]["step"]
         axes[3].axvline(before, color="0.85", zorder=0)
     for axis, title in zip(axes, ("share of held-out questions right", "entropy (nats per token)",
-                                  "a reward that is gamed", "ladder: reward, and the last rung's questions"),
+                                  "a reward that is gamed", "four numbers in order: the ladder"),
                            strict=True):
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.grid(alpha=0.3)

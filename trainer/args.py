@@ -131,7 +131,7 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("rewards").add_argument
     add("--rewards", nargs="+", type=weighted, metavar="NAME[:WEIGHT]",
         help="what is added up: answers, format, length, file, model (default: what the flags below ask "
-             "for, else answers)")
+             "for, else answers; for the embedded world answers length:0.2)")
     add("--reward_format", metavar="REGEX", help="format: 1 if the whole answer matches (default: none)")
     add("--max_reward_tokens", type=count, metavar="N",
         help="length: 1 up to N tokens, 0 from 2 N on (default: what a record says)")
@@ -158,6 +158,8 @@ def choose_rewards(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     """Makes args.rewards a dictionary of weights. Each part and its flag need each other."""
     given = {name for name, flag in REWARD_FLAGS.items() if flag and getattr(args, flag) is not None}
     asked = [(name, 1.0) for name in REWARD_FLAGS if name in given] or [("answers", 1.0)]
+    if not given and not args.data_path:  # the embedded prompts say how short an answer should be
+        asked.append(("length", 0.2))
     weights = dict(args.rewards or asked)
     for name, flag in REWARD_FLAGS.items():
         is_needed = name in weights and name != "length"  # records may have limits of their own

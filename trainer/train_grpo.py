@@ -64,6 +64,8 @@ if __name__ == "__main__":
     add("--mask_cut_off", action="store_true", help="answers that were cut off are not trained")
     add("--clip_low", type=flags.fraction, default=0.2, metavar="F", help="a ratio is clipped below 1 - F")
     add("--clip_high", type=flags.positive, default=0.2, metavar="F", help="a ratio is clipped above 1 + F")
-    parser.set_defaults(batch_size=256, max_seq_len=256, stage="grpo", world="grpo", name="grpo",
-                        load_from=flags.ROOT / "out/full_sft", learning_rate=3e-4, weight_decay=0.0)
+    # Many prompts with few answers each: every kind of question is asked in every rollout.
+    parser.set_defaults(batch_size=256, group_size=4, updates_per_rollout=2, max_seq_len=256, stage="grpo",
+                        world="grpo", name="grpo", load_from=flags.ROOT / "out/full_sft", learning_rate=3e-4,
+                        weight_decay=0.0)
     flags.run_script(main, flags.parse_args(parser))

@@ -131,7 +131,8 @@ def test_a_reward_model_without_a_number_is_refused(reward_models, name, says):
 
 
 @pytest.mark.parametrize(("given", "weights"), [
-    ([], {"answers": 1.0}),
+    ([], {"answers": 1.0, "length": 0.2}),
+    (["--data_path", "x.jsonl"], {"answers": 1.0}),
     (["--max_reward_tokens", "9"], {"length": 1.0}),
     (["--rewards", "answers", "length:0.5", "--max_reward_tokens", "9"], {"answers": 1.0, "length": 0.5}),
 ])  # fmt: skip
