@@ -52,7 +52,8 @@ def main(args):
              "held out": held_out(args.load_from, prompts["grpo_test"]), "KL": 0.0}]
     for method, (_, _, seeds) in METHODS.items():
         rows += [compared(args, method, seed, prompts) for seed in range(1, seeds + 1)]
-    formats = {"rollouts to 0.6": ".0f", "reward": ".3f", "held out": ".3f", "KL": ".3f", "entropy": ".3f", "seconds": ".0f"}
+    formats = dict.fromkeys(("reward", "held out", "KL", "entropy"), ".3f")
+    formats |= dict.fromkeys(("rollouts to 0.6", "seconds"), ".0f")
     print(f"\n{markdown(rows, formats)}")
 
 
