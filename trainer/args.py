@@ -246,7 +246,6 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
          "--parallel fsdp can't cut up the weights of --quantize nf4: leave one of them out"),
         (rolls and fsdp, "--parallel fsdp can't write answers, for which each process needs the whole model: "
                          "use ddp"),
-        (rolls and args.packing, "--packing has no effect here: each answer has a row of its own"),
         (rolls and args.compile, "--compile would compile anew for each length of answers: leave it out"),
         (rolls and args.num_workers, "--num_workers has no effect here: rollouts can't be prepared ahead"),
         (rolls and args.batch_size % args.group_size,

@@ -4,26 +4,14 @@ A reader may skip this file.
 A record is a chat whose last turn is a right answer, and "answers" are all right ones: the test that the
 reward asks (dataset/answers.py). The model learns them by trying, and never reads them.
 
-A quarter of the prompts are chats that the model knows already. While it learns what is new, they keep
+Half of the prompts are chats that the model knows already. While it learns what is new, they keep
 rewarding what is old: without them much is forgotten (docs/rewards.md).
 """
 
 import copy
 import random
 
-from dataset.world import (
-    BETWEEN_ITEMS,
-    HEROES,
-    LANGUAGES,
-    PLACES,
-    SEASONS,
-    STORIES,
-    cell,
-    fill,
-    find,
-    name_of,
-    read_sections,
-)  # fmt: skip
+from dataset.world import BETWEEN_ITEMS, LANGUAGES, read_sections
 
 SKILL_QUESTIONS = read_sections("skills")
 FULL_STOP = {"en": ".", "zh": "。"}
@@ -46,25 +34,10 @@ def second(world, family, lang, for_test):
     return question, [items[1]]
 
 
-def short_story(world, family, lang, for_test):
-    """A story about the fox by the river, in one sentence -> Long ago, the fox came to the river."""
-    rng = world.rng
-    hero, place = rng.choice(HEROES), rng.choice(PLACES)
-    if for_test:
-        hero, place = rng.choice(sorted(world.held_stories))
-        hero, place = find(hero, HEROES), find(place, PLACES)
-    name, place_name = name_of(hero, lang, "known"), name_of(place, lang)
-    slots = {"hero": name, "place": place_name, "where": cell(place, "where", lang)}
-    question, _ = world.ask(family, "tell", lang, for_test, x=name, **slots)
-    return question, [fill(opening, season=name_of(season, lang), **slots)
-                      for opening in STORIES[f"openings {lang}"] for season in SEASONS]
-
-
-SKILLS = {"largest": largest, "second": second, "short_story": short_story}
-# A short answer gets a small reward of its own: without it a first right answer is rarely found.
-MAX_REWARD_TOKENS = {"largest": 4, "second": 4, "short_story": 25}
+SKILLS = {"largest": largest, "second": second}
+MAX_REWARD_TOKENS = 4  # a reward for short answers, without which a first right answer is rarely found
 LONGEST = 200  # characters of an old chat: what is long takes long to read, again for every answer
-COUNTS = {"grpo": 900, "grpo_eval": 64, "grpo_test": 200}  # prompts of each skill
+COUNTS = {"grpo": 1000, "grpo_eval": 64, "grpo_test": 200}  # prompts of each skill
 
 
 def make_skills(world, wordings, chats, seed):
@@ -90,9 +63,9 @@ def make_skills(world, wordings, chats, seed):
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]
                 answers = list(dict.fromkeys(answers))
                 record = {"conversations": turns, "answers": answers, "family": family,
-                          "max_reward_tokens": MAX_REWARD_TOKENS[family]}
+                          "max_reward_tokens": MAX_REWARD_TOKENS}
                 files[file].append((record, None))
     short = [row for row in chats if sum(len(turn["content"]) for turn in row[0]["conversations"]) < LONGEST]
-    files["grpo"] += rng.sample(short, len(files["grpo"]) // 3)
+    files["grpo"] += rng.sample(short, len(files["grpo"]))
     rng.shuffle(files["grpo"])
     return files
