@@ -48,10 +48,12 @@ def main(args):
     if not args.load_from.is_dir():
         raise UsageError(f"--load_from {args.load_from}: no such folder; the quickstart makes one")
     prompts = {name: prompts_of_the_task(args.out_dir, name) for name in ("grpo", "grpo_test")}
-    rows = [{"": "before", "held out": held_out(args.load_from, prompts["grpo_test"]), "KL": 0.0}]
+    rows = [{"": "before", "rollouts to 0.6": None, "reward": None,
+             "held out": held_out(args.load_from, prompts["grpo_test"]), "KL": 0.0}]
     for method, (_, _, seeds) in METHODS.items():
         rows += [compared(args, method, seed, prompts) for seed in range(1, seeds + 1)]
-    formats = {"reward": ".3f", "held out": ".3f", "KL": ".3f", "entropy": ".3f", "seconds": ".0f"}
+    formats = dict.fromkeys(("reward", "held out", "KL", "entropy"), ".3f")
+    formats |= dict.fromkeys(("rollouts to 0.6", "seconds"), ".0f")
     print(f"\n{markdown(rows, formats)}")
 
 
