@@ -35,7 +35,6 @@ import json
 import random
 import re
 import sys
-from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -83,7 +82,7 @@ def split_wordings(rng, questions=QUESTIONS):
     No wording of a test is in the training of any kind.
 
     The first wording of each line stays in training. Of the other combinations one in eight is held out, so
-    that a held-out wording is new as a whole, while the model has met its words in others of the same kind.
+    that a held-out wording is new as a whole, while the model has met its parts in other wordings.
     """
     lines = read_wordings(questions)
     always = {bare(wording) for some in lines.values() for line, can_hold_out in some
@@ -91,14 +90,7 @@ def split_wordings(rng, questions=QUESTIONS):
     test = {}
     for key in lines:
         free = sorted({wording for line, _ in lines[key] for wording in line if bare(wording) not in always})
-        different = {bare(wording): wording for line, _ in lines[key] for wording in line}.values()
-        in_training = Counter(word for wording in different for word in parts_of(wording))
-        test[key], wanted = set(), max(3, len(free) // 8)
-        for wording in rng.sample(free, len(free)):
-            parts = parts_of(wording)
-            if len(test[key]) < wanted and min(in_training[part] for part in parts) > 1:
-                test[key].add(wording)
-                in_training.subtract(parts)
+        test[key] = set(rng.sample(free, min(len(free), max(3, len(free) // 8))))
     bare_test = {bare(wording) for wordings in test.values() for wording in wordings}
     split = {}
     for key, some in lines.items():  # two kinds may share a wording: what one tests, the other does not train
@@ -106,11 +98,6 @@ def split_wordings(rng, questions=QUESTIONS):
         tested = [[wording for wording in line if wording in test[key]] for line, _ in some]
         split[key] = Split([line for line in training if line], [line for line in tested if line])
     return split
-
-
-def parts_of(wording):
-    """The English words, Chinese characters and slots of a wording."""
-    return set(re.findall("[a-z']+|[^\x00-\x7f]|{.*?}", wording.lower()))
 
 
 class World:
@@ -123,8 +110,7 @@ class World:
         self.rng = rng = random.Random(seed)
         self.wordings = split_wordings(rng)
         pairs = [(a, b) for a in range(100) for b in range(a + 1)]
-        self.held_list = rng.sample(pairs, 250)  # (larger, smaller): 5 % of all
-        self.held_pairs = set(self.held_list)
+        self.held_pairs = set(rng.sample(pairs, 250))  # (larger, smaller): 5 % of all
         self.ordinary_text = ordinary_text()
         self.ordinary_words = words_of(self.ordinary_text)
         self.names = {lang: self.split(NAMES[f"names {lang}"], 6) for lang in LANGUAGES}
@@ -230,10 +216,10 @@ class World:
     def number_pair(self, for_test):
         """(a, b) with a >= b: one of the held-out pairs, or one of the others."""
         if for_test:
-            return self.rng.choice(self.held_list)
+            return self.rng.choice(sorted(self.held_pairs))
         while True:
             # Small numbers too, as people ask for them, and small beside large, as in the last step of a sum.
-            top_a, top_b = self.rng.choice([(99, 99)] * 13 + [(12, 12)] * 3 + [(99, 9)] * 4)
+            top_a, top_b = self.rng.choices([(99, 99), (12, 12), (99, 9)], [65, 15, 20])[0]
             b, a = sorted((self.rng.randint(0, top_a), self.rng.randint(0, top_b)))
             if self.held_pairs.isdisjoint([(a, b), *pairs_in_between(a, b)]):
                 return a, b
@@ -244,7 +230,7 @@ class World:
             top = 9 if self.rng.random() < 0.15 and not for_test else 99
             three = {self.rng.randint(1, top) for _ in range(3)}
             if for_test:
-                three = {*self.number_pair(for_test), self.rng.randint(1, 99)}
+                three = {*self.rng.choice(sorted(self.held_pairs)), self.rng.randint(1, 99)}
             three = sorted(three)
             pairs = [(large, small) for small, large in combinations(three, 2)]
             has_held_pair = not self.held_pairs.isdisjoint(pairs)
@@ -487,10 +473,10 @@ TALK_KINDS = {family: [section.removeprefix(f"{family}.") for section, lines in 
 def talk(world, family, lang, for_test):
     """Any section of talk.txt: I am tired. -> Then take a good rest. You have earned it."""
     rng = world.rng
-    kind = rng.choice(TALK_KINDS[family])
-    while not world.wordings[family, kind, lang].part(for_test):  # none of its wordings is for the test
-        kind = rng.choice(TALK_KINDS[family])
-    a, (c, d, e) = rng.randint(0, 99), world.three_numbers(for_test)
+    kinds = [kind for kind in TALK_KINDS[family] if world.wordings[family, kind, lang].part(for_test)]
+    kind = rng.choice(kinds)
+    a, _ = world.number_pair(for_test)
+    c, d, e = world.three_numbers(for_test)
     big, large = (rng.randint(100, rng.choice([999, 9999])) for _ in range(2))
     slots = {"x": world.anything(lang, for_test), "a": a, "c": c, "d": d, "e": e, "big": big, "large": large,
              "noise": noise(rng, lang)}

@@ -340,8 +340,10 @@ def in_words(number, lang):
     """0 to 99: forty-seven, 四十七."""
     tens, ones = divmod(number, 10)
     if lang == "zh":
-        before = "" if tens == 0 else "十" if tens == 1 else DIGITS_ZH[tens] + "十"
-        return before if before and ones == 0 else before + DIGITS_ZH[ones]
+        if tens == 0:
+            return DIGITS_ZH[ones]
+        before = "十" if tens == 1 else DIGITS_ZH[tens] + "十"
+        return before if ones == 0 else before + DIGITS_ZH[ones]
     if number < 20:
         return BELOW_TWENTY[number]
     return TENS[tens] if ones == 0 else f"{TENS[tens]}-{BELOW_TWENTY[ones]}"

@@ -85,4 +85,4 @@ def noise(rng, lang):
     return rng.choice([row[start:start + length], row[start:start + 2] * rng.randint(2, 4),
                        "".join(rng.choice(row) for _ in range(length)),
                        "".join(rng.choice(letters) for _ in range(length + 2)),
-                       rng.choice("abcdfghjmnopqrstvxz") * rng.randint(3, 7)])
+                       rng.choice("abcdfghjkmnopqrstvxz") * rng.randint(3, 7)])
