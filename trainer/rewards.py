@@ -129,10 +129,10 @@ class RewardModel:
         if not (path / "config.json").is_file():
             raise UsageError(f"--reward_model {path}: there is no model in that folder")
         try:  # no code from the folder runs, and nothing is fetched
-            safely = {"local_files_only": True, "trust_remote_code": False}
-            self.tokenizer = AutoTokenizer.from_pretrained(path, **safely)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False)
             self.model, report = AutoModelForSequenceClassification.from_pretrained(
-                path, output_loading_info=True, **safely)
+                path, output_loading_info=True, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise ModelError(f"--reward_model {path} can't be read: {one_line(error)}") from None
         if missing := report["missing_keys"]:
