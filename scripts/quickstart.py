@@ -1,6 +1,6 @@
 """From nothing to a chat: writes a small world, trains a model on it in five stages, scores every stage.
 
-    python scripts/quickstart.py               # about 7 minutes on 2 CPU cores; uses a GPU if there is one
+    python scripts/quickstart.py               # about 8 minutes on 2 CPU cores; uses a GPU if there is one
     python scripts/quickstart.py --minutes 20  # train longer
     python scripts/quickstart.py               # again: goes on where it was stopped, or shows the report
     python scripts/quickstart.py --fresh       # start over
@@ -33,7 +33,7 @@ from common.cli import ROOT, Parser, run_script
 from common.errors import INTERRUPTED, ModelError, RunError
 from common.files import json_text, read_json, read_json_if_there, write_whole
 
-DEFAULT_MINUTES = 7.0  # the steps and seconds below are for so many; --minutes scales the steps
+DEFAULT_MINUTES = 8.5  # the steps and seconds below are for so many; --minutes scales the steps
 
 # stage: its script, steps, seconds that they take on 2 CPU cores, and its flags
 ROW_FLAGS = "--log_interval 20 --eval_interval 1000 --max_seq_len"  # ... and the rows of a step
@@ -48,7 +48,7 @@ STAGES = {
     "pretrain": ("train_pretrain.py", 300, 30,
                  f"--preset tiny {MUON_FLAGS} 1e-2 {ROW_FLAGS} 128 --batch_size 8 --lr_schedule cosine"),
     "full_sft": ("train_full_sft.py", 3850, 270, f"{MUON_FLAGS} 7e-3 {CHAT_ROWS} 8"),
-    "grpo": ("train_grpo.py", 240, 105, GRPO_FLAGS),
+    "grpo": ("train_grpo.py", 240, 75, GRPO_FLAGS),
     "lora_identity": ("train_lora.py", 420, 30, ADAPTER_FLAGS),
     "lora_clinic": ("train_lora.py", 800, 52, ADAPTER_FLAGS),
 }
