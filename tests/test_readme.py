@@ -50,7 +50,10 @@ def copy(tmp_path_factory) -> Path:
     texts = [line for line in records if line.startswith('{"text"')]
     chats = [line for line in records if line not in texts]
     assert len(texts) == 1 and len(chats) == 4
-    for name, lines in (("my_text", texts * 40), ("my_chats", chats * 10), ("my_test", chats)):
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    pair, prompt = re.findall(r'`({"prompt": [^`]+})`', page)
+    for name, lines in (("my_text", texts * 40), ("my_chats", chats * 10), ("my_test", chats),
+                        ("my_pairs", [pair] * 10), ("my_prompts", [prompt] * 10)):
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     plant_quickstart(folder / "out" / "quickstart")
     return folder
