@@ -122,7 +122,7 @@ def test_gradient_checkpointing_changes_nothing(workshop, flags, tmp_path):
     ({"group_size": 1}, "--group_size 1: a group of one has no mean to compare with"),
     ({"batch_size": 10}, "--batch_size 10 counts answers, so it must be a multiple of --group_size 4"),
     ({"num_workers": 1}, "--num_workers has no effect here"),
-    ({"packing": True}, "--packing: the rows of the stage grpo can't be packed"),
+    ({"packing": True}, "--packing: the rows of this stage can't be packed"),
     ({"compile": True}, "--compile would compile anew"),
     ({"max_new_tokens": 64}, "--max_new_tokens 64 leaves no room for a prompt in --max_seq_len 64"),
     ({"reward_file": "no.py:score"}, "there is no file no.py"),
@@ -149,4 +149,4 @@ def test_a_grown_model_is_treated_gently_but_answers_stay_in_groups(tmp_path):
     parser.set_defaults(stage="grpo", name="grpo", batch_size=256, out_dir=tmp_path,
                         load_from=tmp_path / "base")
     args = parse_args(parser, [])
-    assert (args.batch_size, args.group_size, args.learning_rate, args.micro_batch_size) == (256, 16, 1e-5, 1)
+    assert (args.batch_size, args.group_size, args.learning_rate, args.micro_batch_size) == (256, 16, 1e-5, 8)
