@@ -15,12 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from common.cli import ROOT, Parser, count, run_script
-from dataset.prompts import PromptDataset
-from model.sample_many import sample_many
-from model.weights import end_tokens, load_model, load_tokenizer
 
 MAX_NEW_TOKENS = 64
 
@@ -38,7 +33,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    # Imported here, so that --help answers at once.
+    import torch
     from transformers import AutoModelForCausalLM
+
+    from dataset.prompts import PromptDataset
+    from model.sample_many import sample_many
+    from model.weights import end_tokens, load_model, load_tokenizer
 
     torch.set_num_threads(args.threads)
     model, tokenizer = load_model(args.load_from).eval(), load_tokenizer(args.load_from)
