@@ -1,8 +1,9 @@
 """What training minimises. A loss is a plain function `loss(model, batch)` of one micro-batch.
 
-It returns a sum over the units of the micro-batch (here tokens), and further named sums over the same units
-for the log, such as {"accuracy": ...}. The loop divides all of them by the number of units in the whole
-step, over all micro-batches and processes. So the loss of a step is one mean, and never a mean of means:
+It returns a sum over the units of the micro-batch, and further named sums over the same units for the log,
+such as {"accuracy": ...}. Units are tokens, pairs of answers, or answers. The loop divides all of them by the
+number of units in the whole step, over all micro-batches and processes. So the loss of a step is one mean,
+and never a mean of means. With tokens as units:
 
     10 tokens of loss 1 in one micro-batch, 30 tokens of loss 3 in another     (10 + 90) / 40 = 2.5
     the mean of the two means                                                  (1 + 3) / 2 = 2, which is wrong
