@@ -128,8 +128,9 @@ def load_data(kind, tokenizer, ranks: Ranks, /, *, data_path, eval_data_path, ev
     it is forgotten. The second and the third may be None.
 
     kind: the dataset class. Flags are passed as in add_lora. (`tokenizer` is also the name of a flag. Because
-    of `/` that flag goes to other_flags and does not collide with the parameter.) `read_data` says which files
-    are read, and what becomes validation data. Process 0 tokenises, and the others read its token cache.
+    of `/` that flag goes to other_flags and does not collide with the parameter.) `read_data` says which
+    files are read, and what becomes validation data. Process 0 tokenises, and the others read its token
+    cache.
     """
     def read(paths):
         settings = {"strict": strict, "allow_unusable": allow_unusable}
