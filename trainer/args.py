@@ -19,6 +19,7 @@ LORA_FLAGS = ("lora_alpha", "lora_rslora", "lora_dropout", "lora_init", "lora_pl
               "quantize")
 REWARD_FLAGS = {"answers": None, "format": "reward_format", "length": "max_reward_tokens",  # part: its flag
                 "file": "reward_file", "model": "reward_model"}
+part = number(float, lambda x: 0 <= x <= 1, "a part of the whole, from 0 to 1")
 row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
 
 

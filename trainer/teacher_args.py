@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from common.cli import count, number, positive
-from trainer.args import tuning_parser
+from trainer.args import part, tuning_parser
 
-part = number(float, lambda x: 0 <= x <= 1, "a part of the whole, from 0 to 1")
 inner_part = number(float, lambda x: 0 < x < 1, "above 0 and below 1")
 
 

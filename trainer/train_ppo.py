@@ -62,9 +62,8 @@ if __name__ == "__main__":
     add("--value_clip", type=flags.positive, default=0.2, metavar="F",
         help="how far a value may move in the updates of one rollout")
     add("--value_weight", type=flags.positive, default=0.1, metavar="F", help="of the value head's loss")
-    part = flags.number(float, lambda x: 0 <= x <= 1, "from 0 to 1")
-    add("--gamma", type=part, default=1.0, metavar="F", help="what a reward one token later is worth")
-    add("--gae_decay", type=part, default=0.95, metavar="F",
+    add("--gamma", type=flags.part, default=1.0, metavar="F", help="what a reward one token later is worth")
+    add("--gae_decay", type=flags.part, default=0.95, metavar="F",
         help="1: the rewards alone judge a token; 0: the value head does, from the next token on")
     parser.set_defaults(batch_size=256, group_size=1, updates_per_rollout=4, max_seq_len=256, stage="ppo",
                         world="grpo", name="ppo", load_from=flags.ROOT / "out/full_sft", learning_rate=3e-4,
