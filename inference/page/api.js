@@ -1,39 +1,25 @@
 // Requests to the server, and the events of an answer that it streams.
 import {t} from "./words.js";
 
-const KEY = "seedling_api_key"; // its name in the browser's store, which forgets it with the tab
-let askForKey = async () => null;
-
-// Sets what asks the reader for a key: an async function that returns the key, or null if there is none.
-export function setKeyQuestion(question) {
-  askForKey = question;
-}
+const KEY = "seedling_api_key"; // its name in sessionStorage, which forgets it when the tab is closed
+export const keepKey = (key) => sessionStorage.setItem(KEY, key);
 
 // Returns the server's answer to a GET, or to a POST if there is a body. Throws an Error whose message can be shown.
 export async function request(path, body, signal) {
-  const headers = {};
-  if (body) headers["Content-Type"] = "application/json";
+  const headers = body ? {"Content-Type": "application/json"} : {};
   const key = sessionStorage.getItem(KEY);
   if (key) headers.Authorization = `Bearer ${key}`;
   const options = {method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body)};
   const response = await fetch(path, options).catch(explainFailure);
   if (response.status === 401) {
-    const newKey = await askForKey();
-    if (newKey) {
-      sessionStorage.setItem(KEY, newKey);
-      return request(path, body, signal);
-    }
+    document.dispatchEvent(new Event("keyneeded"));
+    throw new Error(t("This server asks for a key. Please enter it in the settings."));
   }
-  if (!response.ok) throw new Error(await errorMessage(response));
+  if (!response.ok) {
+    const told = await response.json().catch(() => null); // null: an error that is not in the server's own form
+    throw new Error(told?.error?.message ?? t("The server answered with the status {status}.", response));
+  }
   return response;
-}
-
-async function errorMessage(response) {
-  try {
-    return (await response.json()).error.message;
-  } catch { // not the server's own form of an error
-    return t("The server answered with the status {status}.", {status: response.status});
-  }
 }
 
 function explainFailure(error) {
@@ -48,8 +34,7 @@ export async function* events(response) {
   for (;;) {
     const {value, done} = await reader.read().catch(explainFailure);
     if (done) throw new Error(t("The server broke the answer off."));
-    text += value;
-    const complete = text.split("\n\n");
+    const complete = (text + value).split("\n\n");
     text = complete.pop(); // the beginning of an event whose rest is still to come
     for (const event of complete) {
       const data = event.replace(/^data: /, "");

@@ -1,13 +1,12 @@
 // Two helpers for the elements of the page.
-
 export const byId = (id) => document.getElementById(id);
 
-// make("button", {className: "plain", onclick: stop}, "Stop"): an element with these properties and children.
-// A name with a hyphen, and "role", is set as an attribute.
+// make("button", {className: "plain", onclick: stop}, "Stop") is an element with these properties and children.
+// "role" and names with a hyphen are set as attributes.
 export function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
-    if (name.includes("-") || name === "role") element.setAttribute(name, value);
+    if (name === "role" || name.includes("-")) element.setAttribute(name, value);
     else element[name] = value;
   }
   element.append(...children);

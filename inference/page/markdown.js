@@ -17,48 +17,30 @@ const ALLOWED = {
   RETURN_DOM_FRAGMENT: true,
 };
 DOMPurify.addHook("afterSanitizeAttributes", (element) => {
-  if (element.tagName === "A") {
-    element.setAttribute("target", "_blank");
-    element.setAttribute("rel", "noopener noreferrer");
-  }
+  if (element.hasAttribute?.("href")) Object.assign(element, {target: "_blank", rel: "noopener noreferrer"});
 });
-
-function safeElements(text) {
-  return DOMPurify.sanitize(marked.parse(text), ALLOWED);
-}
+const safeElements = (text) => DOMPurify.sanitize(marked.parse(text), ALLOWED);
 
 // Draws a text into a box while the text grows. Blocks that are complete are drawn once.
 export class GrowingMarkdown {
   constructor(box) {
-    this.box = box;
-    this.drawnText = 0; // characters of the text that belong to complete blocks
-    this.drawnNodes = 0; // and the number of nodes in the box that show them
+    Object.assign(this, {box, drawnLetters: 0, drawnNodes: 0}); // of the complete blocks
   }
 
   draw(text, isFinished) {
     try {
-      if (isFinished) this.drawWhole(text);
-      else this.drawRest(text);
+      // The last two blocks may still change: a list goes on after an empty line.
+      const blocks = isFinished ? [] : marked.lexer(text.slice(this.drawnLetters)).slice(0, -2);
+      const complete = blocks.map((block) => block.raw).join("");
+      // A finished text is read once more as a whole, because a link may be explained in a later block.
+      if (isFinished) this.drawnLetters = this.drawnNodes = 0;
+      while (this.box.childNodes.length > this.drawnNodes) this.box.lastChild.remove();
+      this.box.append(safeElements(complete));
+      this.drawnNodes = this.box.childNodes.length;
+      this.drawnLetters += complete.length;
+      this.box.append(safeElements(text.slice(this.drawnLetters)));
     } catch { // Thousands of nested brackets are more than marked can read. They are shown as plain text.
       this.box.replaceChildren(text);
     }
-  }
-
-  drawRest(text) {
-    // The last two blocks may still change: a list goes on after an empty line.
-    const complete = marked.lexer(text.slice(this.drawnText)).slice(0, -2).map((block) => block.raw).join("");
-    while (this.box.childNodes.length > this.drawnNodes) this.box.lastChild.remove();
-    this.box.append(safeElements(complete));
-    this.drawnNodes = this.box.childNodes.length;
-    this.drawnText += complete.length;
-    this.box.append(safeElements(text.slice(this.drawnText)));
-  }
-
-  // A finished answer is read once more as a whole. It is replaced only if the pieces showed something else.
-  drawWhole(text) {
-    const whole = this.box.cloneNode(false);
-    whole.append(safeElements(text));
-    if (!whole.isEqualNode(this.box)) this.box.replaceChildren(...whole.childNodes);
-    this.drawnText = this.drawnNodes = 0;
   }
 }
