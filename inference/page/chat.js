@@ -2,7 +2,7 @@
 import {events, request} from "./api.js";
 import {byId, make} from "./elements.js";
 import {GrowingMarkdown} from "./markdown.js";
-import {chosenModels, samplingFields} from "./settings.js";
+import {chosenModels} from "./settings.js";
 import {closeOthers, partsOf, tokenOfText, TokenRow} from "./tokens.js";
 import {t} from "./words.js";
 
@@ -28,24 +28,20 @@ export function ask(question) {
   write(turn.answers);
 }
 
-export function newChat() {
-  removeTurns(0);
-  byId("welcome").hidden = false;
-}
-
-function removeTurns(first) {
+// Removes the turns from this one on.
+export function removeTurns(first) {
   stop();
   closeOthers();
   for (const turn of turns.splice(first)) turn.element.remove();
+  byId("welcome").hidden = turns.length > 0;
 }
-
-// ---------------------------------------------------------------- the question
 
 // A question, which can be edited. Then what followed is removed, as it was said about another question.
 function questionElement(turn) {
   const text = make("p", {}, turn.question);
   const field = make("textarea", {rows: 3, "aria-label": t("Your message")});
-  const [editButton, copy, sendButton] = [make("button"), copyButton(() => turn.question), make("button", {}, t("Send"))];
+  const [copy, editButton] = [copyButton(() => turn.question), make("button")];
+  const sendButton = make("button", {}, t("Send"));
   const show = (isEditing) => {
     text.hidden = copy.hidden = isEditing;
     field.hidden = sendButton.hidden = !isEditing;
@@ -85,13 +81,12 @@ function copyButton(textOf) {
   return button;
 }
 
-// ---------------------------------------------------------------- the answer
-
 // One model's answer to one question. Its elements are made once, and `draw` adds what is new.
 class Answer {
   constructor(turn, column, model) {
     Object.assign(this, {turn, column, model, name: make("h3"), thought: make("p"), textBox: make("div"),
-      callBox: make("div"), error: make("p", {className: "error", role: "alert"}), note: make("span")});
+      callBox: make("div"), error: make("p", {className: "error", role: "alert"})});
+    this.note = make("span", {className: "note"});
     this.thinking = make("details", {className: "thinking"}, make("summary", {}, t("Thinking")), this.thought);
     this.textBox.className = "text";
     this.markdown = new GrowingMarkdown(this.textBox);
@@ -109,7 +104,6 @@ class Answer {
   restart({written = "", reasoning = "", content = "", tokens = []} = {}) {
     Object.assign(this, {begun: written, reasoning, content, tokens, calls: [], end: "", errorText: "", count: 0});
     this.name.textContent = this.model.label;
-    this.element.setAttribute("aria-label", t("Answer of {label}", this.model));
   }
 
   // Takes one event of the stream.
@@ -145,10 +139,8 @@ class Answer {
   }
 
   noteText() {
-    if (this.end === "") return t("writing");
-    const notes = [];
-    if (this.end === "length") notes.push(t("cut off"));
-    if (this.end === "stopped") notes.push(t("stopped"));
+    const ends = {"": t("writing"), length: t("cut off"), stopped: t("stopped")};
+    const notes = this.end in ends ? [ends[this.end]] : [];
     if (this.end === "stop" && this.content === "") notes.push(t("no words"));
     const speed = Math.round(this.count / this.seconds).toLocaleString();
     if (this.count) notes.push(t("{n} tokens", {n: this.count}), t("{n} tokens/s", {n: speed}));
@@ -190,8 +182,6 @@ function callElement({function: {name, arguments: json}}) {
   return make("figure", {className: "call"}, title, make("pre", {}, json));
 }
 
-// ---------------------------------------------------------------- asking the server
-
 // Lets the server write these answers, or go on with them, all at the same time.
 async function write(answers) {
   stop();
@@ -231,8 +221,9 @@ async function writeOne(answer, signal) {
 }
 
 function requestBody(answer) {
-  const body = {...answer.model.request, ...samplingFields(), messages: messagesFor(answer), stream: true,
-                stream_options: {include_usage: true}};
+  const body = {...answer.model.request, messages: messagesFor(answer), stream: true,
+    stream_options: {include_usage: true}, temperature: byId("temperature").valueAsNumber};
+  if (byId("length").value) body.max_tokens = byId("length").valueAsNumber;
   if (byId("probabilities").checked) Object.assign(body, {logprobs: true, top_logprobs: OTHERS});
   else answer.tokens = []; // Tokens of the beginning alone would show half of the answer.
   if (body.messages.at(-1).role === "assistant") body.continue_final_message = true;
@@ -258,8 +249,6 @@ export function historyBefore(turn, column) {
   return messages;
 }
 
-// ---------------------------------------------------------------- drawing
-
 const changed = new Set();
 
 // Draws an answer in the browser's next frame, once, however many events come until then.
@@ -277,6 +266,4 @@ function drawChanged() {
   if (follows) scroller.scrollTop = scroller.scrollHeight;
 }
 
-export function drawAll() {
-  for (const turn of turns) turn.answers.forEach(drawSoon);
-}
+export const drawAll = () => turns.forEach((turn) => turn.answers.forEach(drawSoon));

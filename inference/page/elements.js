@@ -1,6 +1,5 @@
-// Two helpers for the elements of the page.
+// Finds and makes the elements of the page.
 export const byId = (id) => document.getElementById(id);
-
 // make("button", {className: "plain", onclick: stop}, "Stop") is an element with these properties and children.
 // "role" and names with a hyphen are set as attributes.
 export function make(tag, properties = {}, ...children) {

@@ -12,8 +12,7 @@ const ALLOWED = {
   ALLOWED_ATTR: ["href", "start", "align"],
   ADD_URI_SAFE_ATTR: ["start", "align"], // their values are no addresses
   ALLOWED_URI_REGEXP: /^(?:https?:|mailto:)/i,
-  ALLOW_DATA_ATTR: false,
-  ALLOW_ARIA_ATTR: false,
+  ALLOW_DATA_ATTR: false, ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
 };
 DOMPurify.addHook("afterSanitizeAttributes", (element) => {

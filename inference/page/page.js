@@ -1,8 +1,8 @@
 // The start of the page: connects its controls with the conversation.
 import {keepKey} from "./api.js";
-import {ask, drawAll, isRunning, isSendKey, newChat, stop} from "./chat.js";
+import {ask, drawAll, isRunning, isSendKey, removeTurns, stop} from "./chat.js";
 import {byId, make} from "./elements.js";
-import {areModelsLoaded, loadModels, showSettings} from "./settings.js";
+import {chosenModels, loadModels, showSettings} from "./settings.js";
 import {showTraining} from "./training.js";
 import {t, translatePage} from "./words.js";
 
@@ -18,22 +18,10 @@ async function start() {
 }
 
 async function send(text) {
-  if (!areModelsLoaded()) await start(); // The server did not answer when the page was opened.
-  if (!text || !areModelsLoaded()) return;
+  if (!chosenModels().length) await start(); // The server did not answer when the page was opened.
+  if (!text || !chosenModels().length) return;
   question.value = "";
-  fitQuestion();
   ask(text);
-}
-
-// The field grows with what is written in it.
-function fitQuestion() {
-  question.style.height = "auto";
-  question.style.height = `${question.scrollHeight}px`;
-}
-
-function toggleSettings(isOpen) {
-  byId("settings").classList.toggle("open", isOpen);
-  byId("menu").setAttribute("aria-expanded", isOpen);
 }
 
 byId("composer").onsubmit = (event) => {
@@ -44,11 +32,10 @@ byId("composer").onsubmit = (event) => {
 question.onkeydown = (event) => {
   if (isSendKey(event) && !isRunning()) send(question.value.trim());
 };
-question.oninput = fitQuestion;
 document.addEventListener("keydown", (event) => event.key === "Escape" && stop());
 document.addEventListener("keyneeded", () => {
   byId("key-row").hidden = false;
-  toggleSettings(true);
+  byId("settings").open = true;
   byId("key").focus();
 });
 byId("key").onchange = () => {
@@ -56,18 +43,15 @@ byId("key").onchange = () => {
   start();
 };
 byId("settings").oninput = showSettings;
-byId("menu").onclick = () => toggleSettings(!byId("settings").classList.contains("open"));
-byId("probabilities").onchange = () => {
-  byId("scale").hidden = !byId("probabilities").checked;
-  drawAll();
-};
+byId("probabilities").onchange = drawAll;
 byId("show-training").onclick = showTraining;
 byId("new").onclick = () => {
-  newChat();
+  removeTurns(0);
   question.focus();
 };
 
 translatePage();
+byId("settings").open = innerWidth > 768; // On a phone there is no room for them beside the conversation.
 byId("examples").append(...EXAMPLES.map((text) => make("button", {onclick: () => send(t(text))}, t(text))));
 question.focus();
 start();

@@ -5,8 +5,6 @@ import {t} from "./words.js";
 
 let choices = []; // what the two lists of models offer: a card of /v1/models each, with `label` and `isMix`
 
-export const areModelsLoaded = () => choices.length > 0;
-
 // Fills the two lists from the server.
 export async function loadModels() {
   const cards = (await (await request("v1/models")).json()).data;
@@ -43,10 +41,6 @@ export function chosenModels() {
     const adapters = weights.length ? {adapters: Object.fromEntries(weights)} : {};
     return {label: [id, ...words].join(" "), kind, request: {model: id, ...adapters}};
   });
-}
-
-export function samplingFields() {
-  return {temperature: byId("temperature").valueAsNumber, max_tokens: byId("length").valueAsNumber || 1};
 }
 
 // Shows the values of the sliders, and what belongs to the chosen models alone.

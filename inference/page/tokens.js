@@ -76,8 +76,9 @@ function tokenElement(token) {
   const isSpace = token.token.trim() === "";
   const kind = MARK.test(token.token) ? "mark" : isSpace ? "space" : "";
   const label = `${visible(token.token)}, ${percentOf(token)}`;
+  const shown = isSpace ? visible(token.token) + token.token.replace(/[^\n]/g, "") : token.token; // breaks the line too
   const element = make("span", {className: `token ${kind}`, role: "button", tabIndex: -1, "aria-label": label,
-    "aria-haspopup": "menu"}, isSpace ? visible(token.token) + token.token.replace(/[^\n]/g, "") : token.token);
+                                "aria-haspopup": "menu", "aria-describedby": "others"}, shown);
   element.style.setProperty("--unsure", 1 - probabilityOf(token));
   return element;
 }
@@ -92,10 +93,7 @@ function showOthers(element, tokens, index, choose) {
   clearTimeout(closing);
   const list = byId("others");
   if (owner === element && !list.hidden) return;
-  owner?.removeAttribute("aria-describedby");
   owner = element;
-  owner.setAttribute("aria-describedby", "others");
-
   const before = partsOf(tokens.slice(0, index)).written;
   // The words before must be whole characters. In the middle of a tool call an answer can't go on.
   const canGoOn = choose && !before.endsWith("\ufffd") && !before.includes("<tool_call>");
