@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from model.adapters import Adapters
-from model.generate import KVCache, filter_logits, penalize, why_not_finite
+from model.generate import KVCache, draw, filter_logits, penalize, why_not_finite
 from model.transformer import CausalLM
 
 SMALLEST_LENGTH = 256  # tokens that a row of the cache has room for, at least
@@ -278,7 +278,9 @@ class Batch:
                 groups.setdefault((row.temperature, row.top_k, row.top_p), []).append(place)
         for settings, places in groups.items():
             scores = logits if len(places) == len(rows) else logits[places]
-            tokens[places] = draw(filter_logits(scores, *settings), [rows[place].generator for place in places])
+            numbers = torch.cat([torch.rand(1, generator=rows[place].generator, device=self.device)
+                                 for place in places])
+            tokens[places] = draw(filter_logits(scores, *settings).softmax(dim=-1), numbers)
         for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             if not is_finite[place]:
                 row.finish, row.error = "error", why_not_finite(self.model)
@@ -344,15 +346,3 @@ def change(logits, row: Row) -> torch.Tensor:
     if row.constraint:
         logits = logits.masked_fill(~row.constraint.allowed().to(logits.device), -torch.inf)
     return logits
-
-
-def draw(scores, generators: list[torch.Generator]) -> torch.Tensor:
-    """Logits (B, V) -> one token for each row (B,), by probability, each from its own random numbers.
-
-    As torch.multinomial does it: the token whose p / e is largest, where each e is drawn from the exponential
-    distribution. torch.multinomial itself would take the numbers of all rows from one generator.
-    """
-    noise = torch.empty_like(scores)
-    for row, generator in zip(noise, generators, strict=True):
-        row.exponential_(generator=generator)
-    return scores.softmax(dim=-1).nan_to_num(nan=1.0).div_(noise).argmax(dim=-1)

@@ -15,6 +15,7 @@ from common.errors import ModelError, RunError
 from model.config import ModelConfig
 from model.transformer import CausalLM, rope_tables
 
+LIKELIEST = 64  # tokens among which the nucleus of top-p is looked for first
 
 class KVCache:
     """The keys and values of all tokens so far.
@@ -157,8 +158,20 @@ def choose_token(logits, temperature: float, top_k: int, top_p: float, generator
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
-    probabilities = probabilities.nan_to_num(nan=1.0)  # On a GPU a NaN here would end the process.
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    return draw(probabilities, torch.rand(len(logits), generator=generator, device=logits.device))
+
+
+def draw(probabilities, numbers) -> torch.Tensor:
+    """probabilities (B, V) -> token ids (B,), drawn by numbers (B,), which are uniform in [0, 1):
+
+        probability of a token   0.5   0.3   0.2
+        cumulated                0.5   0.8   1.0        the number 0.6 draws the second token
+    """
+    cumulated = probabilities.cumsum(dim=-1)
+    # Rounding must not lead beyond the last token that has a probability. The last sum is 1, up to rounding.
+    numbers = numbers.clamp(max=1 - 2**-20)[:, None] * cumulated[:, -1:]
+    token = torch.searchsorted(cumulated, numbers, right=True).squeeze(1)
+    return token.clamp(max=probabilities.size(-1) - 1)  # where the numbers are NaN
 
 
 def penalize(logits, seen, penalty: float):
@@ -184,12 +197,15 @@ def filter_logits(logits, temperature: float = 1.0, top_k: int = 0, top_p: float
         kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
-        ascending, order = logits.sort(dim=-1)
-        # A token goes if all likelier tokens have at least p. The others (this token and all less likely
-        # ones) then have at most 1 - p, and this sum is computed here, from the least likely token on.
-        ruled_out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
-        ruled_out[:, -1] = False  # the likeliest always stays
-        # `ruled_out` is in ascending order. Here each of its values goes back to the id that it belongs to.
-        ruled_out = torch.empty_like(ruled_out).scatter(1, order, ruled_out)
-        logits = logits.masked_fill(ruled_out, -torch.inf)
+        probabilities, size = logits.softmax(dim=-1), logits.size(-1)
+        # On a CPU a sort takes longer than a step of a small model, and a few tokens mostly make up p.
+        for count in (size,) if logits.is_cuda else (min(LIKELIEST, size), size):
+            likeliest, order = probabilities.topk(count, dim=-1)  # in descending order
+            sums = likeliest.cumsum(dim=-1) - likeliest  # over all likelier tokens
+            if count == size or (sums[:, -1] >= top_p).all():
+                break
+        ruled_out = sums >= top_p
+        ruled_out[:, 0] = False  # the likeliest always stays
+        kept = logits.gather(1, order).masked_fill(ruled_out, -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter(1, order, kept)  # each at its own place again
     return logits

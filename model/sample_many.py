@@ -14,7 +14,7 @@ import torch
 
 from common.device import matmul_dtype
 from common.errors import RunError
-from model.generate import KVCache, why_not_finite
+from model.generate import KVCache, draw, why_not_finite
 from model.transformer import CausalLM
 
 
@@ -46,7 +46,7 @@ def sample_many(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, 
     ended, ends = torch.zeros_like(rows, dtype=torch.bool), torch.tensor(end_tokens, device=device)
     numbers = None if temperature == 0 else numbers.to(device)
     for step in range(max_new_tokens):
-        new = draw(model, logits, temperature, None if numbers is None else numbers[rows, step])  # (rows,)
+        new = choose(model, logits, temperature, None if numbers is None else numbers[rows, step])  # (rows,)
         tokens[rows, step] = new
         ended |= torch.isin(new, ends)
         num_left = len(rows) - int(ended.sum())
@@ -72,20 +72,10 @@ def last_logits(model, input_ids, cache: KVCache) -> torch.Tensor:
     return output.logits[:, 0].float()
 
 
-def draw(model, logits, temperature: float, numbers) -> torch.Tensor:
-    """logits (B, V) -> token ids (B,): the likeliest at temperature 0, else the one that `numbers` (B,) draw.
-
-    A number draws by the inverse of the cumulated probabilities:
-        probability of a token   0.5   0.3   0.2
-        cumulated                0.5   0.8   1.0        the number 0.6 draws the second token
-    """
-    if temperature == 0:
-        highest, token = logits.max(dim=-1)
-    else:
-        cumulated = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, V)
-        highest = cumulated[:, -1:]  # 1, up to rounding
-        token = torch.searchsorted(cumulated, numbers[:, None] * highest, right=True).squeeze(1)
-        token = token.clamp(max=logits.size(-1) - 1)
-    if not highest.isfinite().all():
+def choose(model, logits, temperature: float, numbers) -> torch.Tensor:
+    """logits (B, V) -> token ids (B,): the likeliest at temperature 0, else those that `numbers` (B,) draw."""
+    if not logits.amax(dim=-1).isfinite().all():
         raise RunError(f"while sampling answers: {why_not_finite(model)}")
-    return token
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    return draw((logits / temperature).softmax(dim=-1), numbers)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import ModelError, RunError
-from model.generate import filter_logits, generate, penalize
+from model.generate import LIKELIEST, draw, filter_logits, generate, penalize
 from model.one_token import prepare_to_decode
 from model.transformer import CausalLM, ModelConfig
 
@@ -101,13 +101,30 @@ def test_filters_mean_what_transformers_means(settings):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = torch.randn(4, 97) * 3
-    logits[0, 10:20] = logits[0].max()  # ties
+    logits[0, 10:20] = logits[0].max()  # ties: which of them stay is nowhere said, but how many
     expected = TemperatureLogitsWarper(float(settings.get("temperature", 1.0)))(None, logits)
     if "top_k" in settings:
         expected = TopKLogitsWarper(settings["top_k"])(None, expected)
     if "top_p" in settings:
         expected = TopPLogitsWarper(settings["top_p"])(None, expected)
-    torch.testing.assert_close(filter_logits(logits, **settings), expected)
+    filtered = filter_logits(logits, **settings)
+    torch.testing.assert_close(filtered[1:], expected[1:])
+    torch.testing.assert_close(filtered[0].sort().values, expected[0].sort().values)
+
+
+def test_a_wide_nucleus_is_found_too():
+    from transformers import TopPLogitsWarper
+
+    logits = torch.randn(3, 1000)  # nearly flat: hundreds of tokens make up 0.9
+    expected = TopPLogitsWarper(0.9)(None, logits)
+    assert expected.isfinite().sum(dim=-1).min() > LIKELIEST
+    torch.testing.assert_close(filter_logits(logits, top_p=0.9), expected)
+
+
+def test_no_number_draws_a_token_without_probability():
+    probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).repeat(4, 1)
+    numbers = torch.tensor([0.0, 0.49999, 0.5, 1 - 2**-24])
+    assert draw(probabilities, numbers).tolist() == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.4])
