@@ -151,18 +151,11 @@ def say(chat_model, ids: list[int], sampling, in_chat: bool = False) -> dict:
     """
     if len(ids) > chat_model.context:
         note(f"(a prompt of {len(ids)} tokens; the model was trained to see {chat_model.context})")
-    began, reply, tokens, shown, gap = time.perf_counter(), chat_model.new_reply(ids), 0, None, ""
+    began, reply, tokens, shown = time.perf_counter(), chat_model.new_reply(ids), 0, None
     dim, normal = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
     try:
         for part, text, tokens in chat_model.stream(ids, sampling, reply):  # noqa: B007 (used below)
-            if part == "call":  # shown as a whole, below
-                continue
-            if part != shown and len(reply.parts) > 1:
-                text, gap = text.lstrip("\n"), ""
-            whole = gap + text
-            text = whole.rstrip("\n")
-            gap = whole[len(text):]  # shown before the next text; at the end of a part it is not shown
-            if not text:
+            if part == "call":  # shown at the end, with those that Ctrl-C cuts off
                 continue
             if shown == "reasoning" != part:
                 note("")

@@ -110,6 +110,13 @@ def read_message(message: dict) -> dict:
     return reply.message()
 
 
+def ends_in_thought(message: dict) -> bool:
+    """Whether the beginning of an answer ends in the middle of its thinking."""
+    reply = Reply(MARKS)
+    reply.add(assistant_text(message))
+    return reply.part == "reasoning"
+
+
 def parse_call(text: str) -> dict | None:
     """The text of a tool call -> {"name", "arguments"}, or None where it is no such object."""
     call = parse_json(text)

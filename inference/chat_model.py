@@ -12,7 +12,6 @@ Nothing in this file prints.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -20,8 +19,10 @@ from common.cli import ROOT
 from common.device import choose_decoding_dtype, choose_device
 from common.errors import ModelError
 from common.files import read_json_if_there
-from dataset.chat import encode_chat, encode_continuation, ensure_template
-from dataset.replies import MARKS, Reply, mark_ids
+from dataset.chat import assistant_text, encode_continuation, encode_pieces, ensure_template, write_chat
+from dataset.foreign_chat import MODEL_WRITES
+from dataset.replies import MARKS, Reply, ends_in_thought, mark_ids
+from inference.answer import AnswerReader, Piece
 from model.adapters import Adapters, report_line, report_lora
 from model.generate import generate
 from model.int8 import quantize_int8
@@ -48,14 +49,6 @@ class Sampling:
 # As eval_model.py's flags
 SAMPLING_RANGES = {"temperature": (0, 1000), "top_p": (0, 1), "top_k": (0, 2**31),
                    "repetition_penalty": (0.001, 1000)}
-
-
-class Piece(NamedTuple):
-    """The next part of an answer."""
-
-    part: str  # what the text belongs to: reasoning, content or call (dataset/replies.py)
-    text: str
-    num_tokens: int  # of the answer so far
 
 
 class ChatModel:
@@ -158,11 +151,20 @@ class ChatModel:
 
     # --- text and tokens ----------------------------------------------------------------------------------
 
-    def encode(self, messages: list[dict], tools: list | None = None, thinking: bool = False) -> list[int]:
-        """The token ids after which the answer begins. thinking: as in dataset/chat.py, write_chat."""
+    def encode(self, messages: list[dict], tools: list | None = None, thinking: bool = False,
+               begun: dict | None = None) -> list[int]:
+        """The token ids after which the answer begins. thinking: as in dataset/chat.py, write_chat.
+
+        begun: a message of the assistant, the beginning of the answer, which the ids then hold, too.
+        """
         if not self.plain:
-            return encode_chat(self.tokenizer, messages, tools, True, thinking or self.thinking)[0]
-        ids, _ = encode_continuation(self.tokenizer, "\n".join(message["content"] for message in messages))
+            pieces = write_chat(self.tokenizer, messages, tools, True, thinking or self.thinking)
+            parts = MODEL_WRITES.split(assistant_text(begun) if begun else "")
+            pieces += [(part, place % 2 == 1, False) for place, part in enumerate(parts) if part]
+            return encode_pieces(self.tokenizer, [pieces])[0][0]
+        texts = [message["content"] for message in messages]
+        text = "\n".join(texts) + (begun["content"] if begun else "")
+        ids, _ = encode_continuation(self.tokenizer, text)
         return ids or self.stop_ids[:1]  # an empty prompt: any text may follow the end of another
 
     def decode(self, ids: list[int]) -> str:
@@ -185,14 +187,17 @@ class ChatModel:
         return generate(self.model, torch.tensor(padded), **options, eos_token_id=self.stop_ids,
                         prompt_lengths=lengths if lengths.min() < longest else None)
 
-    def new_reply(self, prompt: list[int]) -> Reply:
-        """What sorts the answer to a prompt into thinking, words and calls."""
+    def new_reply(self, prompt: list[int], begun: dict | None = None) -> Reply:
+        """What sorts the answer to a prompt into thinking, words and calls. begun: as `encode` takes it."""
         if self.plain:
             return Reply()
         spelled = [mark for mark in MARKS if mark not in self.marks.values()]
-        # Some templates write the <think> that the model's answer begins with, and a line break after it.
+        return Reply(spelled, self.begins_with_thought(prompt) or bool(begun) and ends_in_thought(begun))
+
+    def begins_with_thought(self, prompt: list[int]) -> bool:
+        """Some templates write the <think> that the model's answer begins with, and a line break after it."""
         end = self.tokenizer.decode(prompt[-16:], clean_up_tokenization_spaces=False).rstrip()
-        return Reply(spelled, in_thought=end.endswith("<think>"))
+        return end.endswith("<think>")
 
     def read(self, prompt: list[int], ids: list[int]) -> Reply:
         """A whole answer, its end token apart."""
@@ -208,31 +213,14 @@ class ChatModel:
     def stream(self, ids: list[int], sampling: Sampling, reply: Reply | None = None) -> Iterator[Piece]:
         """The answer to one prompt in pieces, without the marks between thinking, words and calls.
 
-        A piece can be several tokens: 猫 is three bytes, which may be two tokens. reply: gets all of it.
+        reply: gets all of it, as the model wrote it.
         """
-        reply = self.new_reply(ids) if reply is None else reply
-        tokens: list[int] = []
-        before, shown = 0, 0  # tokens[before:shown] are the last piece shown
+        reader = AnswerReader(self.decode, self.marks, self.new_reply(ids) if reply is None else reply)
         for token in self.generate([ids], sampling):
             if token.item() in self.stop_ids:
                 break
-            tokens.append(token.item())
-            mark = self.marks.get(tokens[-1])
-            text = self._text_after(tokens[before:len(tokens) - bool(mark)], shown - before)
-            if mark or not text.endswith("\ufffd"):  # half a character waits for its other half
-                yield from (Piece(*piece, len(tokens)) for piece in reply.add(text))
-                before, shown = shown, len(tokens)
-            if mark:
-                yield from (Piece(*piece, len(tokens)) for piece in reply.end())
-                reply.add_mark(mark)
-                before = shown
-        rest = self._text_after(tokens[before:], shown - before)
-        yield from (Piece(*piece, len(tokens)) for piece in reply.add(rest) + reply.end())
-
-    def _text_after(self, ids: list[int], count: int) -> str:
-        """The text of ids[count:]. Some tokenizers drop a space at the start of what they decode, so the ids
-        before are decoded, too, and their text is cut off."""
-        return self.decode(ids)[len(self.decode(ids[:count])):]
+            yield from reader.add(token.item())
+        yield from reader.end()
 
 
 def own_sampling(settings: dict, path: Path) -> Sampling:

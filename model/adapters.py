@@ -65,12 +65,16 @@ class Adapters:
         else:
             self._put(self._get(what), what)
 
-    def use_rows(self, names: list[str | None]) -> None:
-        """From now on row i of each batch goes through the adapter names[i]; None means the base alone.
+    def use_rows(self, names: list[str | dict[str, float] | None]) -> None:
+        """From now on row i of each batch goes through names[i]: an adapter, a weighted sum, or None, the
+        base alone.
 
-        For inference only: the rows hold copies of A and B, which do not train.
+        For inference only: the rows hold copies of A and B, which do not train. Raises ModelError as `use`.
         """
-        rows = [{} if name is None else self._get(name) for name in names]
+        distinct = [name for place, name in enumerate(names) if name not in names[:place]]
+        loras = [{} if name is None else self._combine(name, "cat") if isinstance(name, dict)
+                 else self._get(name) for name in distinct]
+        rows = [loras[distinct.index(name)] for name in names]
         layers = dict.fromkeys(layer for row in rows for layer in row)
         self._put({layer: RowLoRA([row.get(layer) for row in rows]) for layer in layers}, list(names))
 
@@ -152,15 +156,18 @@ class RowLoRA(nn.Module):
     def __init__(self, loras: list[LoRA | None]):
         super().__init__()
         self.enabled = True
-        factors = {row: lora.factors() for row, lora in enumerate(loras) if lora is not None}  # {row: (B, A)}
-        b, a = next(iter(factors.values()))
-        # Lower ranks, and rows without an adapter, are filled up with zeros.
-        rank = max(len(a) for _, a in factors.values())
-        all_b = b.new_zeros(len(loras), len(b), rank)
-        all_a = a.new_zeros(len(loras), rank, a.size(1))
-        for row, (b, a) in factors.items():
-            all_b[row, :, :len(a)] = loras[row].scaling * b.detach()
-            all_a[row, :len(a)] = a.detach()
+        distinct = list(dict.fromkeys(lora for lora in loras if lora is not None))
+        factors = [lora.factors() for lora in distinct]  # (B, A) of each
+        b, a = factors[0]
+        # Lower ranks are filled up with zeros. The last place is for rows without an adapter.
+        rank = max(len(a) for _, a in factors)
+        all_b = b.new_zeros(len(distinct) + 1, len(b), rank)
+        all_a = a.new_zeros(len(distinct) + 1, rank, a.size(1))
+        for place, (lora, (b, a)) in enumerate(zip(distinct, factors, strict=True)):
+            all_b[place, :, :len(a)] = lora.scaling * b.detach()
+            all_a[place, :len(a)] = a.detach()
+        places = [len(distinct) if lora is None else distinct.index(lora) for lora in loras]
+        all_b, all_a = all_b[places], all_a[places]
         self.register_buffer("a", all_a.transpose(1, 2), persistent=False)  # (rows, in, rank)
         self.register_buffer("b", all_b.transpose(1, 2), persistent=False)  # (rows, rank, out)
 

@@ -1,0 +1,269 @@
+"""The thread that decodes, for all who ask at the same time. A reader may skip this file.
+
+    engine = Engine([Path("out/full_sft")], [], max_rows=32, cache_bytes=2**30)
+    engine.load()  # starts the thread, and waits until it has loaded
+    request = Request(rows, event=threading.Event())
+    engine.submit("full_sft", request)  # from then on request.event is set whenever there is something new
+
+One thread loads the models and computes everything: OpenMP, which computes for PyTorch on a CPU, is four times
+slower where one thread has loaded and another decodes. Other threads only leave requests and read what came of
+them.
+"""
+
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.errors import RunError, UsageError
+from inference.chat_model import ChatModel
+from model.batch import Batch, Row
+
+BUNDLE_SECONDS = 0.02  # how long tokens may wait, so that several are told at once
+
+
+class EngineBusy(Exception):
+    """The request can't be taken now."""
+
+
+@dataclass(eq=False)
+class Request:
+    """Rows that are asked for together. `event` needs a method `set`; it is called when there is news.
+
+    told: for each row how many of its tokens may be read, and its `finish`. Rows go on in another thread, so
+    nothing else of them may be looked at before they have finished.
+    """
+
+    rows: list[Row]
+    event: object
+    told: list[tuple[int, str | None]] = field(default_factory=list)
+    cancelled: set[int] = field(default_factory=set)  # the numbers of rows that nobody waits for any more
+    waiting: deque[int] = field(default_factory=deque)  # the numbers of rows that have not begun
+    came: float = field(default_factory=time.monotonic)  # seconds
+
+
+class Lane:
+    """One model, the requests that wait for it, and the rows that it decodes."""
+
+    def __init__(self, chat_model: ChatModel, max_rows: int, cache_bytes: int):
+        config, weight = chat_model.model.config, chat_model.model.model.norm.weight
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # of a token
+        max_tokens = cache_bytes // (numbers * weight.element_size())
+        max_tokens = min(max_tokens, max_rows * chat_model.max_positions)
+        if max_tokens < 256:
+            raise UsageError(f"--cache_gb is too small: {chat_model.path} would remember {max_tokens} tokens")
+        self.chat_model = chat_model
+        self.batch = Batch(chat_model.model, chat_model.adapters, max_rows, max_tokens)
+        self.max_length = min(chat_model.max_positions, max_tokens)  # of a prompt and its answer
+        self.grammars = None  # made when they are first asked for
+        self.waiting: deque[Request] = deque()
+        self.owner: dict[Row, tuple[Request, int]] = {}  # of each row: its request, and its number there
+
+
+class Engine:
+    """names: {name: (lane, adapter)} of all that can be asked. metrics: counts since the start.
+
+    deliver: called in the engine's thread with the requests that have news.
+    """
+
+    def __init__(self, models: list[Path], adapters: list[str], *, max_rows: int, cache_bytes: int,
+                 max_waiting: int = 1024, deliver: Callable | None = None, **options):
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.models, self.loras, self.options = models, adapters, options
+        self.max_rows, self.cache_bytes, self.max_waiting = max_rows, cache_bytes, max_waiting
+        self.deliver = deliver or set_events
+        self.condition, self.is_ready = threading.Condition(), threading.Event()
+        self.lanes: list[Lane] = []
+        self.names: dict[str, tuple[Lane, str | None]] = {}
+        self.metrics: Counter[str] = Counter()
+        self.error: BaseException | None = None  # why loading failed
+        self.closes_at: float | None = None  # when the last answers are cut off
+        self.untold: set[Request] = set()  # who has news that was not told yet
+        self.told_at = 0.0
+
+    # --- for other threads --------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Starts the thread. Raises what loading raised."""
+        self.thread.start()
+        self.is_ready.wait()
+        if self.error:
+            raise self.error
+
+    def submit(self, name: str, request: Request) -> None:
+        """Raises EngineBusy where too many wait, or the engine is closing."""
+        lane, _ = self.names[name]
+        with self.condition:
+            if self.closes_at is not None or not self.is_alive:
+                raise EngineBusy("the server is shutting down")
+            if self.num_waiting() + len(request.rows) > max(self.max_waiting, len(request.rows)):
+                raise EngineBusy(f"{self.num_waiting()} answers wait already: try again later")
+            request.told = [(0, None)] * len(request.rows)
+            request.waiting = deque(range(len(request.rows)))
+            lane.waiting.append(request)
+            self.condition.notify()
+
+    def cancel(self, request: Request, number: int | None = None) -> None:
+        """Nobody waits for the request any more, or for one of its rows."""
+        numbers = range(len(request.rows)) if number is None else [number]
+        with self.condition:
+            request.cancelled.update(numbers)
+            self.condition.notify()
+
+    def close(self, grace_seconds: float) -> None:
+        """Takes no more requests. Answers that have not ended after that time are cut off there."""
+        with self.condition:
+            self.closes_at = min(self.closes_at or float("inf"), time.monotonic() + grace_seconds)
+            self.condition.notify()
+
+    @property
+    def is_alive(self) -> bool:
+        return self.thread.is_alive()
+
+    def num_waiting(self) -> int:
+        return sum(len(request.waiting) for lane in self.lanes for request in lane.waiting)
+
+    def num_running(self) -> int:
+        return sum(len(lane.batch.rows) for lane in self.lanes)
+
+    # --- the thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._load()
+        except BaseException as error:
+            self.error = error
+            return
+        finally:
+            self.is_ready.set()
+        while self._wait_for_work():
+            news = set()
+            for lane in self.lanes:
+                try:
+                    news |= self._advance(lane)
+                except Exception as error:
+                    if not isinstance(error, RunError):
+                        traceback.print_exc()
+                    news |= self._fail(lane, str(error))
+            self._tell(news)
+
+    def _load(self) -> None:
+        for place, path in enumerate(self.models):
+            adapters = self.loras if place == 0 else []
+            chat_model = ChatModel(path, adapters, **self.options)
+            lane = Lane(chat_model, self.max_rows, self.cache_bytes // len(self.models))
+            self.lanes.append(lane)
+            self._name(name_of(path), lane, None)
+            for adapter in adapters:
+                found = chat_model.find(adapter)
+                self._name(name_of(found), lane, str(found))
+
+    def _name(self, name: str, lane: Lane, adapter: str | None) -> None:
+        if name in self.names:
+            raise UsageError(f"two of the models and adapters are called {name!r}: rename one of the folders")
+        self.names[name] = (lane, adapter)
+
+    def _wait_for_work(self) -> bool:
+        """Waits until there is something to do. False when the engine has closed."""
+        with self.condition:
+            while not self.num_running() and not any(lane.waiting for lane in self.lanes):
+                if self.closes_at is not None:
+                    return False
+                self.condition.wait()
+        return True
+
+    def _advance(self, lane: Lane) -> set[Request]:
+        """Lets rows go that nobody waits for, lets others join, and writes a token of each."""
+        news = set()
+        with self.condition:
+            is_over = self.closes_at is not None and time.monotonic() >= self.closes_at
+            for row in list(lane.batch.rows):
+                request, number = lane.owner[row]
+                if number in request.cancelled or is_over:
+                    lane.batch.remove(row)
+                    row.finish = "length"
+                    news.add(self._note(lane, row))
+                    self.metrics["cancelled"] += number in request.cancelled
+            if is_over:
+                return news | self._fail(lane, "the server is shutting down")
+            joining = self._who_joins(lane)
+        if joining:
+            now = time.monotonic()
+            for row in lane.batch.add(joining):
+                request = lane.owner[row][0]
+                self.metrics["prompt_tokens"] += len(row.prompt)
+                self.metrics["first_tokens"] += 1
+                self.metrics["first_token_seconds"] += now - request.came
+                news.add(self._note(lane, row))
+            self.told_at = 0.0  # a first token is told at once
+        if lane.batch.rows:
+            for row in lane.batch.step():
+                news.add(self._note(lane, row))
+        return news
+
+    def _who_joins(self, lane: Lane) -> list[Row]:
+        """The rows that fit in. Each request in turn gives one, so that a large one does not hold up others."""
+        joining = []
+        while lane.waiting:
+            request = lane.waiting[0]
+            while request.waiting and request.waiting[0] in request.cancelled:
+                request.waiting.popleft()
+            if request.waiting:
+                row = request.rows[request.waiting[0]]
+                if not lane.batch.fits([*joining, row]):
+                    break
+                lane.owner[row] = (request, request.waiting.popleft())
+                joining.append(row)
+            lane.waiting.popleft()
+            if request.waiting:
+                lane.waiting.append(request)
+        return joining
+
+    def _note(self, lane: Lane, row: Row) -> Request:
+        """The row has a new token, or has ended."""
+        request, number = lane.owner[row]
+        self.metrics["tokens"] += len(row.tokens) - request.told[number][0]
+        request.told[number] = (len(row.tokens), row.finish)
+        if row.finish:
+            del lane.owner[row]
+            self.metrics[f"finished_{row.finish}"] += 1
+            self.told_at = 0.0
+        return request
+
+    def _fail(self, lane: Lane, message: str) -> set[Request]:
+        """All rows of the lane end with an error."""
+        with self.condition:
+            news, waiting = set(), [(request, number) for request in lane.waiting for number in request.waiting]
+            for row in list(lane.batch.rows):
+                lane.batch.remove(row)
+            for request, number in [*lane.owner.values(), *waiting]:
+                row = request.rows[number]
+                row.finish, row.error = "error", message
+                request.told[number] = (len(row.tokens), "error")
+                news.add(request)
+            lane.owner.clear()
+            lane.waiting.clear()
+        self.told_at = 0.0
+        return news
+
+    def _tell(self, news: set[Request]) -> None:
+        """Passes on who has news. Those of several tokens are gathered for a moment."""
+        self.untold |= news
+        now = time.monotonic()
+        if self.untold and now - self.told_at >= BUNDLE_SECONDS:
+            self.told_at = now
+            requests, self.untold = list(self.untold), set()
+            self.deliver(requests)
+
+
+def set_events(requests: list[Request]) -> None:
+    for request in requests:
+        request.event.set()
+
+
+def name_of(path: Path) -> str:
+    """What a model or an adapter is called: its folder, or its file without .pth."""
+    return path.stem if path.suffix == ".pth" else path.resolve().name

@@ -1,0 +1,154 @@
+"""What the server asks of every request before it looks at what it wants. A reader may skip this file.
+
+A page from elsewhere that is open in the same browser can send requests to this machine. It cannot read the
+answers, but it could make the model work, or, by a domain name that suddenly means 127.0.0.1 ("DNS
+rebinding"), read them after all. So the Host must be an address and not a stranger's name, the Origin must be
+this server, and a body must be application/json, which a foreign page may not send without being asked.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from inference.protocol import Refused
+
+OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")  # these need no key, and so does the page
+
+
+class Manners:
+    """An ASGI application around another one. Refuses in OpenAI's shape what it does not let through.
+
+    api_key: None, or what every call must bring. hosts: names by which this server may be called, beside
+    addresses and localhost. origins: other servers whose pages may call it. body_seconds: in which a body
+    must arrive.
+    """
+
+    def __init__(self, app: Callable, api_key: str | None, hosts: list[str], origins: list[str],
+                 max_body_bytes: int, body_seconds: float):
+        self.app, self.api_key, self.origins = app, api_key, origins
+        self.hosts = {"localhost", *(host.lower() for host in hosts)}
+        self.max_body_bytes, self.body_seconds = max_body_bytes, body_seconds
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            headers = {name.decode("latin-1").lower(): value.decode("latin-1")
+                       for name, value in scope["headers"]}
+            self.check_host(headers)
+            self.check_key(scope["path"], scope["method"], headers)
+            if scope["method"] == "POST":
+                self.check_type(headers)
+                body = await self.read_body(headers, receive)
+                check_json(body)
+                receive = with_body(body, receive)
+        except Refused as refused:
+            return await refuse(refused, send)
+        except ClientGone:
+            return None
+        return await self.app(scope, receive, send)
+
+    def check_host(self, headers: dict[str, str]) -> None:
+        host = headers.get("host", "")
+        name = host_name(host)
+        if name not in self.hosts and not is_address(name):
+            raise Refused(f"the Host {host[:100]!r} is not one of this server's names (--allowed_hosts)",
+                          status=403)
+        origin = headers.get("origin")
+        if origin and origin not in self.origins and urlsplit(origin).netloc.lower() != host.lower():
+            raise Refused(f"pages of {origin[:100]!r} may not call this server (--allowed_origins)", status=403)
+
+    def check_key(self, path: str, method: str, headers: dict[str, str]) -> None:
+        if self.api_key is None or path in OPEN_PATHS or path.startswith("/page/") or method == "OPTIONS":
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        # compare_digest takes the same time for every wrong key.
+        is_right = hmac.compare_digest(key.strip().encode("utf-8", "replace"), self.api_key.encode())
+        if scheme.lower() != "bearer" or not is_right:
+            raise Refused("this server needs its key: Authorization: Bearer KEY", code="invalid_api_key",
+                          status=401)
+
+    def check_type(self, headers: dict[str, str]) -> None:
+        kind = headers.get("content-type", "")
+        if kind.partition(";")[0].strip().lower() != "application/json":
+            raise Refused(f"the Content-Type must be application/json, not {kind[:50]!r}", status=415)
+
+    async def read_body(self, headers: dict[str, str], receive: Callable) -> bytes:
+        too_large = Refused(f"the body has more than {self.max_body_bytes:,} bytes", status=413)
+        if headers.get("content-length", "0").isdigit() \
+                and int(headers.get("content-length", "0")[:18]) > self.max_body_bytes:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    body += message.get("body", b"")
+                    if len(body) > self.max_body_bytes:
+                        raise too_large
+                    if not message.get("more_body"):
+                        return bytes(body)
+        except TimeoutError:
+            raise Refused(f"the body did not arrive within {self.body_seconds:g} seconds", status=408) from None
+
+
+class ClientGone(Exception):
+    """Nobody waits for an answer any more."""
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header: [::1]:8000 -> ::1"""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.rpartition(":")[0].lower() if host.count(":") == 1 else host.lower()
+
+
+def is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def check_json(body: bytes) -> None:
+    """Raises Refused for what is no JSON, is nested too deep, or holds half a character."""
+    def no_constant(name: str):
+        raise ValueError(f"{name} is no number in JSON")
+
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=no_constant)
+        if b"\\u" in body:  # such as "\ud800", which no text can hold
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise Refused("the body is nested too deep") from None
+    except UnicodeError:
+        raise Refused("the body is not valid UTF-8") from None
+    except ValueError as error:  # JSONDecodeError, and numbers of thousands of digits
+        raise Refused(f"the body is not valid JSON: {error}") from None
+
+
+def with_body(body: bytes, receive: Callable) -> Callable:
+    """A `receive` that gives the body once, and then what the connection does."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> dict:
+        return messages.pop() if messages else await receive()
+
+    return receive_again
+
+
+async def refuse(refused: Refused, send: Callable) -> None:
+    body = json.dumps(refused.body, ensure_ascii=True).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if refused.status in (408, 413):
+        headers.append((b"connection", b"close"))  # the rest of the body is not read
+    if refused.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
