@@ -167,6 +167,7 @@ class Answer {
     const written = thought && content ? `${thought}\n</think>\n\n${content}` : thought + content;
     this.restart({written, reasoning, content, tokens: tokens.length ? tokens : [tokenOfText(written)]});
     write([this]);
+    byId("question").focus(); // The button that had the focus is gone.
   }
 
   // Goes on from another token: what was written before the place `index`, and then this token.

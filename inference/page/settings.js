@@ -27,7 +27,7 @@ function labelOf({id, parent, kind}) {
 
 function weightSlider(name, weight) {
   const slider = make("input", {type: "range", min: -1, max: 2, step: 0.1, value: weight, name});
-  return make("label", {}, make("span", {}, name), " ", make("output"), slider);
+  return make("label", {}, make("span", {}, name), " ", make("span", {className: "value"}), slider);
 }
 
 // The models that answer, one for each column: {label, kind, request: the fields of a request that name the model}.
@@ -46,9 +46,8 @@ export function chosenModels() {
 // Shows the values of the sliders, and what belongs to the chosen models alone.
 export function showSettings() {
   for (const slider of document.querySelectorAll("input[type=range]"))
-    slider.parentElement.querySelector("output").value = slider.valueAsNumber.toFixed(1);
+    slider.parentElement.querySelector(".value").textContent = slider.valueAsNumber.toFixed(1);
   byId("mix").hidden = ![byId("model"), byId("beside")].some((list) => choices[list.value]?.isMix);
   const isText = chosenModels().some((model) => model.kind === "text");
-  byId("notice").textContent =
-    isText ? t("A base model continues your text. It knows no conversation and keeps no history.") : "";
+  byId("notice").textContent = isText ? t("A base model knows no conversation. It continues your text.") : "";
 }

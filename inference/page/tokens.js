@@ -19,8 +19,11 @@ export const tokenOfText = (token) => ({token, bytes: [...new TextEncoder().enco
 export const visible = (text) => text.replace(/ /g, "·").replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥");
 
 const probabilityOf = ({logprob}) => Math.exp(logprob ?? 0);
-const percentOf = (token) =>
-  token.logprob === undefined ? t("probability unknown") : `${(100 * probabilityOf(token)).toFixed(1)} %`;
+function percentOf(token) {
+  const percent = 100 * probabilityOf(token);
+  if (token.logprob === undefined) return t("probability unknown");
+  return percent < 0.05 ? "< 0.1 %" : `${percent.toFixed(1)} %`;
+}
 
 // The row of tokens of one answer. Only one of them is a stop of the Tab key; the arrow keys go to the next.
 export class TokenRow {

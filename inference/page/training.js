@@ -14,13 +14,15 @@ export async function showTraining() {
   if (!lastTurn()) return;
   const {question, answers: [answer]} = lastTurn();
   const messages = [...historyBefore(lastTurn(), 0), {role: "user", content: question}, answer.message()];
-  const text = answer.model.kind === "text" ? {prompt: question + answer.content} : {messages};
+  const isText = answer.model.kind === "text";
+  const text = isText ? {prompt: question + answer.content} : {messages};
   try {
     const told = await (await request("tokenize", {model: answer.model.request.model, ...text})).json();
-    const numbers = {n: told.count, most: told.max_model_len, trained: told.mask.filter((one) => one).length};
+    const mask = told.mask.map((isTrained) => isTrained || isText); // Pretraining learns to write every token.
+    const numbers = {n: told.count, most: told.max_model_len, trained: mask.filter((one) => one).length};
     legend.textContent = t("{n} of {most} tokens. The model learns to write the {trained} underlined ones. " +
       "It only reads the others.", numbers);
-    list.append(...told.tokens.map((id, i) => tokenBox(id, told.texts[i], told.mask[i])));
+    list.append(...told.tokens.map((id, i) => tokenBox(id, told.texts[i], mask[i])));
   } catch (error) {
     legend.textContent = error.message;
   }

@@ -12,8 +12,7 @@ const CHINESE = {
   "What sound does a frog make?": "猫怎么叫？",
   "Tell me a short story about a fox in the forest.": "讲一个关于猫在磨坊里的故事。",
   "Your message": "你的消息", "Ask something": "请输入消息", "Send": "发送", "Stop": "停止",
-  "A base model continues your text. It knows no conversation and keeps no history.":
-    "基座模型会续写你的文字。它不懂对话，也不保留历史。",
+  "A base model knows no conversation. It continues your text.": "基座模型不懂对话，只会续写你的文字。",
   "You asked": "你的提问", "Thinking": "思考过程",
   "Call of the tool {name}": "调用工具 {name}",
   "Edit": "编辑", "Cancel": "取消", "Copy": "复制", "Copied": "已复制", "Again": "重新生成", "Continue": "继续",
