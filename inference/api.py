@@ -126,6 +126,8 @@ class Service:
                             finish = "stop"
                             break
                     if finish == "error":
+                        if row.constraint and row.constraint.error:
+                            raise Refused(row.error, "response_format")
                         raise Refused(row.error, status=500, kind="server_error")
                     if finish:
                         pieces += reader.end()

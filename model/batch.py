@@ -42,6 +42,10 @@ class Constraint(Protocol):
     def accept(self, token: int) -> None:
         """Tells that this token came next."""
 
+    @property
+    def error(self) -> str | None:
+        """Why the constraint can't be kept any further."""
+
 
 class Choice(NamedTuple):
     """A token, its log-probability, and the likeliest tokens of its place with theirs, in order.
@@ -324,6 +328,9 @@ def note(row: Row, token: int) -> None:
     row.tokens.append(token)
     if row.constraint:
         row.constraint.accept(token)
+        if row.constraint.error:
+            row.finish, row.error = "error", row.constraint.error
+            return
     if token in row.end_tokens:
         row.finish = "stop"
     elif len(row.tokens) >= row.max_new_tokens:
