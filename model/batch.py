@@ -123,7 +123,8 @@ class Batch:
 
     def fits(self, rows: list[Row]) -> bool:
         """Whether these rows can join those that are there."""
-        if sum(len(row.prompt) for row in rows[1:]) > PROMPT_TOKENS_AT_ONCE:
+        # All are padded to the longest of them.
+        if len(rows) > 1 and len(rows) * max(len(row.prompt) for row in rows) > PROMPT_TOKENS_AT_ONCE:
             return False
         length = self._length_for(max(row.room for row in [*rows, *self.rows]))
         return len(self.rows) + len(rows) <= min(self.max_rows, self.max_tokens // length)
