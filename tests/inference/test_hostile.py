@@ -229,6 +229,36 @@ def test_a_long_prompt_takes_no_short_ones_along(folder):
     assert not batch.fits([long, short, short])  # 3000 tokens with the pads
 
 
+def test_rows_of_one_prompt_share_its_way_through_the_model(folder, monkeypatch):
+    chat_model = ChatModel(folder / "chat", ["lora_a"], device="cpu")
+    adapter, = chat_model.adapters.adapters
+
+    def rows() -> list[Row]:
+        one, other = [5, 6, 7, 8], [9] * 30
+        return [Row(one, 6, seed=1), Row(other, 6, seed=2, top_logprobs=2, prompt_logprobs=True),
+                Row(one, 6, seed=3), Row(one, 6, seed=1, adapter=adapter),
+                Row(other, 6, seed=4, top_logprobs=2, prompt_logprobs=True), Row(one, 6, temperature=0)]
+
+    def decode(groups: list[list[Row]]) -> list[Row]:
+        for some in groups:
+            batch = Batch(chat_model.model, chat_model.adapters, 8, 8 * 256)
+            batch.add(some)
+            while batch.rows:
+                batch.step()
+        return [row for some in groups for row in some]
+
+    sizes, forward = [], chat_model.model.forward
+    monkeypatch.setattr(chat_model.model, "forward", lambda ids, **more: sizes.append(len(ids)) or forward(ids, **more))
+    together = decode([rows()])
+    assert sizes[0] == 3  # one, other, and one with the adapter
+    for row, alone in zip(together, decode([[row] for row in rows()]), strict=True):
+        assert row.tokens == alone.tokens
+        for found, right in ((row.logprobs, alone.logprobs), (row.logprobs_of_prompt, alone.logprobs_of_prompt)):
+            assert [choice.token for choice in found] == [choice.token for choice in right]
+            assert [choice.logprob or 0 for choice in found] == pytest.approx(
+                [choice.logprob or 0 for choice in right], abs=1e-4)
+
+
 # ---------------------------------------------------------------- keys
 
 
