@@ -1,11 +1,11 @@
-"""Measures the server: how fast it is, whether it keeps its promises under load, and whether it can be broken.
+"""Measures the server: how fast it is, whether it keeps its promises under load, whether it can be broken.
 
     python benchmarks/serving.py                            # everything, with the models of the quickstart
     python benchmarks/serving.py --only speed --rounds 3    # speed, load, hostile
     python benchmarks/serving.py --only hostile --trials 10000 --seed 7
 
-speed     requests/s of streaming clients beside `generate` with as many equal rows in a process of its own, in
-          turns; the first token of a newcomer while 16 others stream; Batch beside `generate` in one process
+speed     requests/s of streaming clients beside `generate` with as many equal rows in a process of its own,
+          in turns; the first token of a newcomer while 16 others stream; Batch beside `generate`
 load      1,000 requests of 64 clients, a tenth of which leaves: every other answer is that of the model alone
 hostile   requests that are wrong, huge, deep, slow or cut off (benchmarks/serving_hostile.py)
 
@@ -38,11 +38,13 @@ QUICKSTART = ROOT / "out" / "quickstart"
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    add("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+        help=f"of {', '.join(PARTS)}")
     add("--load_from", type=Path, default=QUICKSTART / "full_sft", metavar="DIR", help="a chat model")
     add("--lora", nargs=2, type=Path, metavar="DIR", help="two adapters of it, for the part `load`",
         default=[QUICKSTART / "lora_identity", QUICKSTART / "lora_clinic"])
-    add("--threads", type=count, default=2, metavar="N", help="that compute, in the part `speed`; others have 1")
+    add("--threads", type=count, default=2, metavar="N",
+        help="that compute, in the part `speed`; others have 1")
     add("--rounds", type=count, default=5, metavar="N", help="of the part `speed`")
     add("--requests", type=count, default=1000, metavar="N", help="of the part `load`")
     add("--clients", type=count, default=64, metavar="N", help="of the part `load`")
@@ -95,7 +97,8 @@ def compare_requests(args: argparse.Namespace, model: Path, server: Server) -> N
         command = [sys.executable, __file__, "--generate", str(clients), "--load_from", str(model),
                    "--threads", str(args.threads)]
         each, rates, firsts = max(3, 96 // clients), {"server": [], "generate": []}, []
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as other:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              encoding="utf-8") as other:
             for number in range(-1, args.rounds):  # the first round warms up
                 other.stdin.write(f"{each}\n")
                 other.stdin.flush()
@@ -196,7 +199,8 @@ def compare_batch(args: argparse.Namespace, model: Path) -> None:
                 if number >= 0:
                     rates[decode].append(tokens / (time.perf_counter() - began))
         ratios = [ours / theirs for ours, theirs in zip(*rates.values(), strict=True)]
-        table.append({"rows": rows, "temperature": temperature, "Batch, tokens/s": statistics.median(rates[by_batch]),
+        table.append({"rows": rows, "temperature": temperature,
+                      "Batch, tokens/s": statistics.median(rates[by_batch]),
                       "generate": statistics.median(rates[by_generate]), "ratio": statistics.median(ratios),
                       "lowest": min(ratios), "highest": max(ratios)})
     print("\n" + markdown(table, {"Batch, tokens/s": ",.0f", "generate": ",.0f", "ratio": ".2f",
@@ -290,8 +294,9 @@ def load(args: argparse.Namespace) -> list[str]:
     growth = memory[1] / memory[0] - 1
     if growth > 0.05:
         problems.append(f"the memory grew by {growth:.1%}")
-    print(f"\nload: {args.requests} requests of {args.clients} clients, memory {memory[0] / 2**20:,.0f} MiB, then "
-          f"{growth:+.1%}: {len(problems)} problems", flush=True)
+    size = f"{memory[0] / 2**20:,.0f} MiB"
+    print(f"\nload: {args.requests} requests of {args.clients} clients, memory {size}, then {growth:+.1%}: "
+          f"{len(problems)} problems", flush=True)
     return problems
 
 

@@ -15,18 +15,21 @@ from common.cli import ROOT
 from common.errors import UsageError
 
 FIRST_WORDS = re.compile(rb'"content": "[^"]')  # the first chunk of an answer holds its role alone
-PROMPTS = ("Who are you?", "What does a duck eat?", "Please tell me what a duck eats.", "哪些动物是白色的？",
-           "What sound does a frog make?", "What is 3 + 4?", "How many times frog: frog, duck, frog", "你是谁？")
+PROMPTS = ("Who are you?", "What does a duck eat?", "Please tell me what a duck eats.", "你是谁？",
+           "What sound does a frog make?", "What is 3 + 4?", "How many times frog: frog, duck, frog",
+           "天空是什么颜色？")
 
 
 class Server:
-    """`scripts/serve_openai_api.py` in a process of its own, on a free port. What it reports goes to a file."""
+    """scripts/serve_openai_api.py in a process of its own, on a free port. What it reports goes to a file."""
 
     def __init__(self, *flags: str | Path, threads: int = 1):
         self.log_file = tempfile.TemporaryFile()
         command = [sys.executable, ROOT / "scripts" / "serve_openai_api.py", "--port", "0", *flags]
-        self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, encoding="utf-8",
-                                        stderr=self.log_file, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE,
+                                        encoding="utf-8",
+                                        stderr=self.log_file,
+                                        env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         found = re.search(r":(\d+)$", self.process.stdout.readline().strip())
         if not found:
             raise UsageError(f"the server did not start: {self.log().strip()[-500:]}")
@@ -105,7 +108,7 @@ async def send(port: int, data: bytes) -> Reply:
         writer.write(data)
         while part := await reader.read(2**16):
             got += part
-            if not first and FIRST_WORDS.search(got):
+            if not first and len(got) < 2**16 and FIRST_WORDS.search(got):
                 first = time.perf_counter() - began
     except ConnectionResetError:
         if not got:  # a server that refuses a long body may close before it has read all of it

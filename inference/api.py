@@ -135,6 +135,8 @@ class Service:
                     choices = row.logprobs[begin:seen[number]]
                     if pieces or choices or finish:
                         yield News(number, pieces, choices, finish)
+                    if len(asked.rows) > 1:
+                        await asyncio.sleep(0)  # a request of many answers lets others in between
         finally:
             if left:
                 self.engine.cancel(request)
@@ -254,6 +256,7 @@ async def whole_completion(service: Service, body: CompletionRequest, asked: Ask
         prompt, before = echoed(service, body, asked, number)
         logprobs = None
         if body.logprobs is not None:
+            await asyncio.sleep(0)  # a long prompt takes a while
             logprobs = chunks.completion_logprobs(service.token_texts(asked), before + choices[number], 0)
         found.append(text_choice(number, prompt + text, logprobs, finish[number]))
     return chunks.head("text_completion", "cmpl", body.model) | {

@@ -227,7 +227,8 @@ class CompletionRequest(Sampling):
     @model_validator(mode="after")
     def _not_too_many_answers(self):
         if len(self.prompts) * (self.n or 1) > MAX_ANSWERS:
-            raise ValueError(f"{len(self.prompts)} prompts with n={self.n}: a request may ask for {MAX_ANSWERS} answers")
+            raise ValueError(f"{len(self.prompts)} prompts with n={self.n}: a request may ask for {MAX_ANSWERS} "
+                             "answers")
         return self
 
     @property

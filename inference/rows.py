@@ -15,6 +15,7 @@ from inference.protocol import ChatRequest, CompletionRequest, Refused, Sampling
 from model.batch import Row
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
+MAX_ECHOED = 2**20  # log-probabilities of prompts in one answer, which then has about 30 MB
 
 
 @dataclass
@@ -133,6 +134,11 @@ def ask_completion(engine: Engine, body: CompletionRequest) -> Asked:
         rows += make_rows(engine, body, lane, adapter, ids, limit, end_tokens=tuple(chat_model.stop_ids),
                           top_logprobs=body.logprobs,
                           prompt_logprobs=bool(body.echo) and body.logprobs is not None)
+    if body.echo and body.logprobs is not None:
+        num_echoed = num_prompt_tokens * (body.n or 1) * (1 + body.logprobs)
+        if num_echoed > MAX_ECHOED:
+            raise Refused(f"echo with logprobs would give {num_echoed:,} log-probabilities of prompts; a request "
+                          f"may ask for {MAX_ECHOED:,}", "logprobs")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     readers = [AnswerReader(chat_model.decode, {}, Reply(), stops) for _ in rows]
     return Asked(lane, rows, readers, num_prompt_tokens)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from small_chat_model import ROOT
 
-from benchmarks.serving_clients import Reply, Server, chat, get, is_idle, leave, metrics, post, read_reply, send
+from benchmarks.serving_clients import Server, chat, get, is_idle, leave, metrics, post, read_reply, send
 from common.errors import ModelError, UsageError
 from inference.chat_model import ChatModel
 from inference.manners import Manners
@@ -51,11 +51,11 @@ def server(folder):
         assert "Traceback" not in server.log() and "rubbish" not in server.log()
 
 
-def ask(server, data: bytes) -> Reply:
+def ask(server, data: bytes):
     return asyncio.run(send(server.port, data))
 
 
-def error_of(reply: Reply) -> dict:
+def error_of(reply) -> dict:
     error = reply.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"} and error["message"].strip()
     assert "\n" not in error["message"] and len(error["message"]) < 600
@@ -72,7 +72,8 @@ def shaped(schema, **more):
 
 def with_text(text: str) -> bytes:
     """A request into which the text of a field is written as it is, whether that is JSON or not."""
-    return post(f'{{"model": "chat", "messages": [{{"role": "user", "content": "rubbish"}}], {text}}}'.encode())
+    begin = json.dumps(chat("rubbish", model="chat"))[:-1]
+    return post(f"{begin}, {text}}}".encode())
 
 
 def deep(depth: int) -> str:
@@ -94,14 +95,16 @@ REFUSED = {
     "cut off": (post(b'{"model": "chat", "messages": ['), 400, "not valid JSON"),
     "no body": (post(b""), 400, "not valid JSON"),
     "no object": (post(b"[1, 2]"), 400, "object|dict"),
-    "deep": (with_text(f'"tools": [{{"type": "function", "function": {{"name": "f", "parameters": {deep(600)}}}}}]'),
-             400, "nested too deep"),
+    "deep": (with_text('"tools": [{"type": "function", "function": {"name": "f", "parameters": ' + deep(600)
+                       + "}}]"), 400, "nested too deep"),
     "deeper": (with_text(f'"stop": {deep(40_000)}'), 400, "nested too deep"),
-    "unknown fields": (post(chat("rubbish", **SHORT, **{f"k{n}": 1 for n in range(30_000)})), 400, "k0: .*not know"),
+    "unknown fields": (post(chat("rubbish", **SHORT, **{f"k{n}": 1 for n in range(30_000)})), 400,
+                       "k0: .*not know"),
     "many mistakes": (post(chat("rubbish", **SHORT, stop=[1] * 100_000)), 400, "stop"),
     "many mistakes in a prompt": (completion([[""] * 100_000]), 400, "prompt"),
     "many biases": (post(chat("rubbish", **SHORT, logit_bias={n: "x" for n in range(30_000)})), 400, "4096"),
     "many answers": (completion(["a"] * 512, n=3), 400, "1024"),
+    "many log-probabilities": (completion([[5] * 1000] * 50, echo=True, logprobs=20), 400, "1,050,000"),
     "too long": (completion("rubbish " * 10_000), 400, "room for 8192"),
     "no token": (completion([1, 6400]), 400, "6400 is no token"),
     "no bias": (post(chat("rubbish", **SHORT, logit_bias={"6400": 1})), 400, "6400 is no token"),
@@ -109,13 +112,17 @@ REFUSED = {
     "n": (post(chat("rubbish", **SHORT, n=129)), 400, "^n: "),
     "no model": (post(chat("rubbish", model="gpt")), 404, "there are: chat"),
     "pattern": (post(shaped({"type": "string", "pattern": "["})), 400, "unclosed character class"),
-    "schema that grows": (post(shaped({"allOf": [{"anyOf": [{"properties": {f"a{i}": {"const": j}}} for j in range(8)]}
-                                                 for i in range(8)]})), 400, "too large"),
+    "schema that grows": (post(shaped({"allOf": [{"anyOf": [{"properties": {f"a{i}": {"const": j}}}
+                                                            for j in range(8)]} for i in range(8)]})),
+                          400, "too large"),
     "foreign reference": (post(shaped({"$ref": "http://127.0.0.1:9/"})), 400, "fetch"),
     "unmeetable": (post(shaped({"type": "integer", "minimum": 2, "maximum": 1})), 400, "minimum"),
-    "growing pattern": (post(shaped({"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"}, temperature=0,
-                                    max_tokens=1000, logit_bias={"80": 100})), 400, "too complex"),  # 80 is "a"
-    "schema of a tool": (post(chat("rubbish", **SHORT, tools=[TOOL], tool_choice="required")), 400, "^[^|]*type"),
+    "growing pattern": (post(shaped({"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"},
+                                    temperature=0,
+                                    max_tokens=1000, logit_bias={"80": 100})), 400, "too complex"),
+    # 80 is "a"
+    "schema of a tool": (post(chat("rubbish", **SHORT, tools=[TOOL], tool_choice="required")), 400,
+                         "^[^|]*type"),
     "body too large": (post(b" " * 600_000), 413, "524,288 bytes"),
     "length too large": (post(b"{", headers={"Content-Length": "99999999999"}), 413, "524,288 bytes"),
     "slow body": (post(b"{", headers={"Content-Length": "100"}), 408, "0.5 seconds"),
@@ -123,7 +130,8 @@ REFUSED = {
     "no type": (post(chat("rubbish"), headers={"Content-Type": None}), 415, "application/json"),
     "foreign Host": (post(chat("rubbish"), headers={"Host": "evil.example"}), 403, "--allowed_hosts"),
     "empty Host": (post(chat("rubbish"), headers={"Host": ""}), 403, "--allowed_hosts"),
-    "foreign Origin": (post(chat("rubbish"), headers={"Origin": "http://evil.example"}), 403, "--allowed_origins"),
+    "foreign Origin": (post(chat("rubbish"), headers={"Origin": "http://evil.example"}), 403,
+                       "--allowed_origins"),
     "broken Origin": (post(chat("rubbish"), headers={"Origin": "http://["}), 403, "--allowed_origins"),
     "wrong method": (post(b"{}", method="PUT"), 405, "Method"),
     "GET": (get("/v1/chat/completions"), 405, "Method"),
@@ -172,7 +180,8 @@ def test_what_looks_hostile_and_is_right(server):
 def test_nobody_waits_for_who_sends_too_much(server):
     """While a request is read that takes long, others are answered."""
     async def both():
-        slow = asyncio.create_task(send(server.port, post({"model": "chat", "prompt": "rubbish " * 60_000}, "/tokenize")))
+        slow = asyncio.create_task(send(server.port, post({"model": "chat", "prompt": "rubbish " * 60_000},
+                                                          "/tokenize")))
         slowest = 0.0
         while not slow.done():
             slowest = max(slowest, (await send(server.port, get("/health"))).last)
@@ -202,7 +211,8 @@ def test_who_leaves_frees_the_row(server, is_stream):
 def test_sigterm_ends_answers_properly(folder):
     with start(folder, "--grace_seconds", "0.5") as server:
         async def work():
-            bodies = [chat("rubbish", model="chat", stream=is_stream, **LONG) for is_stream in (True, True, False)]
+            bodies = [chat("rubbish", model="chat", stream=is_stream, **LONG) for is_stream in (True, True,
+                                                                                                False)]
             answers = [asyncio.create_task(send(server.port, post(body))) for body in bodies]
             await asyncio.sleep(0.05)
             while (await metrics(server.port))["answers_running"] < 3:
@@ -226,7 +236,7 @@ def test_a_long_prompt_takes_no_short_ones_along(folder):
     batch = Batch(chat_model.model, chat_model.adapters, 32, 32 * 8192)
     short, long = Row([5], 4), Row([5] * 1000, 4)
     assert batch.fits([short] * 32) and batch.fits([long]) and batch.fits([Row([5] * 8000, 4)])
-    assert not batch.fits([long, short, short])  # 3000 tokens with the pads
+    assert not batch.fits([long, short, Row([6], 4)])  # 3000 tokens with the pads
 
 
 def test_rows_of_one_prompt_share_its_way_through_the_model(folder, monkeypatch):
@@ -248,12 +258,14 @@ def test_rows_of_one_prompt_share_its_way_through_the_model(folder, monkeypatch)
         return [row for some in groups for row in some]
 
     sizes, forward = [], chat_model.model.forward
-    monkeypatch.setattr(chat_model.model, "forward", lambda ids, **more: sizes.append(len(ids)) or forward(ids, **more))
+    monkeypatch.setattr(chat_model.model, "forward", lambda ids,
+                        **more: sizes.append(len(ids)) or forward(ids, **more))
     together = decode([rows()])
     assert sizes[0] == 3  # one, other, and one with the adapter
     for row, alone in zip(together, decode([[row] for row in rows()]), strict=True):
         assert row.tokens == alone.tokens
-        for found, right in ((row.logprobs, alone.logprobs), (row.logprobs_of_prompt, alone.logprobs_of_prompt)):
+        for found, right in ((row.logprobs, alone.logprobs), (row.logprobs_of_prompt,
+                                                              alone.logprobs_of_prompt)):
             assert [choice.token for choice in found] == [choice.token for choice in right]
             assert [choice.logprob or 0 for choice in found] == pytest.approx(
                 [choice.logprob or 0 for choice in right], abs=1e-4)
