@@ -96,7 +96,7 @@ def compare_requests(args: argparse.Namespace, model: Path, server: Server) -> N
     for clients in (1, 8, 32):
         command = [sys.executable, __file__, "--generate", str(clients), "--load_from", str(model),
                    "--threads", str(args.threads)]
-        each, rates, firsts = max(3, 96 // clients), {"server": [], "generate": []}, []
+        each, rates, firsts = max(2, 32 // clients), {"server": [], "generate": []}, []
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               encoding="utf-8") as other:
             for number in range(-1, args.rounds):  # the first round warms up
@@ -128,7 +128,7 @@ def milliseconds(seconds: list[float]) -> dict[str, str]:
 def newcomers(args: argparse.Namespace, server: Server) -> None:
     """The time to the first token of a new request while 16 others stream."""
     async def measure() -> list[float]:
-        long = post(chat(PROMPTS[1], stream=True, max_tokens=100_000, **SETTINGS))
+        long = post(chat(PROMPTS[1], stream=True, max_tokens=6000, **SETTINGS))
         others = [asyncio.create_task(send(server.port, long)) for _ in range(16)]
         await asyncio.sleep(1)
         firsts = []
