@@ -52,9 +52,9 @@ class Lane:
         config, weight = chat_model.model.config, chat_model.model.model.norm.weight
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # of a token
         max_tokens = cache_bytes // (numbers * weight.element_size())
-        max_tokens = min(max_tokens, max_rows * chat_model.max_positions)
-        if max_tokens < 256:
+        if max_tokens < min(256, chat_model.max_positions):
             raise UsageError(f"--cache_gb is too small: {chat_model.path} would remember {max_tokens} tokens")
+        max_tokens = min(max_tokens, max_rows * chat_model.max_positions)
         self.chat_model = chat_model
         self.batch = Batch(chat_model.model, chat_model.adapters, max_rows, max_tokens)
         self.max_length = min(chat_model.max_positions, max_tokens)  # of a prompt and its answer

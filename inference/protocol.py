@@ -53,6 +53,7 @@ def known(body: object) -> object:
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Tokens = Annotated[int, Field(ge=0, le=2**31)]
+NewTokens = Annotated[int, Field(ge=1, le=2**31)]
 Weight = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -150,7 +151,8 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=4096)
-    max_completion_tokens: Tokens | None = None
+    max_tokens: NewTokens | None = None
+    max_completion_tokens: NewTokens | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[Tool] | None = Field(None, max_length=128)

@@ -113,7 +113,7 @@ class Batch:
         self.start = torch.zeros(max_rows, dtype=torch.long, device=self.device)
         self.next = torch.zeros(max_rows, dtype=torch.long, device=self.device)  # the last token of each row
         self.in_use = None  # the adapter of each row, as the layers have them now
-        self._arrange(self._length_for(SMALLEST_LENGTH))
+        self._arrange(self._length_for(1))
 
     # --- rows come and go ---------------------------------------------------------------------------------
 
