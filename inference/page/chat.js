@@ -218,7 +218,7 @@ async function writeOne(answer, signal) {
   answer.seconds = (performance.now() - began) / 1000;
   drawSoon(answer);
   // A screen reader hears the whole answer once, and not each token.
-  byId("finished").append(make("p", {}, `${answer.model.label}: ${answer.content}`));
+  byId("finished").append(make("p", {}, `${answer.model.label}: ${answer.content || answer.noteText()}`));
 }
 
 function requestBody(answer) {

@@ -131,8 +131,9 @@ def ask(page, text="Hello", wait=True):
 
 
 def idle(page):
-    expect(page.get_by_role("button", name="Send").last).to_be_visible()
-    expect(page.locator("[aria-busy=true]")).to_have_count(0)
+    """Waits until no answer is written any more, and all of it is drawn."""
+    expect(page.locator("#send")).to_have_text("↑")
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def posted(page, action):
@@ -306,12 +307,26 @@ def test_thinking_is_folded_and_calls_are_shown(page):
     assert message["tool_calls"] == [{name: call[name] for name in ("id", "type", "function")}]
 
 
+def test_a_thought_that_was_cut_off_goes_on(page):
+    fake(page, {"reasoning_content": "Hm, a frog"}, finish="length")
+    ask(page)
+    page.unroute_all()
+    page.fill("#length", "5")
+    sent = posted(page, page.get_by_role("button", name="Continue").click)
+    assert sent["messages"][-1] == {"role": "assistant", "content": "<think>\nHm, a frog"}
+    thought = last(page, ".thinking p").text_content()
+    assert thought.startswith("Hm, a frog") and len(thought) > len("Hm, a frog")
+    assert last(page, ".text").text_content() == ""
+
+
 def test_the_view_stays_where_the_reader_put_it(page):
     page.fill("#length", str(LONG))
+    page.set_viewport_size({"width": 500, "height": 400})
+    page.locator("#settings").evaluate("e => { e.open = false }")
     ask(page, wait=False)
     scroller = page.locator("#scroller")
     for _ in range(100):  # until the text is longer than the view
-        if scroller.evaluate("e => e.scrollTop") > 300:
+        if scroller.evaluate("e => e.scrollTop") > 100:
             break
         page.wait_for_timeout(50)
     scroller.evaluate("e => { e.scrollTop = 10 }")
