@@ -217,6 +217,11 @@ def test_what_was_cut_off_goes_on(page):
     assert sent["continue_final_message"] is True and sent["messages"][-1]["role"] == "assistant"
     assert last(page, ".text").text_content().startswith(begun.rstrip())
     assert len(last(page, ".text").text_content()) > len(begun)
+    fake(page, {"content": "A \ufffd"}, finish="length")  # in the middle of a character
+    ask(page, "Two")
+    page.unroute_all()
+    sent = posted(page, page.locator(".turn").last.get_by_role("button", name="Continue").click)
+    assert sent["messages"][-1]["content"] == "A "
 
 
 def test_edit_and_resend(page):
