@@ -211,7 +211,6 @@ async function writeOne(answer, signal) {
   try {
     const response = await request("v1/chat/completions", requestBody(answer), signal);
     for await (const event of events(response)) {
-      signal.throwIfAborted();
       answer.add(event);
       drawSoon(answer);
     }

@@ -45,7 +45,7 @@ def address(home, tmp_path_factory):
         try:
             yield re.search(r"http://\S+", server.stdout.readline())[0]
         finally:
-            server.terminate()
+            server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,25 @@ def test_stop_and_again(page):
     assert again["messages"] == [{"role": "user", "content": "Hello"}] and again["max_tokens"] == 12
     expect(page.locator(".answer")).to_have_count(1)
     expect(last(page, ".note")).to_contain_text("12 tokens")
+
+
+def test_again_while_the_answer_is_being_written(page):
+    ask(page)
+    whole = last(page, ".text").text_content()
+    page.get_by_role("button", name="New chat").click()
+    page.fill("#length", str(LONG))
+    ask(page, wait=False)
+    for length in (LONG, LONG, 12):  # nothing of an answer that was broken off comes into the next one
+        expect(last(page, ".text")).not_to_be_empty()
+        page.fill("#length", str(length))
+        page.get_by_role("button", name="Again").click()
+        if length == LONG:
+            page.wait_for_timeout(100)
+            expect(page.get_by_role("button", name="Stop")).to_be_visible(timeout=1)
+    idle(page)
+    expect(last(page, ".note")).to_contain_text("12 tokens")
+    assert last(page, ".text").text_content() == whole
+    expect(page.locator("#finished p")).to_have_count(1)
 
 
 def test_what_was_cut_off_goes_on(page):
@@ -584,6 +603,8 @@ def test_a_phone(open_page):
         boxes = page.locator("main, #scroller, .question p, .answer, .answer > *, dialog").all()
         rights = [box.evaluate("e => e.getBoundingClientRect().right") for box in boxes]
         assert max(rights) <= 390, rights
+        for box in page.locator(".text, .question p").all():
+            assert box.evaluate("e => e.scrollWidth <= e.clientWidth")
 
 
 def test_chinese(open_page):
