@@ -84,11 +84,14 @@ function copyButton(textOf) {
 // One model's answer to one question. Its elements are made once, and `draw` adds what is new.
 class Answer {
   constructor(turn, column, model) {
-    Object.assign(this, {turn, column, model, name: make("h3"), thought: make("p"), textBox: make("div"),
-      callBox: make("div"), error: make("p", {className: "error", role: "alert"})});
-    this.note = make("span", {className: "note"});
+    Object.assign(this, {turn, column, model});
+    this.name = make("h3");
+    this.thought = make("p");
     this.thinking = make("details", {className: "thinking"}, make("summary", {}, t("Thinking")), this.thought);
-    this.textBox.className = "text";
+    this.textBox = make("div", {className: "text"});
+    this.callBox = make("div");
+    this.error = make("p", {className: "error", role: "alert"});
+    this.note = make("span", {className: "note"});
     this.markdown = new GrowingMarkdown(this.textBox);
     this.tokenRow = new TokenRow((index, token) => this.writeFrom(index, token), () => this.turn === lastTurn());
     this.goOn = make("button", {className: "again", onclick: () => this.continue()}, t("Continue"));
@@ -109,10 +112,11 @@ class Answer {
   // Takes one event of the stream.
   add({usage, choices: [choice]}) {
     if (usage) this.count = usage.completion_tokens;
+    this.seconds = (performance.now() - this.began) / 1000;
     if (!choice) return;
     this.content += choice.delta.content ?? "";
     this.reasoning += choice.delta.reasoning_content ?? "";
-    this.calls.push(...choice.delta.tool_calls ?? []);
+    for (const {index, ...call} of choice.delta.tool_calls ?? []) this.calls[index] = call;
     this.tokens.push(...choice.logprobs?.content ?? []);
     this.end = choice.finish_reason ?? "";
   }
@@ -151,8 +155,8 @@ class Answer {
   message() {
     const message = {role: "assistant", content: this.content};
     if (this.reasoning) message.reasoning_content = this.reasoning;
-    const calls = this.calls.map(({id, type, function: called}) => ({id, type, function: called}));
-    return calls.length ? {...message, tool_calls: calls} : message;
+    if (this.calls.length) message.tool_calls = this.calls;
+    return message;
   }
 
   again() {
@@ -161,11 +165,13 @@ class Answer {
     write([this]);
   }
 
+  // Goes on where the answer was cut off. If it was in the middle of a character, the model writes this one again.
   continue() {
-    const {reasoning, content, tokens} = this;
-    const thought = reasoning && `<think>\n${reasoning}`; // If no words follow a thought, it has not ended.
-    const written = thought && content ? `${thought}\n</think>\n\n${content}` : thought + content;
-    this.restart({written, reasoning, content, tokens: tokens.length ? tokens : [tokenOfText(written)]});
+    const thought = this.reasoning && `<think>\n${this.reasoning}`; // If no words follow a thought, it goes on.
+    const text = thought && this.content ? `${thought}\n</think>\n\n${this.content}` : thought + this.content;
+    const tokens = this.tokens.length ? [...this.tokens] : [tokenOfText(text.replace(/\ufffd+$/, ""))];
+    while (partsOf(tokens).written.endsWith("\ufffd")) tokens.pop();
+    this.restart(partsOf(tokens));
     write([this]);
     byId("question").focus(); // The button that had the focus is gone.
   }
@@ -201,12 +207,10 @@ function showRunning(controller) {
 }
 
 async function writeOne(answer, signal) {
-  answer.signal = signal;
-  const began = performance.now();
+  Object.assign(answer, {signal, began: performance.now()});
   try {
     const response = await request("v1/chat/completions", requestBody(answer), signal);
     for await (const event of events(response)) {
-      signal.throwIfAborted();
       answer.add(event);
       drawSoon(answer);
     }
@@ -215,10 +219,9 @@ async function writeOne(answer, signal) {
     answer.end = signal.aborted ? "stopped" : "error";
     answer.errorText = signal.aborted ? "" : error.message;
   }
-  answer.seconds = (performance.now() - began) / 1000;
   drawSoon(answer);
   // A screen reader hears the whole answer once, and not each token.
-  byId("finished").append(make("p", {}, `${answer.model.label}: ${answer.content}`));
+  byId("finished").append(make("p", {}, `${answer.model.label}: ${answer.content || answer.noteText()}`));
 }
 
 function requestBody(answer) {

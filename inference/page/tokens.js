@@ -120,9 +120,7 @@ function showOthers(element, tokens, index, choose) {
   list.style.top = `${fitsBelow ? bottom + 4 : Math.max(8, top - list.offsetHeight - 4)}px`;
 }
 
-export function closeOthers() {
-  byId("others").hidden = true;
-}
+export const closeOthers = () => { byId("others").hidden = true; };
 
 // The delay lets the pointer, or the focus, go from the token to its list.
 function closeOthersSoon() {
