@@ -5,9 +5,9 @@
     request = Request(rows, event=threading.Event())
     engine.submit("full_sft", request)  # from then on request.event is set whenever there is something new
 
-One thread loads the models and computes everything: OpenMP, which computes for PyTorch on a CPU, is four times
-slower where one thread has loaded and another decodes. Other threads only leave requests and read what came of
-them.
+One thread loads the models and computes everything: OpenMP, which computes for PyTorch on a CPU, is four
+times slower where one thread has loaded and another decodes. Other threads only leave requests, and read what
+came of them.
 """
 
 import threading
@@ -205,7 +205,7 @@ class Engine:
         return news
 
     def _who_joins(self, lane: Lane) -> list[Row]:
-        """The rows that fit in. Each request in turn gives one, so that a large one does not hold up others."""
+        """The rows that fit in. Each request in turn gives one, so a large one holds up nobody."""
         joining = []
         while lane.waiting:
             request = lane.waiting[0]
@@ -236,7 +236,8 @@ class Engine:
     def _fail(self, lane: Lane, message: str) -> set[Request]:
         """All rows of the lane end with an error."""
         with self.condition:
-            news, waiting = set(), [(request, number) for request in lane.waiting for number in request.waiting]
+            news = set()
+            waiting = [(request, number) for request in lane.waiting for number in request.waiting]
             for row in list(lane.batch.rows):
                 lane.batch.remove(row)
             for request, number in [*lane.owner.values(), *waiting]:

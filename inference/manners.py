@@ -59,7 +59,8 @@ class Manners:
                           status=403)
         origin = headers.get("origin")
         if origin and origin not in self.origins and urlsplit(origin).netloc.lower() != host.lower():
-            raise Refused(f"pages of {origin[:100]!r} may not call this server (--allowed_origins)", status=403)
+            raise Refused(f"pages of {origin[:100]!r} may not call this server (--allowed_origins)",
+                          status=403)
 
     def check_key(self, path: str, method: str, headers: dict[str, str]) -> None:
         if self.api_key is None or path in OPEN_PATHS or path.startswith("/page/") or method == "OPTIONS":
@@ -94,7 +95,8 @@ class Manners:
                     if not message.get("more_body"):
                         return bytes(body)
         except TimeoutError:
-            raise Refused(f"the body did not arrive within {self.body_seconds:g} seconds", status=408) from None
+            raise Refused(f"the body did not arrive within {self.body_seconds:g} seconds",
+                          status=408) from None
 
 
 class ClientGone(Exception):

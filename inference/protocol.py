@@ -42,7 +42,7 @@ class StreamOptions(Strict):
 
 
 def known(body: object) -> object:
-    """The body without the fields that have no meaning, or no effect. Raises ValueError for unsupported ones."""
+    """The body without fields that have no meaning, or no effect. Raises ValueError for unsupported ones."""
     if not isinstance(body, dict):
         return body
     for name, value in body.items():
@@ -201,7 +201,8 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class CompletionRequest(Sampling):
     """POST /v1/completions"""
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds],
+                                       Field(min_length=1, max_length=MAX_PROMPTS)]
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = Field(False, description="the answer begins with the prompt")
 

@@ -1,4 +1,4 @@
-"""The text of an answer in pieces: the same pieces in one go or token by token, and nothing shown too early."""
+"""The text of an answer in pieces: its parts are told apart, and nothing is shown too early."""
 
 import pytest
 
@@ -35,40 +35,56 @@ def read(text: str, stop=(), reply=None):
     return [tuple(part) for part in parts], steps, reader
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("Hi", [("content", "Hi")]),
-    ("猫 says 🐱", [("content", "猫 says 🐱")]),
-    ("\n\nHi\n\n", [("content", "\n\nHi\n\n")]),  # an answer without parts is shown as it is
-    ("<think>\nRivers.\n\nLong.\n</think>\n\nThe Rhine.\n", [("reasoning", "Rivers.\n\nLong."), ("content", "The Rhine.")]),
-    ('Yes.\n<tool_call>\n{"a": 1}\n</tool_call>\n<tool_call>\n{"b": 2}\n</tool_call>',
-     [("content", "Yes."), ("call", '{"a": 1}'), ("call", '{"b": 2}')]),
-    ("<think>\ncut off\n", [("reasoning", "cut off")]),
-    ("<tool_call>\n{\"a\":", [("call", '{"a":')]),
-    ("<think></think>x", [("content", "x")]),
-    ("", []),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hi", [("content", "Hi")]),
+        ("猫 says 🐱", [("content", "猫 says 🐱")]),
+        ("\n\nHi\n\n", [("content", "\n\nHi\n\n")]),  # an answer without parts is shown as it is
+        (
+            "<think>\nRivers.\n\nLong.\n</think>\n\nThe Rhine.\n",
+            [("reasoning", "Rivers.\n\nLong."), ("content", "The Rhine.")],
+        ),
+        (
+            'Yes.\n<tool_call>\n{"a": 1}\n</tool_call>\n<tool_call>\n{"b": 2}\n</tool_call>',
+            [("content", "Yes."), ("call", '{"a": 1}'), ("call", '{"b": 2}')],
+        ),
+        ("<think>\ncut off\n", [("reasoning", "cut off")]),
+        ('<tool_call>\n{"a":', [("call", '{"a":')]),
+        ("<think></think>x", [("content", "x")]),
+        ("", []),
+    ],
+)
 def test_parts(text, expected):
     parts, _, reader = read(text)
     assert parts == expected
     assert reader.reply.text == text  # nothing of it is lost to those who need the whole
     message = reader.reply.message()
-    assert "".join(text for part, text in parts if part == "reasoning") == message.get("reasoning_content", "")
+    assert "".join(text for part, text in parts if part == "reasoning") == message.get(
+        "reasoning_content", ""
+    )
 
 
 def test_a_prompt_that_ends_in_think():
-    assert read("\nHm.\n</think>\n\nYes.", reply=Reply(in_thought=True))[0] == [("reasoning", "Hm."), ("content", "Yes.")]
+    assert read("\nHm.\n</think>\n\nYes.", reply=Reply(in_thought=True))[0] == [
+        ("reasoning", "Hm."),
+        ("content", "Yes."),
+    ]
 
 
-@pytest.mark.parametrize(("text", "stop", "shown"), [
-    ("One. Two.", ["."], "One"),
-    ("One. Two.", ["Tw", ". T"], "One"),
-    ("aab", ["ab"], "a"),
-    ("One", ["x", "One more"], "One"),  # it might have come
-    ("猫狗", ["狗"], "猫"),
-    ("a\n\nb", ["\n\n"], "a"),
-    ("stop", ["stop"], ""),
-    ("<think>\na.b\n</think>\n\nc", ["."], "a"),
-])
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("One. Two.", ["."], "One"),
+        ("One. Two.", ["Tw", ". T"], "One"),
+        ("aab", ["ab"], "a"),
+        ("One", ["x", "One more"], "One"),  # it might have come
+        ("猫狗", ["狗"], "猫"),
+        ("a\n\nb", ["\n\n"], "a"),
+        ("stop", ["stop"], ""),
+        ("<think>\na.b\n</think>\n\nc", ["."], "a"),
+    ],
+)
 def test_stop_texts(text, stop, shown):
     parts, steps, reader = read(text, stop)
     assert "".join(text for _, text in parts) == shown
@@ -81,7 +97,17 @@ def test_stop_texts(text, stop, shown):
 
 def test_what_may_become_a_stop_text_waits():
     _, steps, _ = read("a STOp b", ["STOP"])
-    assert ["".join(piece.text for piece in pieces) for pieces in steps] == ["a", " ", "", "", "", "STOp", " ", "b", ""]
+    assert ["".join(piece.text for piece in pieces) for pieces in steps] == [
+        "a",
+        " ",
+        "",
+        "",
+        "",
+        "STOp",
+        " ",
+        "b",
+        "",
+    ]
 
 
 def test_half_a_character_waits():

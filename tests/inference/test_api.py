@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import Annotated
 
 import httpx
@@ -43,10 +42,26 @@ def models(home, learnt, tmp_path_factory):  # noqa: F811
 @pytest.fixture(scope="module")
 def address(models):
     model, adapter, base = models
-    command = [sys.executable, ROOT / "scripts" / "serve_openai_api.py", "--load_from", model, base, "--lora",
-               adapter, "--port", "0", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as server:
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "serve_openai_api.py",
+        "--load_from",
+        model,
+        base,
+        "--lora",
+        adapter,
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as server:
         yield re.search(r"http://\S+", server.stdout.readline())[0]
         server.terminate()
         log = server.communicate(timeout=20)[1]
@@ -64,8 +79,9 @@ def ours(models):
 
 
 def chat(client, content="Name a river.", **more):
-    return client.chat.completions.create(**{"model": "model", "temperature": 0, "messages": [
-        {"role": "user", "content": content}]} | more)
+    return client.chat.completions.create(
+        **{"model": "model", "temperature": 0, "messages": [{"role": "user", "content": content}]} | more
+    )
 
 
 def test_models(client):
@@ -78,40 +94,57 @@ def test_models(client):
         client.models.retrieve("x")
 
 
-@pytest.mark.parametrize("record", [record for records in ("inline", "reason", "tool") for record in RECORDS[records]])
+@pytest.mark.parametrize(
+    "record", [record for records in ("inline", "reason", "tool") for record in RECORDS[records]]
+)
 def test_thinking_and_calls_are_told_apart(client, record):
     """Whole and streamed: what the model has learnt by heart comes as OpenAI's fields."""
     question, right = record["messages"]
     answer = chat(client, question["content"])
     message, usage = answer.choices[0].message, answer.usage
     thought = right.get("reasoning_content") or re.sub("(?s).*<think>|</think>.*", "", right["content"]) * (
-        "<think>" in right["content"])
+        "<think>" in right["content"]
+    )
     assert (getattr(message, "reasoning_content", None) or "") == thought.strip("\n")
     assert getattr(message, "reasoning", None) == getattr(message, "reasoning_content", None)
-    calls = right.get("tool_calls") or [json.loads(call) for call in re.findall(
-        r"<tool_call>\n(.*)\n</tool_call>", right["content"])]
+    calls = right.get("tool_calls") or [
+        json.loads(call) for call in re.findall(r"<tool_call>\n(.*)\n</tool_call>", right["content"])
+    ]
     found = message.tool_calls or []
-    assert [(call.function.name, json.loads(call.function.arguments)) for call in found] == \
-        [(call["name"], call["arguments"]) for call in calls]
+    assert [(call.function.name, json.loads(call.function.arguments)) for call in found] == [
+        (call["name"], call["arguments"]) for call in calls
+    ]
     words = re.sub("(?s)<(think|tool_call)>.*</(think|tool_call)>", "", right["content"]).strip() or None
     assert message.content == words
     assert answer.choices[0].finish_reason == ("tool_calls" if calls else "stop")
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens and usage.completion_tokens > 1
 
-    with client.chat.completions.stream(model="model", temperature=0, messages=[question], n=2,
-                                        stream_options={"include_usage": True}) as events:
+    with client.chat.completions.stream(
+        model="model", temperature=0, messages=[question], n=2, stream_options={"include_usage": True}
+    ) as events:
         for _ in events:
             pass
         whole = events.get_final_completion()
     for choice in whole.choices:
-        assert (choice.message.content or None, choice.finish_reason) == (words, answer.choices[0].finish_reason)
-        assert [call.function.arguments for call in choice.message.tool_calls or []] == \
-            [call.function.arguments for call in found]
+        assert (choice.message.content or None, choice.finish_reason) == (
+            words,
+            answer.choices[0].finish_reason,
+        )
+        assert [call.function.arguments for call in choice.message.tool_calls or []] == [
+            call.function.arguments for call in found
+        ]
     assert whole.usage.completion_tokens == 2 * usage.completion_tokens
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.8, "top_p": 0.7}, {"temperature": 1.5, "top_p": 1},
-                                      {"temperature": 1, "top_k": 4, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0},
+        {"temperature": 0.8, "top_p": 0.7},
+        {"temperature": 1.5, "top_p": 1},
+        {"temperature": 1, "top_k": 4, "repetition_penalty": 1.3},
+    ],
+)
 @pytest.mark.parametrize("adapter", [None, "odd"])
 def test_the_same_prompt_and_seed_give_the_same_text_everywhere(client, ours, models, settings, adapter):
     """In the terminal, over the API, and (greedy, without an adapter) in transformers."""
@@ -122,8 +155,9 @@ def test_the_same_prompt_and_seed_give_the_same_text_everywhere(client, ours, mo
     expected = ours.read(prompt, [token for token in ids if token not in ours.stop_ids]).message()
     extra = {name: settings[name] for name in settings if name in ("top_k", "repetition_penalty")}
     plain = {name: settings[name] for name in settings if name not in extra}
-    answer = client.chat.completions.create(model=adapter or "model", messages=HI, seed=7, max_tokens=40, **plain,
-                                            extra_body=extra)
+    answer = client.chat.completions.create(
+        model=adapter or "model", messages=HI, seed=7, max_tokens=40, **plain, extra_body=extra
+    )
     message = answer.choices[0].message
     assert message.content == expected["content"]
     assert getattr(message, "reasoning", None) == expected.get("reasoning_content")
@@ -131,24 +165,38 @@ def test_the_same_prompt_and_seed_give_the_same_text_everywhere(client, ours, mo
     if settings == {"temperature": 0} and not adapter:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        theirs = AutoModelForCausalLM.from_pretrained(models[0], local_files_only=True, trust_remote_code=False)
+        theirs = AutoModelForCausalLM.from_pretrained(
+            models[0], local_files_only=True, trust_remote_code=False
+        )
         tokenizer = AutoTokenizer.from_pretrained(models[0], local_files_only=True, trust_remote_code=False)
-        inputs = tokenizer.apply_chat_template(HI, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        written = theirs.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].size(1):]
+        inputs = tokenizer.apply_chat_template(
+            HI, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        written = theirs.generate(**inputs, max_new_tokens=40, do_sample=False)[
+            0, inputs["input_ids"].size(1) :
+        ]
         assert written.tolist() == ids
 
 
 def test_many_at_once_are_what_each_is_alone(client):
     """Mixed models, adapters, settings and seeds; each is asked again when nobody else asks."""
+
     def ask(number: int) -> list:
-        settings = {"temperature": (0, 0.9, 1.4)[number % 3], "seed": number, "max_tokens": 5 + number % 30,
-                    "model": ("model", "odd", "base")[number // 3 % 3], "n": 1 + number % 2}
+        settings = {
+            "temperature": (0, 0.9, 1.4)[number % 3],
+            "seed": number,
+            "max_tokens": 5 + number % 30,
+            "model": ("model", "odd", "base")[number // 3 % 3],
+            "n": 1 + number % 2,
+        }
         answer = chat(client, f"Number {number}?", **settings)
         return [choice.message.content for choice in answer.choices]
 
     found = {}
-    threads = [threading.Thread(target=lambda number=number: found.update({number: ask(number)}))
-               for number in range(48)]
+    threads = [
+        threading.Thread(target=lambda number=number: found.update({number: ask(number)}))
+        for number in range(48)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -175,12 +223,14 @@ def test_log_probabilities(client, models):
     prompt = encode_chat(tokenizer, [{"role": "user", "content": "Name a river."}], None, True)[0]
     ids = [entry.id for entry in entries]
     with torch.no_grad():
-        log_probs = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)[len(prompt) - 1:-1]
+        log_probs = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
     for entry, of_place in zip(entries, log_probs, strict=True):
         assert abs(entry.logprob - of_place[entry.id].item()) < 1e-3
         assert [top.id for top in entry.top_logprobs] == of_place.topk(2).indices.tolist()
     assert [entry.token for entry in entries][:2] == ["<think>", "\n"] and entries[-1].token == "<|im_end|>"
-    assert b"".join(bytes(entry.bytes) for entry in entries).decode().startswith("<think>\nRivers are long.\n")
+    assert (
+        b"".join(bytes(entry.bytes) for entry in entries).decode().startswith("<think>\nRivers are long.\n")
+    )
     streamed = []
     for chunk in chat(client, logprobs=True, top_logprobs=2, stream=True):
         if chunk.choices and chunk.choices[0].logprobs:
@@ -189,9 +239,14 @@ def test_log_probabilities(client, models):
 
 
 def test_half_characters_have_bytes(client):
-    answer = client.completions.create(model="base", prompt="猫", temperature=2, seed=3, max_tokens=60, logprobs=0,
-                                       extra_body={"top_k": 0})
-    chats = chat(client, model="base", temperature=2, seed=3, max_tokens=100, logprobs=True).choices[0].logprobs.content
+    answer = client.completions.create(
+        model="base", prompt="猫", temperature=2, seed=3, max_tokens=60, logprobs=0, extra_body={"top_k": 0}
+    )
+    chats = (
+        chat(client, model="base", temperature=2, seed=3, max_tokens=100, logprobs=True)
+        .choices[0]
+        .logprobs.content
+    )
     assert any("\ufffd" in entry.token for entry in chats)
     text = b"".join(bytes(entry.bytes) for entry in chats).decode("utf-8", "replace")
     assert all(sum(entry.bytes) or entry.token for entry in chats) and len(text) > 30
@@ -205,10 +260,12 @@ def test_completions(client, models):
         for place, prompt in enumerate(prompts):
             ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
             new = [token.item() for token in generate(base, torch.tensor([ids]), 6, temperature=0)]
-            for choice in answer.choices[2 * place:2 * place + 2]:
+            for choice in answer.choices[2 * place : 2 * place + 2]:
                 assert choice.text == tokenizer.decode(new) and choice.finish_reason == "length"
         texts = ["", ""]
-        for chunk in client.completions.create(model="base", prompt=prompts, max_tokens=6, temperature=0, stream=True):
+        for chunk in client.completions.create(
+            model="base", prompt=prompts, max_tokens=6, temperature=0, stream=True
+        ):
             texts[chunk.choices[0].index] += chunk.choices[0].text
         assert texts == [answer.choices[0].text, answer.choices[2].text]
 
@@ -220,17 +277,21 @@ def test_echo_tells_the_probability_of_the_prompt(client, models):
     ids = tokenizer("The cat sits on the mat.")["input_ids"]
     log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     for max_tokens, prompt in ((1, "The cat sits on the mat."), (0, ids)):
-        choice = client.completions.create(model="base", prompt=prompt, max_tokens=max_tokens, temperature=0,
-                                           echo=True, logprobs=1).choices[0]
+        choice = client.completions.create(
+            model="base", prompt=prompt, max_tokens=max_tokens, temperature=0, echo=True, logprobs=1
+        ).choices[0]
         assert choice.text.startswith("The cat sits on the mat.")
         found = choice.logprobs
         assert len(found.tokens) == len(ids) + max_tokens and found.token_logprobs[0] is None
         for place in range(1, len(ids)):
             assert abs(found.token_logprobs[place] - log_probs[place - 1, ids[place]].item()) < 1e-3
-            assert max(found.top_logprobs[place].values()) == pytest.approx(log_probs[place - 1].max().item(), abs=1e-3)
-        assert "".join(found.tokens[:len(ids)]) == "The cat sits on the mat."
-        assert [choice.text[at:at + len(text)] for at, text in zip(found.text_offset, found.tokens, strict=True)][:8] \
-            == found.tokens[:8]
+            assert max(found.top_logprobs[place].values()) == pytest.approx(
+                log_probs[place - 1].max().item(), abs=1e-3
+            )
+        assert "".join(found.tokens[: len(ids)]) == "The cat sits on the mat."
+        assert [
+            choice.text[at : at + len(text)] for at, text in zip(found.text_offset, found.tokens, strict=True)
+        ][:8] == found.tokens[:8]
 
 
 class Person(BaseModel):
@@ -240,26 +301,46 @@ class Person(BaseModel):
 
 def test_structured_outputs(client):
     for seed in range(5):
-        parsed = client.chat.completions.parse(model="odd", messages=HI, response_format=Person, temperature=1.0,
-                                               seed=seed, max_tokens=80).choices[0].message
+        parsed = (
+            client.chat.completions.parse(
+                model="odd", messages=HI, response_format=Person, temperature=1.0, seed=seed, max_tokens=80
+            )
+            .choices[0]
+            .message
+        )
         assert isinstance(parsed.parsed, Person)
     free = chat(client, response_format={"type": "json_object"}, max_tokens=120, temperature=1, seed=2)
     assert free.choices[0].message.content.startswith("{")
     with pytest.raises(openai.BadRequestError, match="response_format|Invalid type"):
-        chat(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}})
+        chat(
+            client,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}},
+        )
 
 
 def test_forced_calls(client):
     for choice in ("required", {"type": "function", "function": {"name": "clock"}}):
         for seed in range(3):
-            answer = chat(client, tools=[CLOCK], tool_choice=choice, temperature=1.2, seed=seed, max_tokens=100,
-                          parallel_tool_calls=False).choices[0]
+            answer = chat(
+                client,
+                tools=[CLOCK],
+                tool_choice=choice,
+                temperature=1.2,
+                seed=seed,
+                max_tokens=100,
+                parallel_tool_calls=False,
+            ).choices[0]
             [call] = answer.message.tool_calls
             assert call.function.name == "clock" and answer.finish_reason == "tool_calls"
             assert json.loads(call.function.arguments)["zone"] in ("Oslo", "Rome")
-    result = [{"role": "user", "content": "Time?"}, answer.message.model_dump(exclude_none=True),
-              {"role": "tool", "tool_call_id": call.id, "content": "noon"}]
-    assert chat(client, messages=result, tools=[CLOCK], max_tokens=5).choices[0].message  # and the chat goes on
+    result = [
+        {"role": "user", "content": "Time?"},
+        answer.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "noon"},
+    ]
+    assert (
+        chat(client, messages=result, tools=[CLOCK], max_tokens=5).choices[0].message
+    )  # and the chat goes on
     assert not chat(client, tools=[CLOCK], tool_choice="none").choices[0].message.tool_calls
     with pytest.raises(openai.BadRequestError, match="there is no tool 'x'"):
         chat(client, tools=[CLOCK], tool_choice={"type": "function", "function": {"name": "x"}})
@@ -278,9 +359,18 @@ def test_thinking_on_and_off(client):
 
 def test_the_last_message_goes_on(client):
     def ask(begun):
-        answer = chat(client, messages=[{"role": "user", "content": "Name a river."},
-                                        {"role": "assistant", "content": begun}],
-                      extra_body={"continue_final_message": True}).choices[0].message
+        answer = (
+            chat(
+                client,
+                messages=[
+                    {"role": "user", "content": "Name a river."},
+                    {"role": "assistant", "content": begun},
+                ],
+                extra_body={"continue_final_message": True},
+            )
+            .choices[0]
+            .message
+        )
         return getattr(answer, "reasoning", None), answer.content
 
     assert ask("<think>\nRivers are") == (" long.", "The Rhine.")
@@ -294,30 +384,52 @@ def test_stop_texts(client):
     stop = whole[13:16]
     for stream in (False, True):
         answer = chat(client, model="base", max_tokens=40, stop=[stop, "never"], stream=stream)
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in answer) if stream else \
-            answer.choices[0].message.content
-        assert text == whole[:whole.index(stop)]
+        text = (
+            "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+            if stream
+            else answer.choices[0].message.content
+        )
+        assert text == whole[: whole.index(stop)]
         assert stream or answer.choices[0].finish_reason == "stop"
 
 
-@pytest.mark.parametrize(("fields", "complaint"), [
-    ({"temperature": 3}, "temperature: "), ({"temperature": 0.0001}, "temperature: must be 0, or from 0.001 to 2"),
-    ({"n": 0}, "n: "), ({"extra_body": {"n": "2"}}, "n: "), ({"extra_body": {"top_logits": 1}}, "top_logits: this server does not know"),
-    ({"extra_body": {"best_of": 3}}, "best_of is not supported"), ({"stop": [""]}, "stop: "),
-    ({"extra_body": {"mirostat": 1}}, "mirostat"), ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
-    ({"logit_bias": {"999999": 1}}, "logit_bias: 999999 is no token"), ({"logit_bias": {"a": 1}}, "logit_bias: "),
-    ({"messages": []}, "messages: "), ({"messages": [{"role": "x", "content": "a"}]}, "message 1 has the role 'x'"),
-    ({"messages": [{"role": "user", "content": "a", "weights": 1}]}, "'weights' of a message is not used"),
-    ({"messages": [{"role": "user", "content": "a " * 9000}]}, "the model has room for 256"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image_url"),
-    ({"extra_body": {"adapters": {"nope": 1}}}, "'nope' is no adapter of model; there are: odd"),
-    ({"model": "odd", "extra_body": {"adapters": {"odd": 1}}}, "name the base model"),
-    ({"tool_choice": "required"}, "tool_choice needs tools"), ({"reasoning_effort": "high"}, "reasoning_effort"),
-    ({"extra_body": {"continue_final_message": True}}, "needs a last message of the assistant"),
-    ({"model": "base", "tools": [CLOCK]}, "it knows neither tools nor thinking"),
-    ({"max_tokens": 0}, "max_tokens: "), ({"max_completion_tokens": 0}, "max_completion_tokens: "),
-    ({"max_tokens": 5, "max_completion_tokens": 5}, "not both"), ({"stream_options": {"include_usage": True}}, "needs stream"),
-])
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"temperature": 3}, "temperature: "),
+        ({"temperature": 0.0001}, "temperature: must be 0, or from 0.001 to 2"),
+        ({"n": 0}, "n: "),
+        ({"extra_body": {"n": "2"}}, "n: "),
+        ({"extra_body": {"top_logits": 1}}, "top_logits: this server does not know"),
+        ({"extra_body": {"best_of": 3}}, "best_of is not supported"),
+        ({"stop": [""]}, "stop: "),
+        ({"extra_body": {"mirostat": 1}}, "mirostat"),
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias: 999999 is no token"),
+        ({"logit_bias": {"a": 1}}, "logit_bias: "),
+        ({"messages": []}, "messages: "),
+        ({"messages": [{"role": "x", "content": "a"}]}, "message 1 has the role 'x'"),
+        (
+            {"messages": [{"role": "user", "content": "a", "weights": 1}]},
+            "'weights' of a message is not used",
+        ),
+        ({"messages": [{"role": "user", "content": "a " * 9000}]}, "the model has room for 256"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "image_url",
+        ),
+        ({"extra_body": {"adapters": {"nope": 1}}}, "'nope' is no adapter of model; there are: odd"),
+        ({"model": "odd", "extra_body": {"adapters": {"odd": 1}}}, "name the base model"),
+        ({"tool_choice": "required"}, "tool_choice needs tools"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"extra_body": {"continue_final_message": True}}, "needs a last message of the assistant"),
+        ({"model": "base", "tools": [CLOCK]}, "it knows neither tools nor thinking"),
+        ({"max_tokens": 0}, "max_tokens: "),
+        ({"max_completion_tokens": 0}, "max_completion_tokens: "),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, "not both"),
+        ({"stream_options": {"include_usage": True}}, "needs stream"),
+    ],
+)
 def test_what_it_does_not_do_it_refuses_by_name(client, fields, complaint):
     with pytest.raises(openai.BadRequestError, match=re.escape(complaint)) as refused:
         chat(client, **fields)
@@ -326,8 +438,20 @@ def test_what_it_does_not_do_it_refuses_by_name(client, fields, complaint):
 
 
 def test_what_carries_no_meaning_is_taken(client):
-    assert chat(client, user="me", store=False, service_tier="auto", metadata={"a": "b"}, parallel_tool_calls=True,
-                extra_body={"safety_identifier": "x"}).choices[0].message.content == "The Rhine."
+    assert (
+        chat(
+            client,
+            user="me",
+            store=False,
+            service_tier="auto",
+            metadata={"a": "b"},
+            parallel_tool_calls=True,
+            extra_body={"safety_identifier": "x"},
+        )
+        .choices[0]
+        .message.content
+        == "The Rhine."
+    )
 
 
 def test_tokenize_shows_what_training_would_see(address, models):
@@ -335,7 +459,9 @@ def test_tokenize_shows_what_training_would_see(address, models):
     tokenizer = load_tokenizer(models[0])
     answer = httpx.post(f"{address}/tokenize", json={"model": "model", "messages": record}).json()
     assert (answer["tokens"], answer["mask"]) == encode_chat(tokenizer, record)
-    assert answer["count"] == len(answer["texts"]) and "".join(answer["texts"]) == tokenizer.decode(answer["tokens"])
+    assert answer["count"] == len(answer["texts"]) and "".join(answer["texts"]) == tokenizer.decode(
+        answer["tokens"]
+    )
     plain = httpx.post(f"{address}/tokenize", json={"model": "base", "prompt": "<|im_end|> hi"}).json()
     assert "".join(plain["texts"]) == "<|im_end|> hi" and not any(plain["mask"]) and plain["count"] > 3
 
@@ -354,6 +480,11 @@ def test_metrics_and_health(address, client):
 
 def test_the_openapi_page_names_every_route(address):
     paths = httpx.get(f"{address}/openapi.json").json()["paths"]
-    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/health", "/metrics"} <= paths.keys()
-
-
+    assert {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/tokenize",
+        "/health",
+        "/metrics",
+    } <= paths.keys()

@@ -19,9 +19,21 @@ NAMES = [None, "a", "b", {"a": 0.5, "b": -1.0}]
 
 def small(**more) -> CausalLM:
     torch.manual_seed(0)
-    return CausalLM(ModelConfig(**{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                                   "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": VOCAB,
-                                   "initializer_range": 0.2, "qk_norm": True} | more)).eval()
+    return CausalLM(
+        ModelConfig(
+            **{
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "intermediate_size": 48,
+                "vocab_size": VOCAB,
+                "initializer_range": 0.2,
+                "qk_norm": True,
+            }
+            | more
+        )
+    ).eval()
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "one_token"])
@@ -48,16 +60,32 @@ def batch_of(adapters, max_rows=8, max_tokens=2048):
 
 def alone(adapters, row: Row) -> list[int]:
     adapters.use(row.adapter)
-    tokens = generate(adapters.model, torch.tensor([row.prompt]), row.max_new_tokens, row.temperature, row.top_k,
-                      row.top_p, row.seed, row.repetition_penalty, list(row.end_tokens))
+    tokens = generate(
+        adapters.model,
+        torch.tensor([row.prompt]),
+        row.max_new_tokens,
+        row.temperature,
+        row.top_k,
+        row.top_p,
+        row.seed,
+        row.repetition_penalty,
+        list(row.end_tokens),
+    )
     return [token.item() for token in tokens]
 
 
 def some_row(rng: random.Random) -> Row:
-    return Row([rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))], rng.choice([1, 3, 20, 60]), ENDS,
-               temperature=rng.choice([0, 0.5, 1.0, 1.5]), top_k=rng.choice([0, 0, 3]),
-               top_p=rng.choice([1.0, 0.8]), repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
-               seed=rng.randrange(2**40), adapter=rng.choice(NAMES))
+    return Row(
+        [rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))],
+        rng.choice([1, 3, 20, 60]),
+        ENDS,
+        temperature=rng.choice([0, 0.5, 1.0, 1.5]),
+        top_k=rng.choice([0, 0, 3]),
+        top_p=rng.choice([1.0, 0.8]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+        seed=rng.randrange(2**40),
+        adapter=rng.choice(NAMES),
+    )
 
 
 def run(batch: Batch, rows: list[Row], rng: random.Random) -> None:
@@ -86,8 +114,15 @@ def test_whoever_joins_or_leaves_each_row_is_what_it_is_alone(adapters):
 def test_a_small_cache_is_moved_and_divided_anew(adapters):
     """Rows of very different lengths share 512 tokens: the cache is moved, and fewer long rows fit."""
     rng = random.Random(2)
-    rows = [Row([rng.randrange(VOCAB) for _ in range(rng.choice([2, 100, 200]))], rng.choice([4, 60, 250]),
-                temperature=1.0, seed=place) for place in range(30)]
+    rows = [
+        Row(
+            [rng.randrange(VOCAB) for _ in range(rng.choice([2, 100, 200]))],
+            rng.choice([4, 60, 250]),
+            temperature=1.0,
+            seed=place,
+        )
+        for place in range(30)
+    ]
     batch = batch_of(adapters, max_rows=4, max_tokens=512)
     lengths = set()
     move = batch._move
@@ -134,7 +169,9 @@ def test_penalties_and_biases_by_their_definitions(adapters):
     """presence and frequency: https://platform.openai.com/docs/api-reference. Against a loop of plain Python."""
     prompt, model = [3, 4, 5], adapters.model
     batch = batch_of(adapters)
-    row = Row(prompt, 25, temperature=0, presence_penalty=0.7, frequency_penalty=0.4, logit_bias={8: 3.0, 9: -100})
+    row = Row(
+        prompt, 25, temperature=0, presence_penalty=0.7, frequency_penalty=0.4, logit_bias={8: 3.0, 9: -100}
+    )
     batch.add([row])
     while batch.rows:
         batch.step()
@@ -143,19 +180,30 @@ def test_penalties_and_biases_by_their_definitions(adapters):
     for _ in range(25):
         scores = model(torch.tensor([ids])).logits[0, -1].tolist()
         for token in range(VOCAB):
-            count = ids[len(prompt):].count(token)
+            count = ids[len(prompt) :].count(token)
             scores[token] -= 0.4 * count + (0.7 if count else 0)
         scores[8], scores[9] = scores[8] + 3, scores[9] - 100
         ids.append(max(range(VOCAB), key=scores.__getitem__))
-    assert row.tokens == ids[len(prompt):]
+    assert row.tokens == ids[len(prompt) :]
     assert len(set(row.tokens)) > len(set(alone(adapters, Row(prompt, 25, temperature=0))))
 
 
 @torch.no_grad()
 def test_log_probabilities_are_the_models_own(adapters):
     batch = batch_of(adapters)
-    rows = [Row([7, 8, 9, 10], 6, temperature=0.5, seed=1, top_logprobs=3, prompt_logprobs=True,
-                logit_bias={0: 50.0}), Row([1] * 9, 4, temperature=0), Row([2], 6, seed=2, top_logprobs=0)]
+    rows = [
+        Row(
+            [7, 8, 9, 10],
+            6,
+            temperature=0.5,
+            seed=1,
+            top_logprobs=3,
+            prompt_logprobs=True,
+            logit_bias={0: 50.0},
+        ),
+        Row([1] * 9, 4, temperature=0),
+        Row([2], 6, seed=2, top_logprobs=0),
+    ]
     batch.add(rows)
     while batch.rows:
         batch.step()
@@ -174,7 +222,9 @@ def test_log_probabilities_are_the_models_own(adapters):
             top = log_probs[place - 1].topk(row.top_logprobs)
             assert [token for token, _ in choice.top] == top.indices.tolist()
             torch.testing.assert_close(torch.tensor([value for _, value in choice.top]), top.values)
-    assert rows[0].tokens == [0] * 6 and len(rows[0].logprobs_of_prompt) == 4  # the bias decides, and is not told
+    assert (
+        rows[0].tokens == [0] * 6 and len(rows[0].logprobs_of_prompt) == 4
+    )  # the bias is not told
     assert not rows[1].logprobs
 
 
