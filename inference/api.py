@@ -13,6 +13,7 @@ import sys
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,8 @@ ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error":
         "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}}}}
 MEANINGS = {400: "a field, or the body, is wrong", 401: "the key is missing or wrong",
             403: "a foreign Host or Origin", 404: "no such model", 408: "the body took too long",
-            413: "the body is too large", 415: "the body is not application/json", 429: "too many wait", 500: "the model failed",
+            413: "the body is too large", 415: "the body is not application/json",
+            429: "too many wait", 500: "the model failed",
             503: "the server is shutting down"}
 
 
@@ -76,6 +78,8 @@ class Service:
 
     def __init__(self, decoder: engine.Engine):
         self.engine, self.loop, self.started = decoder, None, int(time.time())
+        # One after the other: a long prompt holds up those that are read after it, but no open stream.
+        self.reader = ThreadPoolExecutor(1, "reader")
         self.texts = weakref.WeakKeyDictionary()  # of each lane: chunks.TokenTexts
         decoder.deliver = self.deliver
 
@@ -88,6 +92,10 @@ class Service:
         if asked.lane not in self.texts:
             self.texts[asked.lane] = chunks.TokenTexts(asked.lane.chat_model.tokenizer)
         return self.texts[asked.lane]
+
+    async def read(self, function: Callable, *arguments):
+        """Calls the function in the reader's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.reader, function, *arguments)
 
     def submit(self, model: str, asked: Asked) -> engine.Request:
         """Raises Refused where the engine takes no more."""
@@ -121,6 +129,8 @@ class Service:
                             finish = "stop"
                             break
                     if finish == "error":
+                        if row.constraint and row.constraint.error:
+                            raise Refused(row.error, "response_format")
                         raise Refused(row.error, status=500, kind="server_error")
                     if finish:
                         pieces += reader.end()
@@ -134,8 +144,16 @@ class Service:
             asked.num_new_tokens = sum(seen)
 
 
-async def or_gone(connection: Request, work: Callable):
-    """Awaits work(), and gives it up when the client leaves. Without a stream nothing else would notice."""
+class PageFiles(StaticFiles):
+    def file_response(self, *arguments, **options) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+
+async def or_gone(connection: Request, work: Callable) -> Response:
+    """Awaits work(), the answer as a dict, and gives it up when the client leaves. Without a stream nothing
+    else would notice."""
     async def gone() -> None:
         while (await connection.receive())["type"] != "http.disconnect":
             pass
@@ -143,7 +161,7 @@ async def or_gone(connection: Request, work: Callable):
     tasks = asyncio.create_task(work()), asyncio.create_task(gone())
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return await tasks[0] if tasks[0].done() else Response(status_code=499)
+        return JSONResponse(await tasks[0]) if tasks[0].done() else Response(status_code=499)
     finally:
         for task in tasks:
             task.cancel()
@@ -332,6 +350,10 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
     async def http(_, error: HTTPException):
         return JSONResponse(Refused(str(error.detail)).body, error.status_code, headers=error.headers)
 
+    @app.exception_handler(RecursionError)
+    async def too_deep(_, error: RecursionError):
+        return JSONResponse(Refused("the request is nested too deep").body, 400)
+
     @app.exception_handler(Exception)
     async def failed(_, error: Exception):
         return JSONResponse(Refused("the server failed; its log says why", kind="server_error").body, 500)
@@ -339,7 +361,7 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
     @app.post("/v1/chat/completions", responses=POST_ERRORS | STREAMS)
     async def chat(body: ChatRequest, connection: Request):
         log(body)
-        asked = rows.ask_chat(decoder, body)
+        asked = await service.read(rows.ask_chat, decoder, body)
         request = service.submit(body.model, asked)
         if body.stream:
             return stream(chat_events(service, body, asked, request))
@@ -348,7 +370,7 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
     @app.post("/v1/completions", responses=POST_ERRORS | STREAMS)
     async def complete(body: CompletionRequest, connection: Request):
         log(body)
-        asked = rows.ask_completion(decoder, body)
+        asked = await service.read(rows.ask_completion, decoder, body)
         request = service.submit(body.model, asked)
         if body.stream:
             return stream(completion_events(service, body, asked, request))
@@ -356,7 +378,7 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
 
     @app.post("/tokenize", responses=POST_ERRORS)
     async def tokenize(body: TokenizeRequest):
-        return tokenized(service, body)
+        return JSONResponse(await service.read(tokenized, service, body))
 
     @app.get("/v1/models", responses=GET_ERRORS)
     async def models():
@@ -381,14 +403,7 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
     async def page():
         return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
 
-    @app.middleware("http")
-    async def page_headers(connection: Request, call_next: Callable):
-        response = await call_next(connection)
-        if connection.url.path.startswith("/page/"):
-            response.headers.update(PAGE_HEADERS)
-        return response
-
-    app.mount("/page", StaticFiles(directory=PAGE))
+    app.mount("/page", PageFiles(directory=PAGE))
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     return Manners(app, api_key, hosts, origins, max_body_bytes, body_seconds)

@@ -73,8 +73,9 @@ def ask_chat(engine: Engine, body: ChatRequest) -> Asked:
             raise Refused(f"parallel_tool_calls: false is not supported for {body.model}",
                           "parallel_tool_calls")
         end_tokens += (marks["</tool_call>"],)
-    rows = make_rows(engine, body, lane, adapter, prompt, body.max_completion_tokens or body.max_tokens,
-                     end_tokens=end_tokens, top_logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    rows = make_rows(engine, body, lane, adapter, prompt, limit, end_tokens=end_tokens,
+                     top_logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     constraint = constraint_of(lane, body, tools)
     for row in rows:
         row.logit_bias |= bias

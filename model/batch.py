@@ -42,6 +42,10 @@ class Constraint(Protocol):
     def accept(self, token: int) -> None:
         """Tells that this token came next."""
 
+    @property
+    def error(self) -> str | None:
+        """Why the constraint can't be kept any further."""
+
 
 class Choice(NamedTuple):
     """A token, its log-probability, and the likeliest tokens of its place with theirs, in order.
@@ -119,7 +123,8 @@ class Batch:
 
     def fits(self, rows: list[Row]) -> bool:
         """Whether these rows can join those that are there."""
-        if sum(len(row.prompt) for row in rows[1:]) > PROMPT_TOKENS_AT_ONCE:
+        # All are padded to the longest of them.
+        if len(rows) > 1 and len(rows) * max(len(row.prompt) for row in rows) > PROMPT_TOKENS_AT_ONCE:
             return False
         length = self._length_for(max(row.room for row in [*rows, *self.rows]))
         return len(self.rows) + len(rows) <= min(self.max_rows, self.max_tokens // length)
@@ -325,6 +330,9 @@ def note(row: Row, token: int) -> None:
     row.tokens.append(token)
     if row.constraint:
         row.constraint.accept(token)
+        if row.constraint.error:
+            row.finish, row.error = "error", row.constraint.error
+            return
     if token in row.end_tokens:
         row.finish = "stop"
     elif len(row.tokens) >= row.max_new_tokens:

@@ -473,8 +473,8 @@ def print_report(out: Path, report: dict, before: dict) -> None:
     print(f"loss curves   {shown([str(out / 'loss.png')])}")
     print(f"report        {shown([str(out / 'report.html')])}")
     print(f"\nTalk to it, in the terminal:\n\n    {chat_command(out)}\n")
-    print(f"or in a browser (first: {shown([python(), '-m', 'pip', 'install', '-r'])} requirements-serve.txt):\n")
-    print(f"    {serve_command(out)}\n")
+    requirements = shown([python(), "-m", "pip", "install", "-r", f"{ROOT / 'requirements-serve.txt'}"])
+    print(f"or in a browser:\n\n    {requirements}\n    {serve_command(out)}\n")
 
 
 # --- the whole run ------------------------------------------------------------------------------------------

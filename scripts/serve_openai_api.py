@@ -91,6 +91,7 @@ def main(args: argparse.Namespace) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((args.host, args.port))
+        listener.listen()  # now, so that a second server finds the port taken
     except OSError as error:
         raise UsageError(f"--host {args.host} --port {args.port} can't be used: {error.strerror}; --port 0 "
                          "takes any that is free") from None
@@ -101,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
     address = f"[{args.host}]" if ":" in args.host else args.host
     print(f"serving {', '.join(engine.names)} at http://{address}:{listener.getsockname()[1]}", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(args.grace_seconds + 5),
-                            access_log=False, server_header=False)
+                            access_log=False, server_header=False, ws="none")
     Server(config).run(sockets=[listener])
     engine.close(0)
     engine.thread.join(args.grace_seconds)

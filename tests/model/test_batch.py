@@ -166,7 +166,7 @@ def test_a_row_that_does_not_fit_waits(adapters):
 
 @torch.no_grad()
 def test_penalties_and_biases_by_their_definitions(adapters):
-    """presence and frequency: https://platform.openai.com/docs/api-reference. Against a loop of plain Python."""
+    """presence and frequency: https://platform.openai.com/docs/api-reference"""
     prompt, model = [3, 4, 5], adapters.model
     batch = batch_of(adapters)
     row = Row(
