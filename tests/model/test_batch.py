@@ -230,7 +230,7 @@ def test_log_probabilities_are_the_models_own(adapters):
 
 def test_a_constraint_rules_tokens_out_and_hears_what_came(adapters):
     class Even:
-        heard: list = []
+        heard, error = [], None
 
         def allowed(self):
             return torch.arange(VOCAB) % 2 == 0
@@ -245,6 +245,25 @@ def test_a_constraint_rules_tokens_out_and_hears_what_came(adapters):
         batch.step()
     assert all(token % 2 == 0 for token in row.tokens) and Even.heard == row.tokens
     assert any(token % 2 for token in free.tokens)
+
+
+def test_a_constraint_that_fails_ends_the_row(adapters):
+    class Fails:
+        error = None
+
+        def allowed(self):
+            return torch.ones(VOCAB, dtype=torch.bool)
+
+        def accept(self, token):
+            self.error = "too complex"
+
+    row, other = Row([3], 30, seed=4, constraint=Fails()), Row([3], 3, seed=4)
+    batch = batch_of(adapters)
+    batch.add([row, other])
+    while batch.rows:
+        batch.step()
+    assert (row.finish, row.error, len(row.tokens)) == ("error", "too complex", 1)
+    assert (other.finish, len(other.tokens)) == ("length", 3)
 
 
 def test_no_new_token_at_all(adapters):
