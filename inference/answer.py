@@ -93,7 +93,7 @@ class AnswerReader:
             return self._close(is_last=True)
         if self.part == "call":
             return []
-        waits = max((length for stop in self.stop for length in range(1, len(stop))
+        waits = max((length for stop in self.stop for length in range(1, min(len(stop), len(self.held) + 1))
                      if self.held.endswith(stop[:length])), default=0)
         text = self.held[:len(self.held) - waits].rstrip("\n")
         self.held = self.held[len(text):]

@@ -13,6 +13,7 @@ import sys
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,23 +37,25 @@ PAGE = Path(__file__).with_name("page")
 # The page may load nothing but its own files, and no text that a model writes can become a script.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-                               "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+                               "img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+                               "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": {
     "type": "object", "required": ["message", "type", "param", "code"], "properties": {
         "message": {"type": "string"}, "type": {"type": "string"},
         "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}}}}
-MEANINGS = {400: "a field, or the body, is wrong", 401: "the key is missing or wrong", 403: "a foreign Host or Origin",
-            404: "no such model", 408: "the body took too long", 413: "the body is too large",
-            415: "the body is not application/json", 429: "too many wait", 500: "the model failed",
+MEANINGS = {400: "a field, or the body, is wrong", 401: "the key is missing or wrong",
+            403: "a foreign Host or Origin", 404: "no such model", 408: "the body took too long",
+            413: "the body is too large", 415: "the body is not application/json",
+            429: "too many wait", 500: "the model failed",
             503: "the server is shutting down"}
 
 
 def errors(*statuses: int) -> dict:
     """What a route may answer beside its result, for the OpenAPI page."""
-    return {status: {"description": MEANINGS[status], "content": {"application/json": {"schema": ERROR_SCHEMA}}}
-            for status in statuses}
+    content = {"application/json": {"schema": ERROR_SCHEMA}}
+    return {status: {"description": MEANINGS[status], "content": content} for status in statuses}
 
 
 POST_ERRORS = errors(*MEANINGS)
@@ -75,6 +78,8 @@ class Service:
 
     def __init__(self, decoder: engine.Engine):
         self.engine, self.loop, self.started = decoder, None, int(time.time())
+        # One after the other: a long prompt holds up those that are read after it, but no open stream.
+        self.reader = ThreadPoolExecutor(1, "reader")
         self.texts = weakref.WeakKeyDictionary()  # of each lane: chunks.TokenTexts
         decoder.deliver = self.deliver
 
@@ -87,6 +92,10 @@ class Service:
         if asked.lane not in self.texts:
             self.texts[asked.lane] = chunks.TokenTexts(asked.lane.chat_model.tokenizer)
         return self.texts[asked.lane]
+
+    async def read(self, function: Callable, *arguments):
+        """Calls the function in the reader's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.reader, function, *arguments)
 
     def submit(self, model: str, asked: Asked) -> engine.Request:
         """Raises Refused where the engine takes no more."""
@@ -108,7 +117,8 @@ class Service:
                 await request.event.wait()
                 request.event.clear()
                 for number in sorted(left):
-                    (count, finish), row, reader = request.told[number], asked.rows[number], asked.readers[number]
+                    count, finish = request.told[number]
+                    row, reader = asked.rows[number], asked.readers[number]
                     begin, pieces = seen[number], []
                     for token in row.tokens[begin:count]:
                         seen[number] += 1
@@ -119,6 +129,8 @@ class Service:
                             finish = "stop"
                             break
                     if finish == "error":
+                        if row.constraint and row.constraint.error:
+                            raise Refused(row.error, "response_format")
                         raise Refused(row.error, status=500, kind="server_error")
                     if finish:
                         pieces += reader.end()
@@ -132,8 +144,16 @@ class Service:
             asked.num_new_tokens = sum(seen)
 
 
-async def or_gone(connection: Request, work: Callable):
-    """Awaits work(), and gives it up when the client leaves. Without a stream nothing else would notice."""
+class PageFiles(StaticFiles):
+    def file_response(self, *arguments, **options) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+
+async def or_gone(connection: Request, work: Callable) -> Response:
+    """Awaits work(), the answer as a dict, and gives it up when the client leaves. Without a stream nothing
+    else would notice."""
     async def gone() -> None:
         while (await connection.receive())["type"] != "http.disconnect":
             pass
@@ -141,7 +161,7 @@ async def or_gone(connection: Request, work: Callable):
     tasks = asyncio.create_task(work()), asyncio.create_task(gone())
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return await tasks[0] if tasks[0].done() else Response(status_code=499)
+        return JSONResponse(await tasks[0]) if tasks[0].done() else Response(status_code=499)
     finally:
         for task in tasks:
             task.cancel()
@@ -202,7 +222,7 @@ async def chat_events(service: Service, body: ChatRequest, asked: Asked, request
                     deltas.append(delta)
             if logprobs and not deltas:
                 deltas = [{"content": ""}]
-            sent = [chunk(number, delta, logprobs if place == 0 else None) for place, delta in enumerate(deltas)]
+            sent = [chunk(number, delta, None if place else logprobs) for place, delta in enumerate(deltas)]
             if news.finish:
                 sent.append(chunk(number, {}, None, message.finish(news.finish)))
             yield "".join(sent)
@@ -244,7 +264,8 @@ async def whole_completion(service: Service, body: CompletionRequest, asked: Ask
         "choices": found, "usage": chunks.usage(asked.num_prompt_tokens, asked.num_new_tokens)}
 
 
-async def completion_events(service: Service, body: CompletionRequest, asked: Asked, request) -> AsyncIterator[str]:
+async def completion_events(service: Service, body: CompletionRequest, asked: Asked,
+                            request) -> AsyncIterator[str]:
     head = chunks.head("text_completion", "cmpl", body.model)
     offsets = [None] * len(asked.rows)
     async with contextlib.aclosing(service.follow(asked, request)) as all_news:
@@ -288,10 +309,11 @@ def model_card(service: Service, name: str) -> dict:
     chat_model = lane.chat_model
     parent = next(other for other, (of, path) in service.engine.names.items() if of is lane and path is None)
     own = chat_model.sampling
+    defaults = {"temperature": own.temperature, "top_p": own.top_p, "max_tokens": rows.DEFAULT_NEW_TOKENS}
     return {"id": name, "object": "model", "created": service.started, "owned_by": "seedling",
             "parent": parent if adapter else None, "max_model_len": lane.max_length,
-            "kind": "text" if chat_model.plain else "chat", "thinking": "<think>" in chat_model.marks.values(),
-            "defaults": {"temperature": own.temperature, "top_p": own.top_p, "max_tokens": rows.DEFAULT_NEW_TOKENS}}
+            "kind": "text" if chat_model.plain else "chat",
+            "thinking": "<think>" in chat_model.marks.values(), "defaults": defaults}
 
 
 def metrics_text(decoder: engine.Engine) -> str:
@@ -313,7 +335,8 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
 
     def log(body: protocol.Strict) -> None:
         if log_prompts:
-            print(json.dumps(body.model_dump(exclude_unset=True), ensure_ascii=False), file=sys.stderr, flush=True)
+            asked = json.dumps(body.model_dump(exclude_unset=True), ensure_ascii=False)
+            print(asked, file=sys.stderr, flush=True)
 
     @app.exception_handler(Refused)
     async def refused(_, error: Refused):
@@ -327,6 +350,10 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
     async def http(_, error: HTTPException):
         return JSONResponse(Refused(str(error.detail)).body, error.status_code, headers=error.headers)
 
+    @app.exception_handler(RecursionError)
+    async def too_deep(_, error: RecursionError):
+        return JSONResponse(Refused("the request is nested too deep").body, 400)
+
     @app.exception_handler(Exception)
     async def failed(_, error: Exception):
         return JSONResponse(Refused("the server failed; its log says why", kind="server_error").body, 500)
@@ -334,7 +361,7 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
     @app.post("/v1/chat/completions", responses=POST_ERRORS | STREAMS)
     async def chat(body: ChatRequest, connection: Request):
         log(body)
-        asked = rows.ask_chat(decoder, body)
+        asked = await service.read(rows.ask_chat, decoder, body)
         request = service.submit(body.model, asked)
         if body.stream:
             return stream(chat_events(service, body, asked, request))
@@ -343,7 +370,7 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
     @app.post("/v1/completions", responses=POST_ERRORS | STREAMS)
     async def complete(body: CompletionRequest, connection: Request):
         log(body)
-        asked = rows.ask_completion(decoder, body)
+        asked = await service.read(rows.ask_completion, decoder, body)
         request = service.submit(body.model, asked)
         if body.stream:
             return stream(completion_events(service, body, asked, request))
@@ -351,7 +378,7 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
 
     @app.post("/tokenize", responses=POST_ERRORS)
     async def tokenize(body: TokenizeRequest):
-        return tokenized(service, body)
+        return JSONResponse(await service.read(tokenized, service, body))
 
     @app.get("/v1/models", responses=GET_ERRORS)
     async def models():
@@ -376,14 +403,7 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
     async def page():
         return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
 
-    @app.middleware("http")
-    async def page_headers(connection: Request, call_next: Callable):
-        response = await call_next(connection)
-        if connection.url.path.startswith("/page/"):
-            response.headers.update(PAGE_HEADERS)
-        return response
-
-    app.mount("/page", StaticFiles(directory=PAGE))
+    app.mount("/page", PageFiles(directory=PAGE))
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     return Manners(app, api_key, hosts, origins, max_body_bytes, body_seconds)

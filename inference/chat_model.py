@@ -161,7 +161,8 @@ class ChatModel:
             pieces = write_chat(self.tokenizer, messages, tools, True, thinking or self.thinking)
             parts = MODEL_WRITES.split(assistant_text(begun) if begun else "")
             pieces += [(part, place % 2 == 1, False) for place, part in enumerate(parts) if part]
-            return encode_pieces(self.tokenizer, [pieces])[0][0]
+            # Nothing is trained here, so no mask is needed, which takes longer than the ids.
+            return encode_pieces(self.tokenizer, [[(*piece[:2], False) for piece in pieces]])[0][0]
         texts = [message["content"] for message in messages]
         text = "\n".join(texts) + (begun["content"] if begun else "")
         ids, _ = encode_continuation(self.tokenizer, text)

@@ -86,3 +86,11 @@ class Constraint:
 
     def accept(self, token: int) -> None:
         self.matcher.consume_token(token)
+
+    @property
+    def error(self) -> str | None:
+        """Why nothing more can be said in this form, where the matcher gave up."""
+        if not self.matcher.is_error():
+            return None
+        reason = self.matcher.get_error().strip().splitlines()[0]
+        return f"the form that was asked for is too complex: {reason}"

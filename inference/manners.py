@@ -58,15 +58,16 @@ class Manners:
             raise Refused(f"the Host {host[:100]!r} is not one of this server's names (--allowed_hosts)",
                           status=403)
         origin = headers.get("origin")
-        if origin and origin not in self.origins and urlsplit(origin).netloc.lower() != host.lower():
-            raise Refused(f"pages of {origin[:100]!r} may not call this server (--allowed_origins)", status=403)
+        if origin and origin not in self.origins and host_of(origin) != host.lower():
+            raise Refused(f"pages of {origin[:100]!r} may not call this server (--allowed_origins)",
+                          status=403)
 
     def check_key(self, path: str, method: str, headers: dict[str, str]) -> None:
         if self.api_key is None or path in OPEN_PATHS or path.startswith("/page/") or method == "OPTIONS":
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        # compare_digest takes the same time for every wrong key.
-        is_right = hmac.compare_digest(key.strip().encode("utf-8", "replace"), self.api_key.encode())
+        # compare_digest takes the same time for every wrong key. A key may have any letters, in UTF-8.
+        is_right = hmac.compare_digest(key.strip().encode("latin-1"), self.api_key.strip().encode())
         if scheme.lower() != "bearer" or not is_right:
             raise Refused("this server needs its key: Authorization: Bearer KEY", code="invalid_api_key",
                           status=401)
@@ -78,8 +79,8 @@ class Manners:
 
     async def read_body(self, headers: dict[str, str], receive: Callable) -> bytes:
         too_large = Refused(f"the body has more than {self.max_body_bytes:,} bytes", status=413)
-        if headers.get("content-length", "0").isdigit() \
-                and int(headers.get("content-length", "0")[:18]) > self.max_body_bytes:
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:18]) > self.max_body_bytes:
             raise too_large
         body = bytearray()
         try:
@@ -94,7 +95,8 @@ class Manners:
                     if not message.get("more_body"):
                         return bytes(body)
         except TimeoutError:
-            raise Refused(f"the body did not arrive within {self.body_seconds:g} seconds", status=408) from None
+            raise Refused(f"the body did not arrive within {self.body_seconds:g} seconds",
+                          status=408) from None
 
 
 class ClientGone(Exception):
@@ -106,6 +108,14 @@ def host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.rpartition(":")[0].lower() if host.count(":") == 1 else host.lower()
+
+
+def host_of(origin: str) -> str | None:
+    """The host of an Origin header, and its port. None where it names none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:  # such as http://[
+        return None
 
 
 def is_address(name: str) -> bool:

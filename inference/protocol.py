@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-MAX_CHOICES, MAX_TOP_LOGPROBS, MAX_PROMPTS = 128, 20, 512
+MAX_CHOICES, MAX_TOP_LOGPROBS, MAX_PROMPTS, MAX_ANSWERS, MAX_NAMES = 128, 20, 512, 1024, 4096
 # They say who asks, or how a service is to store and bill it: nothing that an answer depends on.
 NO_MEANING = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 # These are known, and only these values of them are what this server does anyway.
@@ -35,6 +35,16 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_mistake(cls, body):
+        """Keeps one unknown field of all, to be refused: each mistake takes time and memory."""
+        if not isinstance(body, dict):
+            return body
+        fields = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next((name for name in body if name not in fields), None)
+        return {name: value for name, value in body.items() if name in fields or name == unknown}
+
 
 class StreamOptions(Strict):
     include_usage: bool | None = False
@@ -42,7 +52,7 @@ class StreamOptions(Strict):
 
 
 def known(body: object) -> object:
-    """The body without the fields that have no meaning, or no effect. Raises ValueError for unsupported ones."""
+    """The body without fields that have no meaning, or no effect. Raises ValueError for unsupported ones."""
     if not isinstance(body, dict):
         return body
     for name, value in body.items():
@@ -51,8 +61,12 @@ def known(body: object) -> object:
     return {name: value for name, value in body.items() if name not in NO_MEANING and name not in NEUTRAL}
 
 
+# Of a million wrong items the first is reported.
+FirstMistake = Field(fail_fast=True)
+Texts = Annotated[list[str], FirstMistake]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Tokens = Annotated[int, Field(ge=0, le=2**31)]
+NewTokens = Annotated[int, Field(ge=1, le=2**31)]
 Weight = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -71,7 +85,7 @@ class Sampling(Strict):
     logit_bias: dict[str, Weight] | None = Field(None, description="{token id: added to its logit}")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to each prompt")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | list[str] | None = Field(None, description="texts that end an answer, at most 16")
+    stop: str | Texts | None = Field(None, description="texts that end an answer, at most 16")
     max_tokens: Tokens | None = None
     adapters: dict[str, Weight] | None = Field(None, description="a weighted sum of adapters of the model")
 
@@ -93,6 +107,13 @@ class Sampling(Strict):
         stops = [value] if isinstance(value, str) else value or []
         if len(stops) > 16 or not all(stops):
             raise ValueError("takes up to 16 texts, none of them empty")
+        return value
+
+    @field_validator("logit_bias", "adapters", mode="before")
+    @classmethod
+    def _not_too_many(cls, value):
+        if isinstance(value, dict) and len(value) > MAX_NAMES:
+            raise ValueError(f"takes up to {MAX_NAMES} names")
         return value
 
     @field_validator("logit_bias")
@@ -149,11 +170,12 @@ class TemplateOptions(Strict):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=4096)
-    max_completion_tokens: Tokens | None = None
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=4096, fail_fast=True)
+    max_tokens: NewTokens | None = None
+    max_completion_tokens: NewTokens | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: list[Tool] | None = Field(None, max_length=128, fail_fast=True)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = True
     response_format: ResponseFormat | None = None
@@ -193,15 +215,23 @@ class ChatRequest(Sampling):
         return self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(Sampling):
     """POST /v1/completions"""
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: (str | TokenIds | Annotated[Texts | Annotated[list[TokenIds], FirstMistake],
+                                        Field(min_length=1, max_length=MAX_PROMPTS)])
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = Field(False, description="the answer begins with the prompt")
+
+    @model_validator(mode="after")
+    def _not_too_many_answers(self):
+        if len(self.prompts) * (self.n or 1) > MAX_ANSWERS:
+            raise ValueError(f"{len(self.prompts)} prompts with n={self.n}: a request may ask for "
+                             f"{MAX_ANSWERS} answers")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -215,8 +245,8 @@ class TokenizeRequest(Strict):
 
     model: str
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = Field(None, min_length=1, max_length=4096)
-    tools: list[Tool] | None = Field(None, max_length=128)
+    messages: list[dict[str, Any]] | None = Field(None, min_length=1, max_length=4096, fail_fast=True)
+    tools: list[Tool] | None = Field(None, max_length=128, fail_fast=True)
     add_generation_prompt: bool | None = False
 
     @model_validator(mode="after")
