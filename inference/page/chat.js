@@ -40,13 +40,14 @@ export function removeTurns(first) {
 function questionElement(turn) {
   const text = make("p", {}, turn.question);
   const field = make("textarea", {rows: 3, "aria-label": t("Your message")});
-  const [copy, editButton] = [copyButton(() => turn.question), make("button")];
   const sendButton = make("button", {}, t("Send"));
-  const show = (isEditing) => {
+  const editButton = make("button");
+  const copy = copyButton(() => turn.question);
+  const showEditor = (isEditing) => {
     text.hidden = copy.hidden = isEditing;
     field.hidden = sendButton.hidden = !isEditing;
     editButton.textContent = isEditing ? t("Cancel") : t("Edit");
-    editButton.onclick = () => show(!isEditing);
+    editButton.onclick = () => showEditor(!isEditing);
     field.value = turn.question;
     (isEditing ? field : editButton).focus();
   };
@@ -55,20 +56,20 @@ function questionElement(turn) {
     ask(field.value.trim() || turn.question);
     byId("question").focus();
   };
-  field.onkeydown = (event) => {
-    if (event.key === "Escape") show(false);
-    if (isSendKey(event)) sendButton.click();
-  };
-  show(false);
+  field.onkeydown = (event) => event.key === "Escape" && showEditor(false);
+  sendOnEnter(field, () => sendButton.click());
+  showEditor(false);
   const buttons = make("div", {className: "buttons"}, sendButton, editButton, copy);
   return make("div", {className: "question", role: "group", "aria-label": t("You asked")}, text, field, buttons);
 }
 
 // Enter sends. Shift+Enter begins a new line. An Enter that ends the typing of Chinese characters does neither.
-export function isSendKey(event) {
-  const isSend = event.key === "Enter" && !event.shiftKey && !event.isComposing;
-  if (isSend) event.preventDefault();
-  return isSend;
+export function sendOnEnter(field, send) {
+  field.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    send();
+  });
 }
 
 function copyButton(textOf) {
