@@ -292,7 +292,7 @@ def tokenized(service: Service, body: TokenizeRequest) -> dict:
     tokenizer = lane.chat_model.tokenizer
     try:
         if body.prompt is not None:
-            ids, mask = encode_continuation(tokenizer, body.prompt)
+            ids, mask = encode_continuation(tokenizer, "", body.prompt)  # a plain text is learnt as a whole
         else:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
             messages, tools = rows.read_messages(body.messages, tools)

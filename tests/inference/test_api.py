@@ -463,7 +463,7 @@ def test_tokenize_shows_what_training_would_see(address, models):
         answer["tokens"]
     )
     plain = httpx.post(f"{address}/tokenize", json={"model": "base", "prompt": "<|im_end|> hi"}).json()
-    assert "".join(plain["texts"]) == "<|im_end|> hi" and not any(plain["mask"]) and plain["count"] > 3
+    assert "".join(plain["texts"]) == "<|im_end|> hi" and all(plain["mask"]) and plain["count"] > 3
 
 
 def test_metrics_and_health(address, client):
