@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from inference.protocol import Refused
 
+POST_PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize")
 OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")  # these need no key, and so does the page
 
 
@@ -40,7 +41,7 @@ class Manners:
                        for name, value in scope["headers"]}
             self.check_host(headers)
             self.check_key(scope["path"], scope["method"], headers)
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" and scope["path"] in POST_PATHS:  # elsewhere a POST is refused
                 self.check_type(headers)
                 body = await self.read_body(headers, receive)
                 check_json(body)
