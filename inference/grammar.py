@@ -10,6 +10,7 @@ is cut off.
 
 import importlib.util
 import json
+import re
 
 import numpy as np
 import torch
@@ -64,9 +65,9 @@ class Grammars:
         try:
             matcher = LLMatcher(self.tokenizer, make(*arguments, **options))
         except ValueError as error:
-            raise DataError(str(error).strip()) from None
+            raise DataError(in_one_line(str(error))) from None
         if matcher.is_error():
-            raise DataError(matcher.get_error().strip())
+            raise DataError(in_one_line(matcher.get_error()))
         return Constraint(matcher, self.vocab_size)
 
 
@@ -92,5 +93,10 @@ class Constraint:
         """Why nothing more can be said in this form, where the matcher gave up."""
         if not self.matcher.is_error():
             return None
-        reason = self.matcher.get_error().strip().splitlines()[0]
-        return f"the form that was asked for is too complex: {reason}"
+        return f"the form that was asked for is too complex: {in_one_line(self.matcher.get_error())}"
+
+
+def in_one_line(message: str) -> str:
+    """A message of llguidance without the grammar that it repeats, and without its place there."""
+    message = re.split(r"\n +\d+ \| ", message)[0]
+    return " ".join(re.sub(r"^at \d+\(\d+\): ", "", message).split())[:500]

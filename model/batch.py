@@ -124,7 +124,8 @@ class Batch:
     def fits(self, rows: list[Row]) -> bool:
         """Whether these rows can join those that are there."""
         # All are padded to the longest of them.
-        if len(rows) > 1 and len(rows) * max(len(row.prompt) for row in rows) > PROMPT_TOKENS_AT_ONCE:
+        num_prompts = len(set(map(prompt_key, rows)))
+        if num_prompts > 1 and num_prompts * max(len(row.prompt) for row in rows) > PROMPT_TOKENS_AT_ONCE:
             return False
         length = self._length_for(max(row.room for row in [*rows, *self.rows]))
         return len(self.rows) + len(rows) <= min(self.max_rows, self.max_tokens // length)
@@ -133,7 +134,8 @@ class Batch:
     def add(self, rows: list[Row]) -> list[Row]:
         """Their prompts go through the model together, and each gets its first token. Returns the rows.
 
-        Ask `fits` first. A row of a single token leaves again at once.
+        Ask `fits` first. A row of a single token leaves again at once. A prompt that several rows share, one
+        list, goes through the model once.
         """
         for row in rows:
             row.generator = torch.Generator(self.device)
@@ -141,25 +143,31 @@ class Batch:
                 row.generator.seed()
             else:
                 row.generator.manual_seed(row.seed)
-        lengths = torch.tensor([len(row.prompt) for row in rows], device=self.device)
+        by_key = {prompt_key(row): row for row in rows}
+        prompts = list(by_key.values())  # a row of each prompt
+        places = [list(by_key).index(prompt_key(row)) for row in rows]  # of each row: the place of its prompt
+        lengths = torch.tensor([len(row.prompt) for row in prompts], device=self.device)
         longest = int(lengths.max())
-        ids = torch.tensor([[0] * (longest - len(row.prompt)) + row.prompt for row in rows],
+        ids = torch.tensor([[0] * (longest - len(row.prompt)) + row.prompt for row in prompts],
                            device=self.device)
         is_padded = bool((lengths < longest).any())
         dtype = self.model.model.norm.weight.dtype
-        own = KVCache(self.model.config, len(rows), longest, self.device, dtype,
+        own = KVCache(self.model.config, len(prompts), longest, self.device, dtype,
                       longest - lengths if is_padded else None)
-        self._use([row.adapter for row in rows])
+        self._use([row.adapter for row in prompts])
         output = self.model(ids, cache=own)
-        self._read_prompts(rows, output)
-        output.hidden = output.hidden[:, -1:]
+        self._read_prompts(prompts, output)
+        for row, place in zip(rows, places, strict=True):
+            row.logprobs_of_prompt = prompts[place].logprobs_of_prompt
+        output.hidden = output.hidden[places, -1:]
         tokens = self._choose(output.logits[:, 0].float(), rows)
 
         self._make_room(max(row.room for row in rows), len(rows), longest)
         first, end = len(self.rows), self.end
         for stored, new in zip(self.views, (own.k, own.v), strict=True):
-            stored[:, first:first + len(rows), :, end - longest:end] = new
-        self.start[first:first + len(rows)] = end - lengths
+            stored[:, first:first + len(rows), :, end - longest:end] = new if new.size(1) == len(rows) \
+                else new[:, places]
+        self.start[first:first + len(rows)] = end - lengths[places]
         self.next[first:first + len(rows)] = tokens
         self.rows += rows
         self._let_go()
@@ -323,6 +331,11 @@ class Batch:
                             top.values.tolist(), strict=True)
                 row.logprobs_of_prompt += [Choice(token, logprob, list(zip(ids, values, strict=True)))
                                            for token, logprob, ids, values in found]
+
+
+def prompt_key(row: Row) -> tuple:
+    """Rows with the same key can share one pass over their prompt."""
+    return id(row.prompt), str(row.adapter), row.top_logprobs, row.prompt_logprobs
 
 
 def note(row: Row, token: int) -> None:

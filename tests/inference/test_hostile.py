@@ -1,0 +1,345 @@
+"""What is wrong, huge, deep, slow or cut off, and clients that leave: the server stays well, and says why."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from small_chat_model import ROOT
+
+from benchmarks.serving_clients import Reply, Server, chat, get, is_idle, leave, metrics, post, read_reply, send
+from common.errors import ModelError, UsageError
+from inference.chat_model import ChatModel
+from inference.manners import Manners
+from model.batch import Batch, Row
+from model.lora import apply_lora, save_lora
+from model.transformer import CausalLM, ModelConfig
+
+LONG = {"max_tokens": 6000, "logit_bias": {"0": -100, "2": -100}}  # an answer that goes on and on
+SHORT = {"model": "chat", "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(home, tmp_path_factory):
+    """The models of `home` with room for long answers."""
+    folder = tmp_path_factory.mktemp("hostile") / "models"
+    shutil.copytree(home, folder)
+    for name in ("chat", "base"):
+        path = folder / name / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {"max_position_embeddings": 8192}
+        path.write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def start(folder, *flags):
+    models = ["--load_from", folder / "chat", folder / "base", "--lora", folder / "lora_a", folder / "lora_b"]
+    return Server("--device", "cpu", "--cache_gb", "0.02", *models, *flags)
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with start(folder, "--body_seconds", "0.5", "--max_body_mb", "0.5") as server:
+        yield server
+        assert "Traceback" not in server.log() and "rubbish" not in server.log()
+
+
+def ask(server, data: bytes) -> Reply:
+    return asyncio.run(send(server.port, data))
+
+
+def error_of(reply: Reply) -> dict:
+    error = reply.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"} and error["message"].strip()
+    assert "\n" not in error["message"] and len(error["message"]) < 600
+    return error
+
+
+# ---------------------------------------------------------------- requests that are refused
+
+
+def shaped(schema, **more):
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    return chat("rubbish", **SHORT | {"response_format": form} | more)
+
+
+def with_text(text: str) -> bytes:
+    """A request into which the text of a field is written as it is, whether that is JSON or not."""
+    return post(f'{{"model": "chat", "messages": [{{"role": "user", "content": "rubbish"}}], {text}}}'.encode())
+
+
+def deep(depth: int) -> str:
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+def completion(prompt, **more) -> bytes:
+    return post({"model": "chat", "prompt": prompt} | more, "/v1/completions")
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": 5}}}
+REFUSED = {
+    "wrong type": (post(chat("rubbish", **SHORT | {"temperature": "hot"})), 400, "temperature: .*number"),
+    "NaN": (with_text('"temperature": NaN'), 400, "NaN is no number"),
+    "infinite": (with_text('"top_p": 1e999'), 400, "top_p"),
+    "long number": (with_text(f'"seed": {"9" * 5000}'), 400, "not valid JSON"),
+    "half a character": (post(b'{"model": "\xe6\x96"}'), 400, "not valid UTF-8"),
+    "half a pair": (with_text('"stop": "\\ud800"'), 400, "not valid UTF-8"),
+    "cut off": (post(b'{"model": "chat", "messages": ['), 400, "not valid JSON"),
+    "no body": (post(b""), 400, "not valid JSON"),
+    "no object": (post(b"[1, 2]"), 400, "object|dict"),
+    "deep": (with_text(f'"tools": [{{"type": "function", "function": {{"name": "f", "parameters": {deep(600)}}}}}]'),
+             400, "nested too deep"),
+    "deeper": (with_text(f'"stop": {deep(40_000)}'), 400, "nested too deep"),
+    "unknown fields": (post(chat("rubbish", **SHORT, **{f"k{n}": 1 for n in range(30_000)})), 400, "k0: .*not know"),
+    "many mistakes": (post(chat("rubbish", **SHORT, stop=[1] * 100_000)), 400, "stop"),
+    "many mistakes in a prompt": (completion([[""] * 100_000]), 400, "prompt"),
+    "many biases": (post(chat("rubbish", **SHORT, logit_bias={n: "x" for n in range(30_000)})), 400, "4096"),
+    "many answers": (completion(["a"] * 512, n=3), 400, "1024"),
+    "too long": (completion("rubbish " * 10_000), 400, "room for 8192"),
+    "no token": (completion([1, 6400]), 400, "6400 is no token"),
+    "no bias": (post(chat("rubbish", **SHORT, logit_bias={"6400": 1})), 400, "6400 is no token"),
+    "seed": (post(chat("rubbish", **SHORT, seed=2**63)), 400, "seed"),
+    "n": (post(chat("rubbish", **SHORT, n=129)), 400, "^n: "),
+    "no model": (post(chat("rubbish", model="gpt")), 404, "there are: chat"),
+    "pattern": (post(shaped({"type": "string", "pattern": "["})), 400, "unclosed character class"),
+    "schema that grows": (post(shaped({"allOf": [{"anyOf": [{"properties": {f"a{i}": {"const": j}}} for j in range(8)]}
+                                                 for i in range(8)]})), 400, "too large"),
+    "foreign reference": (post(shaped({"$ref": "http://127.0.0.1:9/"})), 400, "fetch"),
+    "unmeetable": (post(shaped({"type": "integer", "minimum": 2, "maximum": 1})), 400, "minimum"),
+    "growing pattern": (post(shaped({"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"}, temperature=0,
+                                    max_tokens=1000, logit_bias={"80": 100})), 400, "too complex"),  # 80 is "a"
+    "schema of a tool": (post(chat("rubbish", **SHORT, tools=[TOOL], tool_choice="required")), 400, "^[^|]*type"),
+    "body too large": (post(b" " * 600_000), 413, "524,288 bytes"),
+    "length too large": (post(b"{", headers={"Content-Length": "99999999999"}), 413, "524,288 bytes"),
+    "slow body": (post(b"{", headers={"Content-Length": "100"}), 408, "0.5 seconds"),
+    "not JSON": (post(chat("rubbish"), headers={"Content-Type": "text/plain"}), 415, "application/json"),
+    "no type": (post(chat("rubbish"), headers={"Content-Type": None}), 415, "application/json"),
+    "foreign Host": (post(chat("rubbish"), headers={"Host": "evil.example"}), 403, "--allowed_hosts"),
+    "empty Host": (post(chat("rubbish"), headers={"Host": ""}), 403, "--allowed_hosts"),
+    "foreign Origin": (post(chat("rubbish"), headers={"Origin": "http://evil.example"}), 403, "--allowed_origins"),
+    "broken Origin": (post(chat("rubbish"), headers={"Origin": "http://["}), 403, "--allowed_origins"),
+    "wrong method": (post(b"{}", method="PUT"), 405, "Method"),
+    "GET": (get("/v1/chat/completions"), 405, "Method"),
+    "wrong path": (get("/v1/chat"), 404, "Not Found"),
+    "out of the folder": (get("/page/..%2fapi.py"), 404, "Not Found"),
+    "zero in a path": (get("/page/%00"), 404, "Not Found")}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_one_line(server, name):
+    data, status, words = REFUSED[name]
+    reply = ask(server, data)
+    assert reply.status == status, reply.body
+    assert re.search(words, error_of(reply)["message"])
+    assert reply.last < 3
+
+
+def test_no_http(server):
+    for data in (b"\x16\x03\x01\x02\0\x01\0\r\n\r\n", b"GET\r\n\r\n", b"A" * 100_000):
+        assert ask(server, data).status == 400
+
+
+def test_what_looks_hostile_and_is_right(server):
+    stops = ask(server, post(chat("rubbish", **SHORT, stop="a" * 200_000)))
+    assert stops.status == 200 and stops.last < 3
+    nothing = ask(server, post(chat("rubbish", model="chat", max_completion_tokens=0)))
+    assert nothing.json()["usage"]["completion_tokens"] == 0
+    assert nothing.json()["choices"][0]["finish_reason"] == "length"
+    body = json.dumps(chat("rubbish", **SHORT)).encode()
+    parts = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    chunked = post(b"", headers={"Content-Length": None, "Transfer-Encoding": "chunked"}) + parts
+    assert ask(server, chunked).status == 200
+    one = post(body, headers={"Connection": "keep-alive"})
+
+    async def all_that_comes(data: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(data)
+        found = await reader.read()
+        writer.close()
+        return found
+
+    answers = re.split(rb"(?=HTTP/1\.1 )", asyncio.run(all_that_comes(one + one + post(body))))[1:]
+    assert [read_reply(answer).status for answer in answers] == [200, 200, 200]
+
+
+def test_nobody_waits_for_who_sends_too_much(server):
+    """While a request is read that takes long, others are answered."""
+    async def both():
+        slow = asyncio.create_task(send(server.port, post({"model": "chat", "prompt": "rubbish " * 60_000}, "/tokenize")))
+        slowest = 0.0
+        while not slow.done():
+            slowest = max(slowest, (await send(server.port, get("/health"))).last)
+        return (await slow).status, slowest
+
+    status, slowest = asyncio.run(both())
+    assert status == 200 and slowest < 1
+
+
+# ---------------------------------------------------------------- who leaves, and who is stopped
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_who_leaves_frees_the_row(server, is_stream):
+    async def work():
+        before = (await metrics(server.port))["cancelled_total"]
+        data = post(chat("rubbish", model="chat", stream=is_stream, n=2, **LONG))
+        await asyncio.gather(*[leave(server.port, data, after) for after in (0, 0.003, 0.3)])
+        assert await is_idle(server.port, 5)
+        after = await metrics(server.port)
+        assert after["cancelled_total"] >= before + 2
+        return after["tokens_total"]
+
+    assert asyncio.run(work()) < 10_000  # nobody's answers were written to their end
+
+
+def test_sigterm_ends_answers_properly(folder):
+    with start(folder, "--grace_seconds", "0.5") as server:
+        async def work():
+            bodies = [chat("rubbish", model="chat", stream=is_stream, **LONG) for is_stream in (True, True, False)]
+            answers = [asyncio.create_task(send(server.port, post(body))) for body in bodies]
+            await asyncio.sleep(0.05)
+            while (await metrics(server.port))["answers_running"] < 3:
+                await asyncio.sleep(0.01)
+            began = time.monotonic()
+            os.kill(server.process.pid, signal.SIGTERM)
+            found = await asyncio.gather(*answers)
+            return found, time.monotonic() - began
+
+        (*streams, whole), seconds = asyncio.run(work())
+        server.process.wait(10)
+        assert seconds < 3 and "Traceback" not in server.log()
+    for reply in streams:
+        assert reply.chunks()[-1]["choices"][0]["finish_reason"] == "length"
+    assert whole.json()["choices"][0]["finish_reason"] == "length"
+    assert 0 < whole.json()["usage"]["completion_tokens"] < 6000
+
+
+def test_a_long_prompt_takes_no_short_ones_along(folder):
+    chat_model = ChatModel(folder / "chat", device="cpu")
+    batch = Batch(chat_model.model, chat_model.adapters, 32, 32 * 8192)
+    short, long = Row([5], 4), Row([5] * 1000, 4)
+    assert batch.fits([short] * 32) and batch.fits([long]) and batch.fits([Row([5] * 8000, 4)])
+    assert not batch.fits([long, short, short])  # 3000 tokens with the pads
+
+
+def test_rows_of_one_prompt_share_its_way_through_the_model(folder, monkeypatch):
+    chat_model = ChatModel(folder / "chat", ["lora_a"], device="cpu")
+    adapter, = chat_model.adapters.adapters
+
+    def rows() -> list[Row]:
+        one, other = [5, 6, 7, 8], [9] * 30
+        return [Row(one, 6, seed=1), Row(other, 6, seed=2, top_logprobs=2, prompt_logprobs=True),
+                Row(one, 6, seed=3), Row(one, 6, seed=1, adapter=adapter),
+                Row(other, 6, seed=4, top_logprobs=2, prompt_logprobs=True), Row(one, 6, temperature=0)]
+
+    def decode(groups: list[list[Row]]) -> list[Row]:
+        for some in groups:
+            batch = Batch(chat_model.model, chat_model.adapters, 8, 8 * 256)
+            batch.add(some)
+            while batch.rows:
+                batch.step()
+        return [row for some in groups for row in some]
+
+    sizes, forward = [], chat_model.model.forward
+    monkeypatch.setattr(chat_model.model, "forward", lambda ids, **more: sizes.append(len(ids)) or forward(ids, **more))
+    together = decode([rows()])
+    assert sizes[0] == 3  # one, other, and one with the adapter
+    for row, alone in zip(together, decode([[row] for row in rows()]), strict=True):
+        assert row.tokens == alone.tokens
+        for found, right in ((row.logprobs, alone.logprobs), (row.logprobs_of_prompt, alone.logprobs_of_prompt)):
+            assert [choice.token for choice in found] == [choice.token for choice in right]
+            assert [choice.logprob or 0 for choice in found] == pytest.approx(
+                [choice.logprob or 0 for choice in right], abs=1e-4)
+
+
+# ---------------------------------------------------------------- keys
+
+
+def status_with(key: str | None, given: bytes | None, path: str = "/v1/models") -> int:
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    sent, headers = [], [(b"host", b"localhost")]
+    if given is not None:
+        headers.append((b"authorization", given))
+
+    async def note(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
+    asyncio.run(Manners(app, key, [], [], 1, 1)(scope, None, note))
+    return sent[0]["status"]
+
+
+def test_keys():
+    assert status_with(None, None) == status_with("k", b"Bearer k") == status_with("k", b"bearer  k ") == 200
+    assert status_with("schlüssel 文", "Bearer schlüssel 文".encode()) == 200
+    for given in (None, b"", b"k", b"Bearer", b"Bearer K", b"Basic k", b"Bearer kk", b"Bearer \xff"):
+        assert status_with("k", given) == 401
+        assert status_with("k", given, "/health") == status_with("k", given, "/page/page.css") == 200
+
+
+# ---------------------------------------------------------------- mistakes on the command line
+
+
+@pytest.fixture(scope="module")
+def serve():
+    script = runpy.run_path(str(ROOT / "scripts" / "serve_openai_api.py"))
+
+    def run(*flags) -> None:
+        script["main"](script["parse_args"](["--device", "cpu", *map(str, flags)]))
+
+    return run
+
+
+def test_mistakes_on_the_command_line(serve, folder, server, tmp_path, capsys, monkeypatch):
+    model = ["--load_from", folder / "chat", "--port", "0"]
+    with pytest.raises(UsageError, match=f"--port {server.port} can't be used: .*in use"):
+        serve(*model, "--port", server.port)
+    with pytest.raises(UsageError, match="can't be used: .*service"):
+        serve(*model, "--host", "no.such.host.invalid")
+    with pytest.raises(UsageError, match="--cache_gb is too small"):
+        serve(*model, "--cache_gb", "0.00001")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "chat").symlink_to(folder / "base")
+    shutil.copytree(folder / "base", tmp_path / "chat")
+    with pytest.raises(UsageError, match="two of the models and adapters are called 'chat'"):
+        serve("--load_from", folder / "chat", tmp_path / "chat", "--port", "0")
+    with pytest.raises(ModelError, match="base"):
+        serve(*model, "--lora", folder / "base")
+    torch.manual_seed(0)
+    narrow = CausalLM(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=64,
+                                  num_key_value_heads=1, intermediate_size=16))
+    apply_lora(narrow, rank=2)
+    save_lora(narrow, tmp_path / "narrow")
+    with pytest.raises(ModelError, match="narrow"):
+        serve(*model, "--lora", tmp_path / "narrow")
+    capsys.readouterr()
+    for flags, words in ((["--load_from", tmp_path / "nowhere"], "there is no .*nowhere"),
+                         ([*model, "--port", "70000"], "--port must be"),
+                         ([*model, "--cache_gb", "0"], "--cache_gb must be above 0"),
+                         ([*model, "--api_key", " "], "--api_key needs a key")):
+        with pytest.raises(SystemExit) as exit:
+            serve(*flags)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and re.search(words, error) and error.count("\n") == 1
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        serve(*model)
+    assert "pip install -r requirements-serve.txt" in capsys.readouterr().err
+
+
+def test_the_port_is_held_while_models_load(serve, folder):
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(UsageError, match="in use"):
+            serve("--load_from", folder / "chat", "--port", other.getsockname()[1])
