@@ -6,6 +6,7 @@
     python eval_model.py --prompt "What sound does a frog make?"   # the answer alone on stdout
     python eval_model.py --prompts                                 # a list of built-in prompts
     python eval_model.py --data_path out/world/sft_test.jsonl      # loss, bits per byte, exact match
+    python eval_model.py --tasks arc piqa ceval --download         # tasks that others publish, by lm-eval
     python eval_model.py --quantize int8                           # weights in 8 bits: faster on a CPU
 
 --load_from also takes the folder of any Llama, Mistral, Qwen2 or Qwen3 model. --lora takes folders, or names
@@ -67,11 +68,20 @@ def build_parser() -> Parser:
     add("--prompt", metavar="TEXT", help="answer this and exit")
     add("--prompts", action="store_true", help="answer built-in prompts and exit")
     add("--data_path", nargs="+", type=Path, metavar="FILE", help="score these files and exit")
+    add("--tasks", nargs="+", metavar="NAME",
+        help="score published tasks and exit: ceval, cmmlu, mmlu, arc, piqa, hellaswag, winogrande, gsm8k, "
+             "or any other name of lm-eval's")
     ask.add_argument("--system", metavar="TEXT", help="system message")
-    add = parser.add_argument_group("scoring, with --data_path").add_argument
-    add("--limit", type=count, metavar="N", help="only N records of each file, evenly spread")
+    add = parser.add_argument_group("scoring, with --data_path or --tasks").add_argument
+    add("--limit", type=count, metavar="N",
+        help="only N records of each file, evenly spread; of a task the first N")
     add("--batch_size", type=count, default=32, metavar="N", help="answers decoded together")
     add("--json", type=Path, metavar="FILE", help="write the scores and every answer here")
+    add("--num_fewshot", type=any_count, metavar="N",
+        help="examples before each question of a task (default: what the task says)")
+    add("--task_data", type=Path, metavar="DIR",
+        help="data sets of tasks, in the layout of the hub: DIR/allenai/ai2_arc")
+    add("--download", action="store_true", help="fetch data sets of tasks that are not here")
     rule = "In a chat the model's generation_config.json goes before these defaults."
     add = parser.add_argument_group("choosing words", rule).add_argument
     add("--max_new_tokens", type=count, metavar="N",
@@ -88,14 +98,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags. Impossible values and combinations are refused here, before anything is loaded."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if len(args.lora) > 1 and (args.prompt is not None or args.prompts or args.data_path):
+    if len(args.lora) > 1 and (args.prompt is not None or args.prompts or args.data_path or args.tasks):
         parser.error("several --lora are for a conversation, which can switch between them; give one")
-    if (args.limit or args.json) and not args.data_path:
-        parser.error("--limit and --json belong to --data_path")
-    if args.thinking and (args.plain or args.data_path):
-        parser.error("--thinking has no effect with --plain, or with --data_path, where the records decide")
-    if args.system is not None and (args.plain or args.data_path):
-        parser.error("--system has no effect with --plain or --data_path")
+    if (args.limit or args.json) and not args.data_path and not args.tasks:
+        parser.error("--limit and --json belong to --data_path or --tasks")
+    if (args.num_fewshot is not None or args.task_data or args.download) and not args.tasks:
+        parser.error("--num_fewshot, --task_data and --download belong to --tasks")
+    if args.tasks and {args.temperature, args.top_p, args.top_k, args.max_new_tokens, args.seed} != {None}:
+        parser.error("a task says itself how answers are chosen, and how long they are")
+    if args.task_data and not args.task_data.is_dir():
+        parser.error(f"--task_data: {args.task_data} is no folder")
+    if args.thinking and (args.plain or args.data_path or args.tasks):
+        parser.error("--thinking has no effect with --plain, or with --data_path and --tasks, which decide")
+    if args.system is not None and (args.plain or args.data_path or args.tasks):
+        parser.error("--system has no effect with --plain, --data_path or --tasks")
     if args.max_new_tokens is None and not args.data_path:  # scoring knows how long right answers are
         args.max_new_tokens = 256
     if "" in args.lora:
@@ -284,6 +300,14 @@ def main(args: argparse.Namespace) -> None:
         from inference.scoring import score
 
         result = score(chat_model, args.data_path, sampling, args.limit, args.batch_size)
+        if args.json:
+            write_whole(args.json, json_text({"model": str(args.load_from), "lora": args.lora, **result}))
+    elif args.tasks:
+        from inference.tasks import evaluate, table_of
+
+        result = evaluate(chat_model, args.tasks, limit=args.limit, num_fewshot=args.num_fewshot,
+                          batch_size=args.batch_size, data=args.task_data, download=args.download)
+        print(table_of(result["scores"]))
         if args.json:
             write_whole(args.json, json_text({"model": str(args.load_from), "lora": args.lora, **result}))
     elif args.prompts or args.prompt is not None:

@@ -37,23 +37,25 @@ PAGE = Path(__file__).with_name("page")
 # The page may load nothing but its own files, and no text that a model writes can become a script.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-                               "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+                               "img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+                               "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": {
     "type": "object", "required": ["message", "type", "param", "code"], "properties": {
         "message": {"type": "string"}, "type": {"type": "string"},
         "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}}}}
-MEANINGS = {400: "a field, or the body, is wrong", 401: "the key is missing or wrong", 403: "a foreign Host or Origin",
-            404: "no such model", 408: "the body took too long", 413: "the body is too large",
-            415: "the body is not application/json", 429: "too many wait", 500: "the model failed",
+MEANINGS = {400: "a field, or the body, is wrong", 401: "the key is missing or wrong",
+            403: "a foreign Host or Origin", 404: "no such model", 408: "the body took too long",
+            413: "the body is too large", 415: "the body is not application/json",
+            429: "too many wait", 500: "the model failed",
             503: "the server is shutting down"}
 
 
 def errors(*statuses: int) -> dict:
     """What a route may answer beside its result, for the OpenAPI page."""
-    return {status: {"description": MEANINGS[status], "content": {"application/json": {"schema": ERROR_SCHEMA}}}
-            for status in statuses}
+    content = {"application/json": {"schema": ERROR_SCHEMA}}
+    return {status: {"description": MEANINGS[status], "content": content} for status in statuses}
 
 
 POST_ERRORS = errors(*MEANINGS)
@@ -115,7 +117,8 @@ class Service:
                 await request.event.wait()
                 request.event.clear()
                 for number in sorted(left):
-                    (count, finish), row, reader = request.told[number], asked.rows[number], asked.readers[number]
+                    count, finish = request.told[number]
+                    row, reader = asked.rows[number], asked.readers[number]
                     begin, pieces = seen[number], []
                     for token in row.tokens[begin:count]:
                         seen[number] += 1
@@ -151,7 +154,8 @@ class PageFiles(StaticFiles):
 
 
 async def or_gone(connection: Request, work: Callable) -> Response:
-    """Awaits work(), the answer as a dict, and gives it up when the client leaves. Without a stream nothing else would notice."""
+    """Awaits work(), the answer as a dict, and gives it up when the client leaves. Without a stream nothing
+    else would notice."""
     async def gone() -> None:
         while (await connection.receive())["type"] != "http.disconnect":
             pass
@@ -220,7 +224,7 @@ async def chat_events(service: Service, body: ChatRequest, asked: Asked, request
                     deltas.append(delta)
             if logprobs and not deltas:
                 deltas = [{"content": ""}]
-            sent = [chunk(number, delta, logprobs if place == 0 else None) for place, delta in enumerate(deltas)]
+            sent = [chunk(number, delta, None if place else logprobs) for place, delta in enumerate(deltas)]
             if news.finish:
                 sent.append(chunk(number, {}, None, message.finish(news.finish)))
             yield "".join(sent)
@@ -263,7 +267,8 @@ async def whole_completion(service: Service, body: CompletionRequest, asked: Ask
         "choices": found, "usage": chunks.usage(asked.num_prompt_tokens, asked.num_new_tokens)}
 
 
-async def completion_events(service: Service, body: CompletionRequest, asked: Asked, request) -> AsyncIterator[str]:
+async def completion_events(service: Service, body: CompletionRequest, asked: Asked,
+                            request) -> AsyncIterator[str]:
     head = chunks.head("text_completion", "cmpl", body.model)
     offsets = [None] * len(asked.rows)
     async with contextlib.aclosing(service.follow(asked, request)) as all_news:
@@ -290,7 +295,7 @@ def tokenized(service: Service, body: TokenizeRequest) -> dict:
     tokenizer = lane.chat_model.tokenizer
     try:
         if body.prompt is not None:
-            ids, mask = encode_continuation(tokenizer, body.prompt)
+            ids, mask = encode_continuation(tokenizer, "", body.prompt)  # a plain text is learnt as a whole
         else:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
             messages, tools = rows.read_messages(body.messages, tools)
@@ -307,10 +312,11 @@ def model_card(service: Service, name: str) -> dict:
     chat_model = lane.chat_model
     parent = next(other for other, (of, path) in service.engine.names.items() if of is lane and path is None)
     own = chat_model.sampling
+    defaults = {"temperature": own.temperature, "top_p": own.top_p, "max_tokens": rows.DEFAULT_NEW_TOKENS}
     return {"id": name, "object": "model", "created": service.started, "owned_by": "seedling",
             "parent": parent if adapter else None, "max_model_len": lane.max_length,
-            "kind": "text" if chat_model.plain else "chat", "thinking": "<think>" in chat_model.marks.values(),
-            "defaults": {"temperature": own.temperature, "top_p": own.top_p, "max_tokens": rows.DEFAULT_NEW_TOKENS}}
+            "kind": "text" if chat_model.plain else "chat",
+            "thinking": "<think>" in chat_model.marks.values(), "defaults": defaults}
 
 
 def metrics_text(decoder: engine.Engine) -> str:
@@ -332,7 +338,8 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
 
     def log(body: protocol.Strict) -> None:
         if log_prompts:
-            print(json.dumps(body.model_dump(exclude_unset=True), ensure_ascii=False), file=sys.stderr, flush=True)
+            asked = json.dumps(body.model_dump(exclude_unset=True), ensure_ascii=False)
+            print(asked, file=sys.stderr, flush=True)
 
     @app.exception_handler(Refused)
     async def refused(_, error: Refused):

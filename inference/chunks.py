@@ -1,7 +1,7 @@
 """Answers in the shapes of OpenAI's API, whole and in pieces. A reader may skip this file.
 
-    whole       {"object": "chat.completion", "choices": [{"message": {"role": "assistant", "content": "Hi!"}}]}
-    in pieces   {"object": "chat.completion.chunk", "choices": [{"delta": {"content": "Hi"}}]}, then "!", ...
+    whole       {"object": "chat.completion", "choices": [{"message": {"content": "Hi!", ...}, ...}], ...}
+    in pieces   {"object": "chat.completion.chunk", "choices": [{"delta": {"content": "Hi"}}], ...}, then "!"
 """
 
 import json
@@ -106,7 +106,8 @@ def bytes_of_signs() -> dict[str, int]:
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+    signs = [chr(byte) for byte in visible] + [chr(256 + place) for place in range(len(hidden))]
+    return dict(zip(signs, visible + hidden, strict=True))
 
 
 def token_entry(texts: TokenTexts, token: int, logprob: float) -> dict:

@@ -5,9 +5,9 @@
     request = Request(rows, event=threading.Event())
     engine.submit("full_sft", request)  # from then on request.event is set whenever there is something new
 
-One thread loads the models and computes everything: OpenMP, which computes for PyTorch on a CPU, is four times
-slower where one thread has loaded and another decodes. Other threads only leave requests and read what came of
-them.
+One thread loads the models and computes everything: OpenMP, which computes for PyTorch on a CPU, is four
+times slower where one thread has loaded and another decodes. Other threads only leave requests, and read what
+came of them.
 """
 
 import threading
@@ -52,9 +52,9 @@ class Lane:
         config, weight = chat_model.model.config, chat_model.model.model.norm.weight
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # of a token
         max_tokens = cache_bytes // (numbers * weight.element_size())
-        max_tokens = min(max_tokens, max_rows * chat_model.max_positions)
-        if max_tokens < 256:
+        if max_tokens < min(256, chat_model.max_positions):
             raise UsageError(f"--cache_gb is too small: {chat_model.path} would remember {max_tokens} tokens")
+        max_tokens = min(max_tokens, max_rows * chat_model.max_positions)
         self.chat_model = chat_model
         self.batch = Batch(chat_model.model, chat_model.adapters, max_rows, max_tokens)
         self.max_length = min(chat_model.max_positions, max_tokens)  # of a prompt and its answer
@@ -205,7 +205,7 @@ class Engine:
         return news
 
     def _who_joins(self, lane: Lane) -> list[Row]:
-        """The rows that fit in. Each request in turn gives one, so that a large one does not hold up others."""
+        """The rows that fit in. Each request in turn gives one, so a large one holds up nobody."""
         joining = []
         while lane.waiting:
             request = lane.waiting[0]
@@ -236,7 +236,8 @@ class Engine:
     def _fail(self, lane: Lane, message: str) -> set[Request]:
         """All rows of the lane end with an error."""
         with self.condition:
-            news, waiting = set(), [(request, number) for request in lane.waiting for number in request.waiting]
+            news = set()
+            waiting = [(request, number) for request in lane.waiting for number in request.waiting]
             for row in list(lane.batch.rows):
                 lane.batch.remove(row)
             for request, number in [*lane.owner.values(), *waiting]:

@@ -48,9 +48,11 @@ class Grammars:
 
         forms = []
         for tool in tools:
+            arguments = tool.get("parameters") or {"type": "object"}
+            if "properties" in arguments:  # no others, unless it says so
+                arguments = {"additionalProperties": False} | arguments
             form = {"type": "object", "additionalProperties": False, "required": ["name", "arguments"],
-                    "properties": {"name": {"const": tool["name"]},
-                                   "arguments": tool.get("parameters") or {"type": "object"}}}
+                    "properties": {"name": {"const": tool["name"]}, "arguments": arguments}}
             forms.append(f"%json {json.dumps(form | {'x-guidance': JSON_STYLE})}")
         call = f'{self.begin} "\\n" arguments "\\n" {self.end}'
         more = f'("\\n" {call})*' if several else ""

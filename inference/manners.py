@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from inference.protocol import Refused
 
+POST_PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize")
 OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")  # these need no key, and so does the page
 
 
@@ -40,7 +41,7 @@ class Manners:
                        for name, value in scope["headers"]}
             self.check_host(headers)
             self.check_key(scope["path"], scope["method"], headers)
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" and scope["path"] in POST_PATHS:  # elsewhere a POST is refused
                 self.check_type(headers)
                 body = await self.read_body(headers, receive)
                 check_json(body)
@@ -59,7 +60,8 @@ class Manners:
                           status=403)
         origin = headers.get("origin")
         if origin and origin not in self.origins and host_of(origin) != host.lower():
-            raise Refused(f"pages of {origin[:100]!r} may not call this server (--allowed_origins)", status=403)
+            raise Refused(f"pages of {origin[:100]!r} may not call this server (--allowed_origins)",
+                          status=403)
 
     def check_key(self, path: str, method: str, headers: dict[str, str]) -> None:
         if self.api_key is None or path in OPEN_PATHS or path.startswith("/page/") or method == "OPTIONS":
@@ -94,7 +96,8 @@ class Manners:
                     if not message.get("more_body"):
                         return bytes(body)
         except TimeoutError:
-            raise Refused(f"the body did not arrive within {self.body_seconds:g} seconds", status=408) from None
+            raise Refused(f"the body did not arrive within {self.body_seconds:g} seconds",
+                          status=408) from None
 
 
 class ClientGone(Exception):

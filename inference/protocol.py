@@ -52,7 +52,7 @@ class StreamOptions(Strict):
 
 
 def known(body: object) -> object:
-    """The body without the fields that have no meaning, or no effect. Raises ValueError for unsupported ones."""
+    """The body without fields that have no meaning, or no effect. Raises ValueError for unsupported ones."""
     if not isinstance(body, dict):
         return body
     for name, value in body.items():
@@ -66,6 +66,7 @@ FirstMistake = Field(fail_fast=True)
 Texts = Annotated[list[str], FirstMistake]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Tokens = Annotated[int, Field(ge=0, le=2**31)]
+NewTokens = Annotated[int, Field(ge=1, le=2**31)]
 Weight = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -170,7 +171,8 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=4096, fail_fast=True)
-    max_completion_tokens: Tokens | None = None
+    max_tokens: NewTokens | None = None
+    max_completion_tokens: NewTokens | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[Tool] | None = Field(None, max_length=128, fail_fast=True)
@@ -227,8 +229,8 @@ class CompletionRequest(Sampling):
     @model_validator(mode="after")
     def _not_too_many_answers(self):
         if len(self.prompts) * (self.n or 1) > MAX_ANSWERS:
-            raise ValueError(f"{len(self.prompts)} prompts with n={self.n}: a request may ask for {MAX_ANSWERS} "
-                             "answers")
+            raise ValueError(f"{len(self.prompts)} prompts with n={self.n}: a request may ask for "
+                             f"{MAX_ANSWERS} answers")
         return self
 
     @property

@@ -35,7 +35,8 @@ class Asked:
 def find(engine: Engine, name: str) -> tuple[Lane, str | None]:
     if name not in engine.names:
         there_are = ", ".join(engine.names)
-        raise Refused(f"there is no model {name[:100]!r}; there are: {there_are}", "model", "model_not_found", 404)
+        raise Refused(f"there is no model {name[:100]!r}; there are: {there_are}", "model",
+                      "model_not_found", 404)
     return engine.names[name]
 
 
@@ -43,7 +44,8 @@ def ask_chat(engine: Engine, body: ChatRequest) -> Asked:
     """Raises Refused for what can't be answered."""
     lane, adapter = find(engine, body.model)
     chat_model = lane.chat_model
-    tools = [] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+    offered = [] if body.tool_choice == "none" else body.tools or []
+    tools = [tool.model_dump(exclude_none=True) for tool in offered]
     messages, tools = read_messages(body.messages, tools)
     begun = None
     if body.continue_final_message:
@@ -69,7 +71,8 @@ def ask_chat(engine: Engine, body: ChatRequest) -> Asked:
         bias = {marks["<think>"]: -float("inf")}
     if tools and body.parallel_tool_calls is False:
         if "</tool_call>" not in marks:
-            raise Refused(f"parallel_tool_calls: false is not supported for {body.model}", "parallel_tool_calls")
+            raise Refused(f"parallel_tool_calls: false is not supported for {body.model}",
+                          "parallel_tool_calls")
         end_tokens += (marks["</tool_call>"],)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     rows = make_rows(engine, body, lane, adapter, prompt, limit, end_tokens=end_tokens,
@@ -111,7 +114,8 @@ def constraint_of(lane: Lane, body: ChatRequest, tools: list | None):
                  if choice == "required" or tool["function"]["name"] == choice.function.name]
         if not named:
             raise Refused(f"tool_choice: there is no tool {choice.function.name!r}", "tool_choice")
-        return lane.grammars.calls(named, several=choice == "required" and body.parallel_tool_calls is not False)
+        several = choice == "required" and body.parallel_tool_calls is not False
+        return lane.grammars.calls(named, several)
     except (DataError, UsageError) as error:
         raise Refused(str(error), "tool_choice" if forced else "response_format") from None
 
@@ -144,8 +148,8 @@ def ask_completion(engine: Engine, body: CompletionRequest) -> Asked:
     return Asked(lane, rows, readers, num_prompt_tokens)
 
 
-def make_rows(engine: Engine, body: Sampling, lane: Lane, adapter: str | None, prompt: list[int], limit: int | None,
-              **options) -> list[Row]:
+def make_rows(engine: Engine, body: Sampling, lane: Lane, adapter: str | None, prompt: list[int],
+              limit: int | None, **options) -> list[Row]:
     """The rows of one prompt: as many as answers are asked for."""
     chat_model, vocab_size = lane.chat_model, lane.chat_model.model.config.vocab_size
     room = lane.max_length - len(prompt)

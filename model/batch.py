@@ -104,7 +104,7 @@ class Row:
 
 
 class Batch:
-    """Rows of one model. rows: those that grow now. max_tokens: of all rows together, which the cache holds."""
+    """Rows of one model. rows: those that grow now. max_tokens: how many the cache holds, of all rows."""
 
     def __init__(self, model: CausalLM, adapters: Adapters, max_rows: int, max_tokens: int):
         self.model, self.adapters, self.max_rows, self.max_tokens = model, adapters, max_rows, max_tokens
@@ -117,7 +117,7 @@ class Batch:
         self.start = torch.zeros(max_rows, dtype=torch.long, device=self.device)
         self.next = torch.zeros(max_rows, dtype=torch.long, device=self.device)  # the last token of each row
         self.in_use = None  # the adapter of each row, as the layers have them now
-        self._arrange(self._length_for(SMALLEST_LENGTH))
+        self._arrange(self._length_for(1))
 
     # --- rows come and go ---------------------------------------------------------------------------------
 
@@ -203,7 +203,8 @@ class Batch:
         shape = (config.num_hidden_layers, count, config.num_key_value_heads, length, config.head_dim)
         kept = [stored[:, :len(self.rows), :, begin:self.end].clone() for stored in self.views] \
             if self.rows else []
-        self.views = [memory[:, :shape[1] * shape[2] * length * shape[4]].view(shape) for memory in self.memory]
+        size = count * shape[2] * length * shape[4]
+        self.views = [memory[:, :size].view(shape) for memory in self.memory]
         for stored, old in zip(self.views, kept, strict=False):
             stored[:, :len(self.rows), :, :old.size(3)] = old
         self.start -= begin
@@ -362,8 +363,8 @@ def change(logits, row: Row) -> torch.Tensor:
         counts = counts.to(logits.device)
         logits = logits - row.frequency_penalty * counts - row.presence_penalty * (counts > 0)
     if row.logit_bias:
-        tokens = torch.tensor(list(row.logit_bias), device=logits.device)
-        logits = logits.index_add(0, tokens, torch.tensor(list(row.logit_bias.values()), device=logits.device))
+        tokens, added = map(torch.tensor, zip(*row.logit_bias.items(), strict=True))
+        logits = logits.index_add(0, tokens.to(logits.device), added.float().to(logits.device))
     if row.constraint:
         logits = logits.masked_fill(~row.constraint.allowed().to(logits.device), -torch.inf)
     return logits

@@ -73,7 +73,7 @@ def last_logits(model, input_ids, cache: KVCache) -> torch.Tensor:
 
 
 def choose(model, logits, temperature: float, numbers) -> torch.Tensor:
-    """logits (B, V) -> token ids (B,): the likeliest at temperature 0, else those that `numbers` (B,) draw."""
+    """logits (B, V) -> token ids (B,): the likeliest at temperature 0, else what `numbers` (B,) draw."""
     if not logits.amax(dim=-1).isfinite().all():
         raise RunError(f"while sampling answers: {why_not_finite(model)}")
     if temperature == 0:

@@ -451,6 +451,13 @@ def chat_command(out: Path, folder: Path | None = None) -> str:
     return shown([python(), f"{ROOT / 'eval_model.py'}", *model], folder)
 
 
+def serve_command(out: Path) -> str:
+    models = [f"{out / name}" for name in ("full_sft", "pretrain")]
+    adapters = [f"{out / name}" for name in ADAPTERS]
+    script = f"{ROOT / 'scripts' / 'serve_openai_api.py'}"
+    return shown([python(), script, "--load_from", *models, "--lora", *adapters])
+
+
 def print_report(out: Path, report: dict, before: dict) -> None:
     shares = table(report, before)
     shares.columns.name = "right answers"
@@ -465,7 +472,9 @@ def print_report(out: Path, report: dict, before: dict) -> None:
     print(f"\n{report['parameters']:,} parameters, {minutes:.1f} minutes of training and scoring")
     print(f"loss curves   {shown([str(out / 'loss.png')])}")
     print(f"report        {shown([str(out / 'report.html')])}")
-    print(f"\nTalk to it:\n\n    {chat_command(out)}\n")
+    print(f"\nTalk to it, in the terminal:\n\n    {chat_command(out)}\n")
+    requirements = shown([python(), "-m", "pip", "install", "-r", f"{ROOT / 'requirements-serve.txt'}"])
+    print(f"or in a browser:\n\n    {requirements}\n    {serve_command(out)}\n")
 
 
 # --- the whole run ------------------------------------------------------------------------------------------

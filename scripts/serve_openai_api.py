@@ -35,17 +35,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_batch_size", type=count, default=32, metavar="N", help="answers that are decoded together")
     add("--cache_gb", type=positive, default=1.0, metavar="GB",
         help="memory for keys and values of all of them; what does not fit waits")
-    add("--max_waiting", type=count, default=1024, metavar="N", help="answers that may wait; more are refused")
+    add("--max_waiting", type=count, default=1024, metavar="N",
+        help="answers that may wait; others are refused")
     add = parser.add_argument_group("who may ask").add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: other machines, too")
     add("--port", type=int, default=8000, metavar="N", help="0: any that is free")
     add("--api_key", metavar="KEY", help="every call must bring it: Authorization: Bearer KEY")
-    add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="names of this machine that may be called")
-    add("--allowed_origins", nargs="+", default=[], metavar="URL", help="other servers whose pages may call it")
+    add("--allowed_hosts", nargs="+", default=[], metavar="NAME",
+        help="names by which this machine may be called, beside its addresses and localhost")
+    add("--allowed_origins", nargs="+", default=[], metavar="URL",
+        help="other servers whose pages may call it")
     add("--max_body_mb", type=positive, default=4.0, metavar="MB", help="a longer request is refused")
     add("--body_seconds", type=positive, default=30.0, metavar="S", help="in which a request must arrive")
     add("--grace_seconds", type=positive, default=5.0, metavar="S", help="for open answers, when it stops")
-    add("--log_prompts", action="store_true", help="print each request on stderr, which may hold private words")
+    add("--log_prompts", action="store_true",
+        help="print each request on stderr, which may hold private words")
     args = parser.parse_args(argv)
     if not 0 <= args.port < 65536:
         parser.error(f"--port must be from 0 to 65535, not {args.port}")
@@ -54,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         parser.error(f"the server needs {', '.join(missing)}: pip install -r requirements-serve.txt")
     if missing := [path for path in args.load_from if not path.exists()]:
-        parser.error(f"--load_from: there is no {missing[0]}; python trainer/train_full_sft.py trains out/full_sft")
+        parser.error(f"--load_from: there is no {missing[0]}; python trainer/train_full_sft.py makes one")
     return args
 
 
@@ -89,8 +93,8 @@ def main(args: argparse.Namespace) -> None:
         listener.bind((args.host, args.port))
         listener.listen()  # now, so that a second server finds the port taken
     except OSError as error:
-        raise UsageError(f"--host {args.host} --port {args.port} can't be used: {error.strerror}; --port 0 takes "
-                         "any that is free") from None
+        raise UsageError(f"--host {args.host} --port {args.port} can't be used: {error.strerror}; --port 0 "
+                         "takes any that is free") from None
     engine.load()
     for lane in engine.lanes:
         for report in lane.chat_model.reports:

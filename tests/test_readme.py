@@ -4,10 +4,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
+import openai
 import pytest
 from test_architecture import SPINE, code_lines
 
@@ -69,6 +72,7 @@ def plant_quickstart(out: Path) -> None:
     model = CausalLM(ModelConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1,
                                  num_attention_heads=2, num_key_value_heads=1, intermediate_size=64))
     save_model(model, out / "full_sft", tokenizer)
+    save_model(model, out / "pretrain", tokenizer, training={"stage": "pretrain"})
     apply_lora(model, 2)
     for name in ("lora_identity", "lora_clinic"):
         save_lora(model, out / name, base=out / "full_sft")
@@ -103,6 +107,9 @@ def test_python_commands_run_in_the_order_of_the_page(copy):
     for command in commands("README.md"):
         if command.startswith("bash "):
             continue
+        if "serve_openai_api.py" in command:  # it runs until somebody stops it
+            assert_serves(as_run(command), copy, environment)
+            continue
         ended = subprocess.run(as_run(command), cwd=copy, env=environment, input="Hello\n/lora lora_clinic\n",
                                capture_output=True, encoding="utf-8", timeout=300)
         said = ended.stdout + ended.stderr
@@ -113,6 +120,23 @@ def test_python_commands_run_in_the_order_of_the_page(copy):
             assert (copy / "out" / name[1] / "training.json").exists(), command
         if "--resume" in command:
             assert "is finished already" in said
+
+
+def assert_serves(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """The server starts, answers OpenAI's client and a browser, and stops."""
+    with subprocess.Popen([*command, "--port", "0"], cwd=folder, env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, encoding="utf-8") as server:
+        address = re.search(r"http://\S+", server.stdout.readline())[0]
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="any")
+        names = [model.id for model in client.models.list()]
+        assert names == ["full_sft", "lora_identity", "lora_clinic", "pretrain"]
+        for name in names:
+            messages = [{"role": "user", "content": "Hello"}]
+            answer = client.chat.completions.create(model=name, messages=messages, max_tokens=4)
+            assert answer.choices[0].finish_reason in ("stop", "length")
+        assert "Seedling" in httpx.get(address).text
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 130 and "Traceback" not in server.stderr.read()
 
 
 def test_shell_commands():
@@ -134,7 +158,7 @@ def test_every_file_named_is_there_and_every_source_file_is_named(name):
     assert named == {Path(f).name for f in sources if not f.endswith("__init__.py")}
     for path in re.findall(rf"\b(?:{folders}|benchmarks|tests)/[\w/]*(?:\.\w+)?", text):
         assert path in files or any(f.startswith(path.rstrip("/") + "/") for f in files), path
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 170
 
 
 @pytest.mark.parametrize("name", READMES)

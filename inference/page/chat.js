@@ -40,13 +40,14 @@ export function removeTurns(first) {
 function questionElement(turn) {
   const text = make("p", {}, turn.question);
   const field = make("textarea", {rows: 3, "aria-label": t("Your message")});
-  const [copy, editButton] = [copyButton(() => turn.question), make("button")];
   const sendButton = make("button", {}, t("Send"));
-  const show = (isEditing) => {
+  const editButton = make("button");
+  const copy = copyButton(() => turn.question);
+  const showEditor = (isEditing) => {
     text.hidden = copy.hidden = isEditing;
     field.hidden = sendButton.hidden = !isEditing;
     editButton.textContent = isEditing ? t("Cancel") : t("Edit");
-    editButton.onclick = () => show(!isEditing);
+    editButton.onclick = () => showEditor(!isEditing);
     field.value = turn.question;
     (isEditing ? field : editButton).focus();
   };
@@ -55,20 +56,20 @@ function questionElement(turn) {
     ask(field.value.trim() || turn.question);
     byId("question").focus();
   };
-  field.onkeydown = (event) => {
-    if (event.key === "Escape") show(false);
-    if (isSendKey(event)) sendButton.click();
-  };
-  show(false);
+  field.onkeydown = (event) => event.key === "Escape" && showEditor(false);
+  sendOnEnter(field, () => sendButton.click());
+  showEditor(false);
   const buttons = make("div", {className: "buttons"}, sendButton, editButton, copy);
   return make("div", {className: "question", role: "group", "aria-label": t("You asked")}, text, field, buttons);
 }
 
 // Enter sends. Shift+Enter begins a new line. An Enter that ends the typing of Chinese characters does neither.
-export function isSendKey(event) {
-  const isSend = event.key === "Enter" && !event.shiftKey && !event.isComposing;
-  if (isSend) event.preventDefault();
-  return isSend;
+export function sendOnEnter(field, send) {
+  field.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    send();
+  });
 }
 
 function copyButton(textOf) {
@@ -84,11 +85,14 @@ function copyButton(textOf) {
 // One model's answer to one question. Its elements are made once, and `draw` adds what is new.
 class Answer {
   constructor(turn, column, model) {
-    Object.assign(this, {turn, column, model, name: make("h3"), thought: make("p"), textBox: make("div"),
-      callBox: make("div"), error: make("p", {className: "error", role: "alert"})});
-    this.note = make("span", {className: "note"});
+    Object.assign(this, {turn, column, model});
+    this.name = make("h3");
+    this.thought = make("p");
     this.thinking = make("details", {className: "thinking"}, make("summary", {}, t("Thinking")), this.thought);
-    this.textBox.className = "text";
+    this.textBox = make("div", {className: "text"});
+    this.callBox = make("div");
+    this.error = make("p", {className: "error", role: "alert"});
+    this.note = make("span", {className: "note"});
     this.markdown = new GrowingMarkdown(this.textBox);
     this.tokenRow = new TokenRow((index, token) => this.writeFrom(index, token), () => this.turn === lastTurn());
     this.goOn = make("button", {className: "again", onclick: () => this.continue()}, t("Continue"));
@@ -109,10 +113,11 @@ class Answer {
   // Takes one event of the stream.
   add({usage, choices: [choice]}) {
     if (usage) this.count = usage.completion_tokens;
+    this.seconds = (performance.now() - this.began) / 1000;
     if (!choice) return;
     this.content += choice.delta.content ?? "";
     this.reasoning += choice.delta.reasoning_content ?? "";
-    this.calls.push(...choice.delta.tool_calls ?? []);
+    for (const {index, ...call} of choice.delta.tool_calls ?? []) this.calls[index] = call;
     this.tokens.push(...choice.logprobs?.content ?? []);
     this.end = choice.finish_reason ?? "";
   }
@@ -151,8 +156,8 @@ class Answer {
   message() {
     const message = {role: "assistant", content: this.content};
     if (this.reasoning) message.reasoning_content = this.reasoning;
-    const calls = this.calls.map(({id, type, function: called}) => ({id, type, function: called}));
-    return calls.length ? {...message, tool_calls: calls} : message;
+    if (this.calls.length) message.tool_calls = this.calls;
+    return message;
   }
 
   again() {
@@ -161,11 +166,13 @@ class Answer {
     write([this]);
   }
 
+  // Goes on where the answer was cut off. If it was in the middle of a character, the model writes this one again.
   continue() {
-    const {reasoning, content, tokens} = this;
-    const thought = reasoning && `<think>\n${reasoning}`; // If no words follow a thought, it has not ended.
-    const written = thought && content ? `${thought}\n</think>\n\n${content}` : thought + content;
-    this.restart({written, reasoning, content, tokens: tokens.length ? tokens : [tokenOfText(written)]});
+    const thought = this.reasoning && `<think>\n${this.reasoning}`; // If no words follow a thought, it goes on.
+    const text = thought && this.content ? `${thought}\n</think>\n\n${this.content}` : thought + this.content;
+    const tokens = this.tokens.length ? [...this.tokens] : [tokenOfText(text.replace(/\ufffd+$/, ""))];
+    while (partsOf(tokens).written.endsWith("\ufffd")) tokens.pop();
+    this.restart(partsOf(tokens));
     write([this]);
     byId("question").focus(); // The button that had the focus is gone.
   }
@@ -201,12 +208,10 @@ function showRunning(controller) {
 }
 
 async function writeOne(answer, signal) {
-  answer.signal = signal;
-  const began = performance.now();
+  Object.assign(answer, {signal, began: performance.now()});
   try {
     const response = await request("v1/chat/completions", requestBody(answer), signal);
     for await (const event of events(response)) {
-      signal.throwIfAborted();
       answer.add(event);
       drawSoon(answer);
     }
@@ -215,10 +220,9 @@ async function writeOne(answer, signal) {
     answer.end = signal.aborted ? "stopped" : "error";
     answer.errorText = signal.aborted ? "" : error.message;
   }
-  answer.seconds = (performance.now() - began) / 1000;
   drawSoon(answer);
   // A screen reader hears the whole answer once, and not each token.
-  byId("finished").append(make("p", {}, `${answer.model.label}: ${answer.content}`));
+  byId("finished").append(make("p", {}, `${answer.model.label}: ${answer.content || answer.noteText()}`));
 }
 
 function requestBody(answer) {

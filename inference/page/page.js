@@ -1,6 +1,6 @@
 // The start of the page: connects its controls with the conversation.
 import {keepKey} from "./api.js";
-import {ask, drawAll, isRunning, isSendKey, removeTurns, stop} from "./chat.js";
+import {ask, drawAll, isRunning, removeTurns, sendOnEnter, stop} from "./chat.js";
 import {byId, make} from "./elements.js";
 import {chosenModels, loadModels, showSettings} from "./settings.js";
 import {showTraining} from "./training.js";
@@ -29,9 +29,7 @@ byId("composer").onsubmit = (event) => {
   if (isRunning()) stop();
   else send(question.value.trim());
 };
-question.onkeydown = (event) => {
-  if (isSendKey(event) && !isRunning()) send(question.value.trim());
-};
+sendOnEnter(question, () => isRunning() || send(question.value.trim()));
 document.addEventListener("keydown", (event) => event.key === "Escape" && stop());
 document.addEventListener("keyneeded", () => {
   byId("key-row").hidden = false;

@@ -14,7 +14,8 @@ export async function loadModels() {
   const options = () => choices.map((choice, index) => new Option(choice.label, index));
   byId("model").replaceChildren(...options());
   byId("beside").replaceChildren(new Option(t("nothing"), ""), ...options());
-  byId("mix").append(...adapters.map((card) => weightSlider(card.id, 1 / adapters.length)));
+  const sliders = adapters.map((card) => weightSlider(card.id, 1 / adapters.length));
+  byId("mix").replaceChildren(byId("mix").firstChild, ...sliders); // the first child is the legend
   byId("temperature").value = cards[0].defaults.temperature;
   byId("length").value = cards[0].defaults.max_tokens;
   showSettings();
@@ -37,9 +38,9 @@ export function chosenModels() {
     if (!isMix) return {label, kind, request: {model: id}};
     const sliders = [...byId("mix").querySelectorAll("input")].filter((slider) => slider.valueAsNumber !== 0);
     const weights = sliders.map(({name, valueAsNumber: weight}) => [name, weight]);
-    const words = weights.map(([name, weight]) => `${weight < 0 ? "−" : "+"} ${Math.abs(weight)} ${name}`);
+    const terms = weights.map(([name, weight]) => `${weight < 0 ? "−" : "+"} ${Math.abs(weight)} ${name}`);
     const adapters = weights.length ? {adapters: Object.fromEntries(weights)} : {};
-    return {label: [id, ...words].join(" "), kind, request: {model: id, ...adapters}};
+    return {label: [id, ...terms].join(" "), kind, request: {model: id, ...adapters}};
   });
 }
 

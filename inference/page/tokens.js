@@ -45,16 +45,16 @@ export class TokenRow {
     while (same < this.tokens.length && this.tokens[same] === tokens[same]) same += 1;
     while (this.element.childElementCount > same) this.element.lastChild.remove();
     this.element.append(...tokens.slice(same).map(tokenElement));
-    this.element.firstChild.tabIndex = 0;
+    if (!this.element.querySelector("[tabindex='0']")) this.element.firstChild.tabIndex = 0;
     this.tokens = [...tokens];
-    this.element.children[this.focusAt]?.focus(); // the token that the reader has chosen
+    this.element.children[this.focusAt]?.focus(); // the token that was chosen by keyboard
     this.focusAt = -1;
   }
 
   show(element) {
     const index = [...this.element.children].indexOf(element);
     const choose = (token) => {
-      this.focusAt = index;
+      this.focusAt = byId("others").querySelector(":focus-visible") ? index : -1;
       this.choose(index, token);
     };
     if (index >= 0) showOthers(element, this.tokens, index, this.canChoose() ? choose : null);
@@ -120,9 +120,7 @@ function showOthers(element, tokens, index, choose) {
   list.style.top = `${fitsBelow ? bottom + 4 : Math.max(8, top - list.offsetHeight - 4)}px`;
 }
 
-export function closeOthers() {
-  byId("others").hidden = true;
-}
+export const closeOthers = () => { byId("others").hidden = true; };
 
 // The delay lets the pointer, or the focus, go from the token to its list.
 function closeOthersSoon() {

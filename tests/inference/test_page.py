@@ -45,7 +45,7 @@ def address(home, tmp_path_factory):
         try:
             yield re.search(r"http://\S+", server.stdout.readline())[0]
         finally:
-            server.terminate()
+            server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +131,9 @@ def ask(page, text="Hello", wait=True):
 
 
 def idle(page):
-    expect(page.get_by_role("button", name="Send").last).to_be_visible()
-    expect(page.locator("[aria-busy=true]")).to_have_count(0)
+    """Waits until no answer is written any more, and all of it is drawn."""
+    expect(page.locator("#send")).to_have_text("↑")
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def posted(page, action):
@@ -207,6 +208,25 @@ def test_stop_and_again(page):
     expect(last(page, ".note")).to_contain_text("12 tokens")
 
 
+def test_again_while_the_answer_is_being_written(page):
+    ask(page)
+    whole = last(page, ".text").text_content()
+    page.get_by_role("button", name="New chat").click()
+    page.fill("#length", str(LONG))
+    ask(page, wait=False)
+    for length in (LONG, LONG, 12):  # nothing of an answer that was broken off comes into the next one
+        expect(last(page, ".text")).not_to_be_empty()
+        page.fill("#length", str(length))
+        page.get_by_role("button", name="Again").click()
+        if length == LONG:
+            page.wait_for_timeout(100)
+            expect(page.get_by_role("button", name="Stop")).to_be_visible(timeout=1)
+    idle(page)
+    expect(last(page, ".note")).to_contain_text("12 tokens")
+    assert last(page, ".text").text_content() == whole
+    expect(page.locator("#finished p")).to_have_count(1)
+
+
 def test_what_was_cut_off_goes_on(page):
     page.fill("#length", "5")
     ask(page)
@@ -216,6 +236,11 @@ def test_what_was_cut_off_goes_on(page):
     assert sent["continue_final_message"] is True and sent["messages"][-1]["role"] == "assistant"
     assert last(page, ".text").text_content().startswith(begun.rstrip())
     assert len(last(page, ".text").text_content()) > len(begun)
+    fake(page, {"content": "A \ufffd"}, finish="length")  # in the middle of a character
+    ask(page, "Two")
+    page.unroute_all()
+    sent = posted(page, page.locator(".turn").last.get_by_role("button", name="Continue").click)
+    assert sent["messages"][-1]["content"] == "A "
 
 
 def test_edit_and_resend(page):
@@ -306,12 +331,26 @@ def test_thinking_is_folded_and_calls_are_shown(page):
     assert message["tool_calls"] == [{name: call[name] for name in ("id", "type", "function")}]
 
 
+def test_a_thought_that_was_cut_off_goes_on(page):
+    fake(page, {"reasoning_content": "Hm, a frog"}, finish="length")
+    ask(page)
+    page.unroute_all()
+    page.fill("#length", "5")
+    sent = posted(page, page.get_by_role("button", name="Continue").click)
+    assert sent["messages"][-1] == {"role": "assistant", "content": "<think>\nHm, a frog"}
+    thought = last(page, ".thinking p").text_content()
+    assert thought.startswith("Hm, a frog") and len(thought) > len("Hm, a frog")
+    assert last(page, ".text").text_content() == ""
+
+
 def test_the_view_stays_where_the_reader_put_it(page):
     page.fill("#length", str(LONG))
+    page.set_viewport_size({"width": 500, "height": 400})
+    page.locator("#settings").evaluate("e => { e.open = false }")
     ask(page, wait=False)
     scroller = page.locator("#scroller")
     for _ in range(100):  # until the text is longer than the view
-        if scroller.evaluate("e => e.scrollTop") > 300:
+        if scroller.evaluate("e => e.scrollTop") > 100:
             break
         page.wait_for_timeout(50)
     scroller.evaluate("e => { e.scrollTop = 10 }")
@@ -352,9 +391,10 @@ def test_probabilities_by_mouse(tokens):
     assert sent["messages"][-1]["content"] == before + shown.replace("·", " ").replace("⏎", "\n")
     assert page.locator(".token").nth(4).get_attribute("aria-label").startswith(shown)
     expect(page.locator(".token")).to_have_count(5 + 12)
-    expect(page.locator(".token").nth(4)).to_be_focused()
+    expect(others).to_be_hidden()
+    page.locator(".token").nth(1).hover()
+    expect(others).to_be_visible()
     page.mouse.move(5, 5)
-    page.locator("#question").focus()
     expect(others).to_be_hidden()
     page.get_by_role("switch", name="Probabilities").uncheck()  # the same words again as a text
     expect(page.locator(".tokens")).to_be_hidden()
@@ -395,6 +435,7 @@ def test_probabilities_by_keyboard_alone(page):
     expect(page.locator(".token").nth(2)).to_be_focused()
     page.keyboard.press("Escape")
     expect(page.get_by_role("menu")).to_be_hidden()
+    expect(page.locator(".token[tabindex='0']")).to_have_count(1)
 
 
 def test_tokens_that_cannot_be_chosen(page):
@@ -542,6 +583,7 @@ def test_a_key_is_asked_for_and_kept(open_page):
     expect(page.get_by_role("status")).to_be_empty()
     page.reload()
     expect(page.locator("#model option")).to_have_count(5)
+    expect(page.locator("#mix input")).to_have_count(2)
 
 
 # ---------------------------------------------------------------- languages, colours, sizes
@@ -564,6 +606,8 @@ def test_a_phone(open_page):
         boxes = page.locator("main, #scroller, .question p, .answer, .answer > *, dialog").all()
         rights = [box.evaluate("e => e.getBoundingClientRect().right") for box in boxes]
         assert max(rights) <= 390, rights
+        for box in page.locator(".text, .question p").all():
+            assert box.evaluate("e => e.scrollWidth <= e.clientWidth")
 
 
 def test_chinese(open_page):
