@@ -109,6 +109,7 @@ REFUSED = {
     "no token": (completion([1, 6400]), 400, "6400 is no token"),
     "no bias": (post(chat("rubbish", **SHORT, logit_bias={"6400": 1})), 400, "6400 is no token"),
     "seed": (post(chat("rubbish", **SHORT, seed=2**63)), 400, "seed"),
+    "no tokens": (post(chat("rubbish", model="chat", max_completion_tokens=0)), 400, "max_completion_tokens"),
     "n": (post(chat("rubbish", **SHORT, n=129)), 400, "^n: "),
     "no model": (post(chat("rubbish", model="gpt")), 404, "there are: chat"),
     "pattern": (post(shaped({"type": "string", "pattern": "["})), 400, "unclosed character class"),
@@ -157,7 +158,7 @@ def test_no_http(server):
 def test_what_looks_hostile_and_is_right(server):
     stops = ask(server, post(chat("rubbish", **SHORT, stop="a" * 200_000)))
     assert stops.status == 200 and stops.last < 3
-    nothing = ask(server, post(chat("rubbish", model="chat", max_completion_tokens=0)))
+    nothing = ask(server, completion("rubbish", max_tokens=0))
     assert nothing.json()["usage"]["completion_tokens"] == 0
     assert nothing.json()["choices"][0]["finish_reason"] == "length"
     body = json.dumps(chat("rubbish", **SHORT)).encode()
