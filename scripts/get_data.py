@@ -95,8 +95,7 @@ def get(args, source: Source, target: Path) -> None:
     """Everything that needs the network or the disk. Raises what `explained` explains."""
     from huggingface_hub.utils import build_hf_headers
 
-    # The token that somebody has for the hub goes to no mirror.
-    token = False if args.mirror else None
+    token = False if args.mirror else None  # the token that somebody has for the hub goes to no mirror
     try:
         revision, licence, files = (from_modelscope(source, args.endpoint) if args.mirror == "modelscope"
                                     else from_hub(source, args.endpoint, token))
@@ -233,8 +232,8 @@ def download(remote: RemoteFile, staging: Path, headers: dict[str, str]) -> Path
     receive(remote, part, headers, host)
     if not is_whole(part, remote):
         remove(part)
-        raise RunError(f"{remote.name}: its size or hash is not what {host} states. It was damaged on the way "
-                       "and is deleted: run the same command again, or name another --mirror")
+        raise RunError(f"{remote.name}: its size or hash is not what {host} states. It was damaged on the way"
+                       " and is deleted: run the same command again, or name another --mirror")
     os.replace(part, path)
     checked = "size and hash are" if remote.hash else "no hash is stated, the size is"
     print(f"{remote.name}: {tqdm.format_sizeof(remote.size, 'B')}; {checked} as {host} states")
@@ -269,8 +268,8 @@ def receive(remote: RemoteFile, part: Path, headers: dict[str, str], host: str) 
                 reason = one_line(error)
             failures = 0 if file.tell() > before else failures + 1
             if failures == ATTEMPTS:
-                raise RunError(f"{remote.name}: {file.tell():,} of {remote.size:,} bytes are here, then {host}"
-                               f" failed {failures} times ({reason}): the same command goes on from there")
+                raise RunError(f"{remote.name}: {file.tell():,} of {remote.size:,} bytes are here. {host} "
+                               f"failed {failures} times ({reason}): the same command goes on from there")
             if failures:
                 time.sleep(WAIT * 2 ** (failures - 1))
 
