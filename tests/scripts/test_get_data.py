@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -560,7 +561,7 @@ def test_a_web_page_in_place_of_the_description(hub, get, body):
 
 def test_a_web_page_in_place_of_the_data(hub, get):
     hub.fails_head = False
-    for headers in ({"Content-Type": "text/html; charset=utf-8", "Content-Length": None, "Connection": "close"},
+    for headers in ({"Content-Type": "text/html; charset=x", "Content-Length": None, "Connection": "close"},
                     {"Content-Type": "application/octet-stream"}):  # the second page says not what it is
         hub.file_fault = (200, PAGE, headers)
         result = get()
@@ -596,3 +597,13 @@ def test_a_host_that_is_out_of_order_for_a_moment(hub, get, monkeypatch):
 
     monkeypatch.setattr(Handler, "resolve", sometimes)
     assert get().file.read_bytes() == CHATS
+
+
+def test_the_page_names_only_what_is_in_the_list():
+    page = (ROOT / "docs" / "data.md").read_text("utf-8")
+    commands = re.findall(r"^python scripts/get_data.py (.*?)(?:#.*)?$", page, re.MULTILINE)
+    for command in commands:
+        get_data.parse_args(command.split())
+    names = re.findall(r"out/data/([\w.-]+?)(?:\.jsonl)?[ `\n]", page)
+    assert len(commands) > 5 and len(names) > 5 and set(names) <= set(get_data.SOURCES)
+    assert len(page.splitlines()) < 80
