@@ -1,10 +1,10 @@
 """Downloads data sets and weights that others publish. Data becomes JSONL, as all our scripts read it.
 
-    python scripts/get_data.py --list                                # every name, its licence and its use
-    python scripts/get_data.py minimind-sft-mini                     # out/data/minimind-sft-mini.jsonl
+    python scripts/get_data.py --list                                    # names, licences, what they are for
+    python scripts/get_data.py minimind-sft-mini                         # out/data/minimind-sft-mini.jsonl
     python scripts/get_data.py minimind-sft-mini --mirror modelscope     # the same from another host
     python scripts/get_data.py tinystories --max_records 100000 --yes    # a part, and no question
-    python scripts/get_data.py smollm2-135m-instruct                 # a folder for --load_from
+    python scripts/get_data.py smollm2-135m-instruct                     # a folder for --load_from
 
 Size and licence are shown before anything is downloaded, and a terminal is asked. A download that was cut off
 goes on where it stopped when the same command runs again. Every file is checked by the size and the hash that
@@ -70,7 +70,7 @@ class RemoteFile(NamedTuple):
 
 
 SOURCES = {name: Source(**entry) for name, entry in
-           json.loads(Path(__file__).with_name("data_sources.json").read_text("utf-8")).items()}
+           json.loads((ROOT / "scripts" / "data_sources.json").read_text("utf-8")).items()}
 
 
 def main(args):
@@ -99,7 +99,7 @@ def get(args, source: Source, target: Path) -> None:
     try:
         revision, licence, files = (from_modelscope(source, args.endpoint) if args.mirror == "modelscope"
                                     else from_hub(source, args.endpoint, token))
-    except (ValueError, TypeError, KeyError, AttributeError):  # An answer that describes no repository
+    except (ValueError, TypeError, KeyError, AttributeError):  # the answer describes no repository
         raise RunError(NO_DATA.format(urlsplit(args.endpoint).hostname)) from None
     # A compressed answer has another length than the file, and could not be resumed.
     headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}

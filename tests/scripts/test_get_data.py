@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -285,13 +287,13 @@ def test_a_file_of_another_form_is_refused_and_nothing_is_written(hub, get):
 
 def test_memory_does_not_grow_with_the_file(get, hub, tmp_path):
     record = json.dumps({"text": "柳树 " * 200}, ensure_ascii=False) + "\n"
-    hub.files = {"t.jsonl.gz": gzip.compress(record.encode() * 10_000, 1)}
+    hub.files = {"t.jsonl.gz": gzip.compress(record.encode() * 5_000, 1)}
     get("--max_records", 10, files=["t.jsonl.gz"], kind="text")  # imports what it needs
     tracemalloc.start()
     result = get(files=["t.jsonl.gz"], kind="text")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert result.file.stat().st_size > 7e6 and peak < 2e6
+    assert result.file.stat().st_size > 3.5e6 and peak < 2e6
 
 
 def test_parquet(hub, get, tmp_path, monkeypatch):
@@ -352,6 +354,24 @@ def test_the_real_table_on_the_command_line(hub, tmp_path):
     for _, path, headers, of_store in hub.requests:  # The token is for the hub, and not for its store.
         assert ("hf_mine" in headers.get("Authorization", headers.get("authorization", ""))) != of_store
         assert of_store or "jingyaogong/minimind_dataset" in path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_a_download_that_is_stopped_goes_on(hub, tmp_path):
+    hub.files, hub.breaks = {"rlaif.jsonl": CHATS}, [(10_000, 30)]
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, ROOT / "scripts" / "get_data.py", "minimind-rlaif", "--out_dir", tmp_path]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, encoding="utf-8") as process:
+        while process.poll() is None and not any(part.stat().st_size for part in tmp_path.rglob("*.part")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143 and process.stderr.read() == "stopped by SIGTERM\n"
+    kept = part_size(tmp_path)
+    assert 0 < kept <= 10_000 and not list(tmp_path.glob("*.jsonl"))
+    subprocess.run(command, env=environment, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    assert (tmp_path / "minimind-rlaif.jsonl").read_bytes() == CHATS
+    assert hub.bodies() == [None, f"bytes={kept}-"]
 
 
 def test_a_mirror_gets_no_token(hub, get, monkeypatch):
