@@ -109,7 +109,9 @@ def read_parquet(file) -> Iterator[tuple[int, object]]:
         raise DataError(f"{file.name}: .parquet needs `pip install pyarrow`; or convert to .jsonl") from None
     row = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        # Unless told so, pyarrow holds a whole group of rows, and some files of many gigabytes are one group.
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+        for batch in table.iter_batches(batch_size=1024):
             for record in batch.to_pylist():
                 row += 1
                 yield row, without_nulls(json.loads(json.dumps(record, default=_as_json)))

@@ -268,6 +268,21 @@ def test_parquet(tmp_path):
             assert "\n" not in str(error)
 
 
+def test_memory_does_not_grow_with_a_table_of_one_group_of_rows(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    table = pyarrow.table({"text": [f"{i} " * 150 for i in range(20_000)]})  # about 17 MB
+    parquet.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    assert parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1
+    next(read_records(tmp_path / "a.parquet"))  # imports what it needs
+    tracemalloc.start()
+    assert sum(1 for _ in read_records(tmp_path / "a.parquet")) == 20_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "a.parquet").stat().st_size > 15e6 and peak < 8e6
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
     records = [{"text": f"{i} " * 1000} for i in range(4000)]  # about 20 MB
