@@ -205,21 +205,31 @@ class Engine:
         return news
 
     def _who_joins(self, lane: Lane) -> list[Row]:
-        """The rows that fit in. Each request in turn gives one, so a large one holds up nobody."""
-        joining = []
+        """The rows that fit in. Each request in turn gives its share, so a large one holds up nobody.
+
+        Rows that join together and have the same prompt share its way through the model.
+        """
+        free, joining = lane.batch.max_rows - len(lane.batch.rows), []
+        share = max(1, free // max(1, len(lane.waiting)))
         while lane.waiting:
-            request = lane.waiting[0]
-            while request.waiting and request.waiting[0] in request.cancelled:
-                request.waiting.popleft()
-            if request.waiting:
+            request, end = lane.waiting[0], len(joining) + share
+            is_full = False
+            while request.waiting and len(joining) < end and not is_full:
                 row = request.rows[request.waiting[0]]
-                if not lane.batch.fits([*joining, row]):
-                    break
-                lane.owner[row] = (request, request.waiting.popleft())
-                joining.append(row)
+                if request.waiting[0] in request.cancelled:
+                    request.waiting.popleft()
+                elif lane.batch.fits([*joining, row]):
+                    lane.owner[row] = (request, request.waiting.popleft())
+                    joining.append(row)
+                else:
+                    is_full = True
+            if is_full and len(joining) == end - share:
+                break  # the next time it is the first
             lane.waiting.popleft()
             if request.waiting:
                 lane.waiting.append(request)
+            if is_full:
+                break
         return joining
 
     def _note(self, lane: Lane, row: Row) -> Request:

@@ -141,8 +141,8 @@ def ask_completion(engine: Engine, body: CompletionRequest) -> Asked:
     if body.echo and body.logprobs is not None:
         num_echoed = num_prompt_tokens * (body.n or 1) * (1 + body.logprobs)
         if num_echoed > MAX_ECHOED:
-            raise Refused(f"echo with logprobs would give {num_echoed:,} log-probabilities of prompts; a request "
-                          f"may ask for {MAX_ECHOED:,}", "logprobs")
+            raise Refused(f"echo with logprobs would give {num_echoed:,} log-probabilities of prompts; a "
+                          f"request may ask for {MAX_ECHOED:,}", "logprobs")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     readers = [AnswerReader(chat_model.decode, {}, Reply(), stops) for _ in rows]
     return Asked(lane, rows, readers, num_prompt_tokens)
