@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,6 +60,7 @@ class Lane:
         self.max_length = min(chat_model.max_positions, max_tokens)  # of a prompt and its answer
         self.grammars = None  # made when they are first asked for
         self.waiting: deque[Request] = deque()
+        self.reading: tuple[list[Row], Iterator] | None = None  # whose prompts are on their way: Batch.read
         self.owner: dict[Row, tuple[Request, int]] = {}  # of each row: its request, and its number there
 
 
@@ -127,7 +128,7 @@ class Engine:
         return sum(len(request.waiting) for lane in self.lanes for request in lane.waiting)
 
     def num_running(self) -> int:
-        return sum(len(lane.batch.rows) for lane in self.lanes)
+        return sum(len(lane.owner) for lane in self.lanes)
 
     # --- the thread ---------------------------------------------------------------------------------------
 
@@ -189,20 +190,41 @@ class Engine:
                     self.metrics["cancelled"] += number in request.cancelled
             if is_over:
                 return news | self._fail(lane, "the server is shutting down")
-            joining = self._who_joins(lane)
-        if joining:
-            now = time.monotonic()
-            for row in lane.batch.add(joining):
-                request = lane.owner[row][0]
-                self.metrics["prompt_tokens"] += len(row.prompt)
-                self.metrics["first_tokens"] += 1
-                self.metrics["first_token_seconds"] += now - request.came
-                news.add(self._note(lane, row))
-            self.told_at = 0.0  # a first token is told at once
+            news |= self._stop_reading(lane)
+            if not lane.reading and (joining := self._who_joins(lane)):
+                lane.reading = joining, lane.batch.read(joining)
+        if lane.reading:
+            news |= self._read_on(lane)
         if lane.batch.rows:
             for row in lane.batch.step():
                 news.add(self._note(lane, row))
         return news
+
+    def _read_on(self, lane: Lane) -> set[Request]:
+        """Takes the next part of the prompts that are on their way. With the last part come first tokens."""
+        rows, parts = lane.reading
+        for _ in parts:
+            return set()
+        lane.reading, news, now = None, set(), time.monotonic()
+        for row in rows:
+            request = lane.owner[row][0]
+            self.metrics["prompt_tokens"] += len(row.prompt)
+            self.metrics["first_tokens"] += 1
+            self.metrics["first_token_seconds"] += now - request.came
+            news.add(self._note(lane, row))
+        self.told_at = 0.0  # a first token is told at once
+        return news
+
+    def _stop_reading(self, lane: Lane) -> set[Request]:
+        """Where nobody waits for any of the prompts that are on their way, they are dropped."""
+        owners = [lane.owner[row] for row in lane.reading[0]] if lane.reading else []
+        if not owners or any(number not in request.cancelled for request, number in owners):
+            return set()
+        rows, lane.reading = lane.reading[0], None
+        self.metrics["cancelled"] += len(rows)
+        for row in rows:
+            row.finish = "length"
+        return {self._note(lane, row) for row in rows}
 
     def _who_joins(self, lane: Lane) -> list[Row]:
         """The rows that fit in. Each request in turn gives its share, so a large one holds up nobody.
@@ -257,6 +279,7 @@ class Engine:
                 news.add(request)
             lane.owner.clear()
             lane.waiting.clear()
+            lane.reading = None
         self.told_at = 0.0
         return news
 

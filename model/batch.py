@@ -19,6 +19,7 @@ wherever they are copied to:
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -30,6 +31,7 @@ from model.transformer import CausalLM
 
 SMALLEST_LENGTH = 256  # tokens that a row of the cache has room for, at least
 PROMPT_TOKENS_AT_ONCE = 2048  # prompts that join together; more would let the others wait
+TOKENS_OF_A_PART = 512  # of prompts, that go through the model at once
 LOGPROB_ROWS = 256  # prompt tokens that go through the output head at once
 
 
@@ -130,13 +132,20 @@ class Batch:
         length = self._length_for(max(row.room for row in [*rows, *self.rows]))
         return len(self.rows) + len(rows) <= min(self.max_rows, self.max_tokens // length)
 
-    @torch.inference_mode()
     def add(self, rows: list[Row]) -> list[Row]:
         """Their prompts go through the model together, and each gets its first token. Returns the rows.
 
         Ask `fits` first. A row of a single token leaves again at once. A prompt that several rows share, one
         list, goes through the model once.
         """
+        for _ in self.read(rows):
+            pass
+        return rows
+
+    @torch.inference_mode()
+    def read(self, rows: list[Row]) -> Iterator[None]:
+        """The same as `add`, in parts: between two parts of a long prompt other rows may grow by `step`, or
+        leave. None may join meanwhile."""
         for row in rows:
             row.generator = torch.Generator(self.device)
             if row.seed is None:
@@ -154,9 +163,17 @@ class Batch:
         dtype = self.model.model.norm.weight.dtype
         own = KVCache(self.model.config, len(prompts), longest, self.device, dtype,
                       longest - lengths if is_padded else None)
-        self._use([row.adapter for row in prompts])
-        output = self.model(ids, cache=own)
-        self._read_prompts(prompts, output)
+        adapters, hidden = [row.adapter for row in prompts], []
+        width = max(1, TOKENS_OF_A_PART // len(prompts))
+        for part in ids.split(width, dim=1):
+            if own.length:
+                yield
+            self._use(adapters)  # the rows that have grown meanwhile may have used others
+            output = self.model(part, cache=own)
+            hidden.append(output.hidden)
+        if any(row.prompt_logprobs for row in prompts):
+            output.hidden = torch.cat(hidden, dim=1)
+            self._read_prompts(prompts, output)
         for row, place in zip(rows, places, strict=True):
             row.logprobs_of_prompt = prompts[place].logprobs_of_prompt
         output.hidden = output.hidden[places, -1:]
@@ -171,7 +188,6 @@ class Batch:
         self.next[first:first + len(rows)] = tokens
         self.rows += rows
         self._let_go()
-        return rows
 
     def remove(self, row: Row) -> None:
         """Takes a row out. The last row moves to its place."""

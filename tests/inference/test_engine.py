@@ -98,6 +98,20 @@ def test_who_leaves_frees_the_place(start):
     assert engine.num_running() == engine.num_waiting() == 0 and not engine.lanes[0].owner
 
 
+def test_who_leaves_while_the_prompt_is_read(start, monkeypatch):
+    monkeypatch.setattr("model.batch.TOKENS_OF_A_PART", 1)
+    engine = start(max_rows=2)
+    streaming = ask(engine, row(110))
+    streaming.event.wait(20)
+    leaving = ask(engine, row(5, prompt=[7] * 100))
+    while not engine.lanes[0].reading:
+        pass
+    engine.cancel(leaving)
+    wait(streaming)
+    wait(ask(engine, row(2)))
+    assert leaving.rows[0].tokens == [] and engine.num_running() == 0 and engine.metrics["cancelled"] == 1
+
+
 def test_one_row_of_a_request_is_cancelled_alone(start):
     engine = start()
     request = ask(engine, row(100), row(110))

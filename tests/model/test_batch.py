@@ -266,6 +266,29 @@ def test_a_constraint_that_fails_ends_the_row(adapters):
     assert (other.finish, len(other.tokens)) == ("length", 3)
 
 
+def test_a_long_prompt_is_read_in_parts_while_others_grow(adapters, monkeypatch):
+    monkeypatch.setattr("model.batch.TOKENS_OF_A_PART", 16)
+    rng = random.Random(5)
+    others = [some_row(rng) for _ in range(3)]
+    for row in others:
+        row.max_new_tokens, row.end_tokens = 60, ()
+    long = [Row([rng.randrange(VOCAB) for _ in range(length)], 10, seed=length, adapter="b", top_logprobs=1,
+                prompt_logprobs=length == 90) for length in (90, 70)]
+    batch, num_parts = batch_of(adapters), 0
+    batch.add(others)
+    for _ in batch.read(long):
+        num_parts += 1
+        batch.step()
+        if num_parts == 3:
+            batch.remove(others[1])
+    assert num_parts == 11  # 90 tokens of two prompts, 8 of each in a part
+    while batch.rows:
+        batch.step()
+    for row in (others[0], others[2], *long):
+        assert row.tokens == alone(adapters, row)
+    assert [choice.token for choice in long[0].logprobs_of_prompt] == long[0].prompt
+
+
 def test_no_new_token_at_all(adapters):
     row = Row([4, 5, 6], 0, top_logprobs=0, prompt_logprobs=True)
     batch = batch_of(adapters)
