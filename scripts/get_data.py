@@ -144,9 +144,6 @@ def check_disk(staging: Path, files: list[RemoteFile], kind: str) -> None:
                        "--out_dir")
 
 
-# --- what the host has --------------------------------------------------------------------------------------
-
-
 def from_hub(source: Source, endpoint: str, token: bool | None) -> tuple[str, str, list[RemoteFile]]:
     """(revision, licence, files) from a host that speaks the protocol of huggingface.co."""
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
@@ -208,10 +205,12 @@ def explained(host: str, repository: str):
     try:
         yield
         return
+    except OfflineModeIsEnabled:
+        reason = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, which forbids every connection: unset it"
     except HfHubHTTPError as error:
         status = error.response.status_code
         reason = f"{host} answers {status} when asked for {repository}: {ANSWERS.get(status, OTHER)}"
-    except (httpx.HTTPError, OfflineModeIsEnabled) as error:  # also a circle of redirects
+    except httpx.HTTPError as error:  # no connection, no answer in time, a circle of redirects
         reason = f"{host}: {one_line(error).rstrip('.')}: is this machine on the network? If so, {OTHER}"
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
