@@ -1,17 +1,20 @@
 """Runs the notebooks from the first cell to the last, and prints what each cell takes.
 
+Other users of the machine hardly change the CPU time, the last line. The wall clock stands in the lines above.
+
     python benchmarks/notebooks.py            # minutes
     python benchmarks/notebooks.py --short    # a few steps of each training, as the test suite runs them
     python benchmarks/notebooks.py --write    # puts the outputs of this run into the notebooks
 
-With nbclient and ipykernel installed (`pip install nbclient ipykernel`) the cells run in Jupyter's own kernel; otherwise they run
-one after the other in this process, without outputs to keep. The notebooks of all languages have the same
-code cells (tests/test_notebooks.py), so one run serves all of them.
+With nbclient and ipykernel installed (`pip install nbclient ipykernel`) the cells run in Jupyter's own
+kernel. Otherwise they run one after the other in this process, and their outputs are not kept. The notebooks
+of all languages have the same code cells (tests/test_notebooks.py), so one run serves all of them.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import re
 import sys
 import time
@@ -24,8 +27,8 @@ from common.errors import RunError, UsageError
 from common.files import write_whole
 
 NOTEBOOKS = [ROOT / "notebooks" / name for name in ("first_model.ipynb", "first_model_zh.ipynb")]
-SHORT = {"PRETRAIN_STEPS": 2, "SFT_STEPS": 2, "LORA_STEPS": 2, "CHATS_PER_FAMILY": 100,
-         "QUESTIONS_PER_FAMILY": 1}
+SHORT = {"PRETRAIN_STEPS": 2, "SFT_STEPS": 2, "LORA_STEPS": 2, "TEXTS": 500,
+         "CHATS_PER_FAMILY": 100, "QUESTIONS_PER_FAMILY": 1}
 
 
 def read(path: Path) -> dict:
@@ -37,10 +40,10 @@ def code_cells(notebook: dict) -> list[dict]:
 
 
 def source_of(cell: dict, settings: dict) -> str:
-    """The code of a cell. settings: {name: value} of constants that get another value than the notebook's."""
+    """The code of a cell. settings: {name: code} of constants that get another value than the notebook's."""
     source = "".join(cell["source"])
     for name, value in settings.items():
-        source = re.sub(rf"^{name} = [^#\n]*", lambda _, line=f"{name} = {value!r}": line, source, flags=re.M)
+        source = re.sub(rf"^{name} = [^#\n]*", lambda _, line=f"{name} = {value}": line, source, flags=re.M)
     return source
 
 
@@ -100,7 +103,8 @@ def main(args: argparse.Namespace) -> None:
     cells, settings = code_cells(read(NOTEBOOKS[0])), SHORT if args.short else {}
     in_jupyter = all(importlib.util.find_spec(name) for name in ("nbclient", "ipykernel"))
     if args.write and (args.short or not in_jupyter):
-        raise UsageError("--write keeps the outputs of a whole run, and needs `pip install nbclient ipykernel`")
+        raise UsageError("--write keeps the outputs of a whole run: pip install nbclient ipykernel, and no "
+                         "--short")
     if in_jupyter:
         seconds = run_in_jupyter(cells, settings)
     else:
@@ -111,6 +115,7 @@ def main(args: argparse.Namespace) -> None:
     for name, taken in seconds.items():
         print(f"{name:<20} {taken:7.1f} s")
     print(f"{'all cells':<20} {sum(seconds.values()):7.1f} s")
+    print(f"{'CPU time':<20} {sum(os.times()[:4]):7.1f} s")  # of this process and of the kernel, which has ended
     if args.write:
         write(cells)
 
