@@ -1,6 +1,7 @@
 """Runs the notebooks from the first cell to the last, and prints what each cell takes.
 
-Other users of the machine hardly change the CPU time, the last line. The wall clock stands in the lines above.
+The last line is the CPU time, which other users of the machine hardly change. The lines before it are the
+wall clock.
 
     python benchmarks/notebooks.py            # minutes
     python benchmarks/notebooks.py --short    # a few steps of each training, as the test suite runs them
@@ -115,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
     for name, taken in seconds.items():
         print(f"{name:<20} {taken:7.1f} s")
     print(f"{'all cells':<20} {sum(seconds.values()):7.1f} s")
-    print(f"{'CPU time':<20} {sum(os.times()[:4]):7.1f} s")  # of this process and of the kernel, which has ended
+    print(f"{'CPU time':<20} {sum(os.times()[:4]):7.1f} s")  # of this process, and of the kernel that has ended
     if args.write:
         write(cells)
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_architecture import core, sources
+from test_architecture import SPINE, sources
 
 from benchmarks.notebooks import NOTEBOOKS, code_cells, read, source_of
 
@@ -121,8 +121,9 @@ def test_the_file_is_tidy_and_its_outputs_are_those_of_a_clean_run(path):
 
 
 def test_repository_code_is_called_and_not_copied():
-    """No function of the notebook has the name of one of ours."""
-    ours = {node.name for path in core() for node in ast.parse(path.read_text(encoding="utf-8")).body
+    """No function of the notebook has the name of one of the spine."""
+    ours = {node.name for path in SPINE
+            for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body
             if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     code = "\n".join(source_of(cell, {}) for cell in code_cells(read(ENGLISH)))
     for node in ast.walk(ast.parse(code)):
