@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
     for name, taken in seconds.items():
         print(f"{name:<20} {taken:7.1f} s")
     print(f"{'all cells':<20} {sum(seconds.values()):7.1f} s")
-    print(f"{'CPU time':<20} {sum(os.times()[:4]):7.1f} s")  # of this process, and of the kernel that has ended
+    print(f"{'CPU time':<20} {sum(os.times()[:4]):7.1f} s")  # ours, and the kernel's, which has ended
     if args.write:
         write(cells)
 
