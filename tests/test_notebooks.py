@@ -92,7 +92,7 @@ def test_the_first_cell_fetches_the_repository_where_it_is_not_there(tmp_path):
         pytest.skip("not a git checkout")
     fetch = source_of(first, {"REPOSITORY": repr(ROOT.as_uri())})
     ended = run(fetch + "\nprint(Path.cwd().name, sys.path[0])", folder=tmp_path)
-    copy = f"seedling {tmp_path}/seedling"
+    copy = f"seedling {tmp_path / 'seedling'}"
     assert ended.stdout.splitlines() == ["Ready. Nothing had to be installed.", copy]
     assert (tmp_path / "seedling" / "model" / "transformer.py").is_file()
     again = run(fetch, folder=tmp_path)  # the copy of before is found
