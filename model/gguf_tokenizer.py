@@ -84,7 +84,7 @@ def rule_of(described: dict) -> str:
     steps = tuple(map(step_of, steps.get("pretokenizers", [steps])))
     names = [name for name, rule in RULES.items() if rule == steps]
     plain = model["type"] == "BPE" and not any(model.get(key) for key in (
-        "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
+        "dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
     normalizer = described["normalizer"]
     if not names or not plain or normalizer not in (None, {"type": "NFC"}):
         raise ModelError("a GGUF file can't say how this tokenizer splits text: llama.cpp has no rule for it "
@@ -105,6 +105,17 @@ def step_of(step: dict) -> str:
     if kind == "ByteLevel" and not step["add_prefix_space"]:
         return "gpt2 bytes" if step.get("use_regex", True) else "bytes"
     return f"unknown: {step}"
+
+
+def missing_bytes(tokenizer) -> list[int]:
+    """The bytes below 245 that no token stands for; above, UTF-8 has none. A tokenizer over bytes may lack
+    some that its texts never had."""
+    # A printable byte is spelled as its own character, and the others, in order, as those from 256 on.
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spelled = {byte: chr(byte) for byte in printed}
+    spelled |= dict(zip(sorted(set(range(256)) - set(printed)), map(chr, range(256, 324)), strict=True))
+    known = tokenizer.get_vocab()
+    return [byte for byte in range(245) if byte not in (192, 193) and spelled[byte] not in known]
 
 
 def portable_template(template: str) -> str:

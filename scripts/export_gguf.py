@@ -106,6 +106,8 @@ def make_plain(model, args) -> None:
 
 
 def say_what_is_lost(model, tokenizer) -> None:
+    from model.gguf_tokenizer import missing_bytes
+
     window = model.config.sliding_window
     if window is not None:
         print(f"llama.cpp has no sliding window for this architecture: the file asks for at most {window:,} "
@@ -113,6 +115,9 @@ def say_what_is_lost(model, tokenizer) -> None:
     if "NFC" in str(tokenizer.backend_tokenizer.normalizer):
         print("this tokenizer composes accents first (NFC), which llama.cpp does not: text in which they are "
               "separate characters gets other tokens there")
+    if missing := missing_bytes(tokenizer):
+        print(f"this tokenizer has no token for the bytes {', '.join(map(str, missing))}: llama.cpp leaves "
+              f"them out, where {tokenizer.unk_token or 'nothing'} stands here")
 
 
 # --- the Modelfile ------------------------------------------------------------------------------------------
@@ -152,7 +157,7 @@ def modelfile(args, model, tokenizer, out: Path, ends: list[int]) -> str:
 
 
 def pieces_of_template(tokenizer) -> tuple[dict, str, str] | None:
-    """({role: (text before, text after)}, text before an answer, the usual system message) of a chat template.
+    """({role: (text before, text after)}, text before an answer, usual system message) of a chat template.
 
     None where the template is more than that, which is tried out on conversations.
     """
@@ -196,7 +201,7 @@ def certify(args, written: list[Path]) -> None:
         command += ["--lora", *map(str, args.lora), "--weights", *map(str, args.weights)]
     sys.stdout.flush()
     if subprocess.run(command).returncode:
-        raise RunError("the file is written, but it is not certified: see above (--no-certify leaves this out)")
+        raise RunError("written, but not certified, for the reasons above (--no-certify leaves this out)")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -208,8 +213,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="how much of each adapter; needed where there are several (default: 1)")
     parser.add_argument("--adapter", action="store_true", help="write the one adapter alone, and no model")
     parser.add_argument("--type", choices=TYPES, nargs="+", metavar="TYPE",
-                        help=f"of the numbers: {', '.join(TYPES)}; several write several files (default: Q8_0, "
-                             "for an adapter F32)")
+                        help=f"of the numbers: {', '.join(TYPES)}; several write several files "
+                             "(default: Q8_0, for an adapter F32)")
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="the file (default: in the folder of what is exported, named like it)")
     parser.add_argument("--no-certify", dest="certify", action="store_false",
