@@ -1,9 +1,9 @@
 """Whether a model is the same everywhere: here, in transformers, as a GGUF file, behind a server.
 
-    python scripts/certify.py out/full_sft                                     # transformers reads the same
+    python scripts/certify.py out/full_sft                                # transformers reads the same
     python scripts/certify.py out/full_sft --gguf out/full_sft/full_sft-Q8_0.gguf
     python scripts/certify.py out/full_sft --lora out/my_lora --gguf merged.gguf adapter.gguf
-    python scripts/certify.py out/full_sft --url http://127.0.0.1:8000 --data_path my_chats.jsonl --json c.json
+    python scripts/certify.py out/full_sft --url http://127.0.0.1:8000 --data_path my_chats.jsonl
 
 The same prompts go through all of them: token ids, logits, greedy answers, and the loss on a file, side by
 side. A GGUF file is run by llama.cpp where the package llama-cpp-python is installed, and else by our own
@@ -19,8 +19,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,198 +28,41 @@ from common.cli import Parser, count, run_script
 from common.errors import ModelError, RunError
 from common.files import json_text, one_line, write_whole
 
-# Type of the numbers -> how far the largest logit, the loss (nats) and a tensor (share of its size) may be off.
-LIMITS = {"F32": (1e-3, 1e-4, 1e-6), "F16": (0.1, 0.005, 1e-3), "BF16": (1.0, 0.03, 8e-3),
-          "Q8_0": (2.0, 0.05, 0.02), "Q4_0": (8.0, 1.0, 0.2)}
-COARSE = (8.0, 1.0, 0.3)  # of all other types
-ROW = 3  # a row of a tensor may be off by so many times more than the whole tensor
-TEXTS = ["Once upon a time there was a fox who lived by the river.", "What is 27 + 15? 3.14, 1000000",
-         "从前有一只狐狸，住在河边。", "it's we'LL\t\ttabs  and\n\n\nlines \r\n", "e\u0301 é ½ 😀👍🏽 \u200b\u00a0|",
-         "<think>a</think> <tool_call>{}</tool_call> <|im_start|>user\nhi<|im_end|>", "x", " "]
-TALKS = [[{"role": "user", "content": "What sound does a frog make?"}],
-         [{"role": "user", "content": "你是谁？"}],
-         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi!"},
-          {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "What is 7 + 8?"}]]
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 COLUMNS = ("ids", "logits", "greedy", "loss", "rest")
-
-
-@dataclass
-class Row:
-    """What is found of one way to run the model. cells: {column: text}. off: what is wrong, one line each."""
-
-    name: str
-    cells: dict = field(default_factory=dict)
-    off: list = field(default_factory=list)
-    skipped: str = ""
-
-    def check(self, column: str, text: str, problem: str | None = None) -> None:
-        self.cells[column] = f"{self.cells[column]}; {text}" if column in self.cells else text
-        if problem:
-            self.off.append(problem)
-
-
-class Reference:
-    """Our model, with the adapter beside it and not merged, and what it says to all prompts."""
-
-    def __init__(self, args):
-        import torch
-
-        from model.adapters import Adapters
-        from model.generate import generate
-        from model.tokenizer_files import check_vocabulary, load_tokenizer
-        from model.weights import end_tokens, load_model
-
-        self.model, self.tokenizer = load_model(args.model), load_tokenizer(args.model)
-        check_vocabulary(self.tokenizer, self.model.config.vocab_size, args.model)
-        self.adapters = Adapters(self.model)
-        if args.lora:
-            names = [self.adapters.load(path, str(path)) for path in args.lora]
-            self.adapters.use(dict(zip(names, args.weights, strict=True)))
-        self.ends = end_tokens(self.model, self.tokenizer)
-        self.talks = [talk for talk in TALKS if self.can_write(talk)] if self.tokenizer.chat_template else []
-        self.prompts = [self.tokenizer(text)["input_ids"] for text in TEXTS]
-        self.prompts += [self.ids_of(self.written(talk, self.tokenizer)) for talk in self.talks]
-        self.prompts = [ids or self.ends[:1] for ids in self.prompts]
-        self.answers = []
-        for ids in self.prompts:
-            steps = generate(self.model, torch.tensor([ids]), max_new_tokens=args.max_new_tokens,
-                             temperature=0.0, eos_token_id=self.ends)
-            self.answers.append([step.item() for step in steps])
-        self.sequences = [ids + answer for ids, answer in zip(self.prompts, self.answers, strict=True)]
-        self.samples = samples_of(args, self)
-        with torch.no_grad():
-            self.logits = [forward_of(self.model)(ids) for ids in self.sequences]
-            self.loss = loss_of(forward_of(self.model), self.samples)
-
-    def ids_of(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    @staticmethod
-    def written(talk: list[dict], tokenizer) -> str:
-        return tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-
-    def can_write(self, talk: list[dict]) -> bool:
-        try:
-            return bool(self.written(talk, self.tokenizer))
-        except Exception:  # a template may refuse a system message
-            return False
-
-
-def forward_of(model) -> Callable:
-    """ids -> logits (T, V) in float32, of our model or of transformers'."""
-    import torch
-
-    return lambda ids: model(torch.tensor([ids])).logits[0].detach().float()
-
-
-def samples_of(args, reference: Reference) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels) of the first records of --data_path, as training would see them."""
-    from dataset.lm_dataset import PretrainDataset, SFTDataset
-    from dataset.records import read_records
-
-    samples = []
-    for path in args.data_path:
-        _, _, first = next(iter(read_records([path])))
-        kind = PretrainDataset if "text" in first else SFTDataset
-        with tempfile.TemporaryDirectory() as cache:
-            length = min(512, reference.model.config.max_position_embeddings)
-            dataset = kind(path, reference.tokenizer, length, cache_dir=Path(cache))
-            found = [dataset[i] for i in range(min(args.limit, len(dataset)))]
-            samples += [(ids.tolist(), labels.tolist()) for ids, labels in found]
-    return samples
-
-
-def loss_of(forward: Callable, samples: list) -> float | None:
-    """The mean of -log p(label), in nats; None without samples."""
-    import torch
-
-    losses = []
-    for ids, labels in samples:
-        targets = torch.tensor(labels[1:])
-        losses.append(torch.nn.functional.cross_entropy(forward(ids)[:-1], targets, ignore_index=-100,
-                                                        reduction="none")[targets != -100])
-    return torch.cat(losses).double().mean().item() if losses else None
-
 
 # --- one way to run it --------------------------------------------------------------------------------------
 
 
-def compare_numbers(row: Row, forward: Callable, kind: str, reference: Reference) -> None:
-    """Logits, greedy answers and loss of `forward`, beside the reference's.
+def merged_row(args, reference):
+    from inference.certificate import Row, compare_numbers, forward_of
 
-    An answer is greedy where each of its tokens is the likeliest after the tokens before it. So one forward
-    pass over prompt and answer shows where another runtime would leave ours. It may, where two tokens are
-    nearly as likely as each other.
-    """
-    limit, loss_limit, _ = LIMITS.get(kind, COARSE)
-    farthest, equal, ties = 0.0, 0, 0
-    for ids, answer, expected in zip(reference.prompts, reference.answers, reference.logits, strict=True):
-        logits = forward(ids + answer)
-        if logits.shape != expected.shape:
-            row.check("logits", "none", f"logits of shape {list(logits.shape)}, not {list(expected.shape)}")
-            return
-        farthest = max(farthest, (logits - expected).abs().max().item())
-        picks = logits[len(ids) - 1 : -1].argmax(dim=-1).tolist()
-        leaves = [place for place, (pick, token) in enumerate(zip(picks, answer, strict=True)) if pick != token]
-        if not leaves:
-            equal += 1
-            continue
-        here = expected[len(ids) - 1 + leaves[0]]
-        gap = (here.max() - here[picks[leaves[0]]]).item()
-        ties += gap <= 2 * limit
-        if gap > 2 * limit:
-            words = [reference.tokenizer.decode([token]) for token in (answer[leaves[0]], picks[leaves[0]])]
-            row.off.append(f"greedy answer {reference.prompts.index(ids)}: {words[1]!r} and not {words[0]!r} at "
-                           f"token {leaves[0]}, though that is {gap:.3g} less likely (logits)")
-    number = len(reference.prompts)
-    row.check("greedy", f"{equal}/{number}" + (f", {ties} ties" if ties else ""))
-    row.check("logits", f"{farthest:.1e}", None if farthest <= limit else
-              f"logits differ by up to {farthest:.3g}; {kind} may differ by {limit:g}")
-    if reference.samples:
-        difference = loss_of(forward, reference.samples) - reference.loss
-        row.check("loss", f"{difference:+.1e}", None if abs(difference) <= loss_limit else
-                  f"the loss differs by {difference:+.3g}; {kind} may differ by {loss_limit:g}")
-
-
-def compare_tokens(row: Row, encode: Callable, reference: Reference, write: Callable | None) -> None:
-    """encode(text, is_chat) -> ids. write(talk) -> the text of a prompt; None where a runtime writes none."""
-    equal = 0
-    for text, ids in zip(TEXTS, reference.prompts, strict=False):
-        theirs = encode(text, False) or reference.ends[:1]
-        equal += theirs == ids
-        if theirs != ids:
-            row.off.append(f"other tokens: {text!r} is {theirs[:12]} and not {ids[:12]}")
-    for talk, ids in zip(reference.talks, reference.prompts[len(TEXTS):], strict=True):
-        text = write(talk) if write else reference.written(talk, reference.tokenizer)
-        if (expected := reference.written(talk, reference.tokenizer)) != text:
-            row.off.append(f"another chat template: {text!r} and not {expected!r}")
-        theirs = encode(expected, True)
-        equal += theirs == ids
-        if theirs != ids:
-            row.off.append(f"other tokens: the chat {expected!r} is {theirs[:12]} and not {ids[:12]}")
-    row.check("ids", f"{equal}/{len(reference.prompts)}")
-
-
-def merged_row(args, reference: Reference) -> Row:
     row = Row("ours, adapter merged")
     compare_numbers(row, forward_of(merged_model(args, reference)), "F32", reference)
     return row
 
 
-def merged_model(args, reference: Reference):
+def merged_model(args, reference):
     """A copy of the model with the adapter in its weights."""
     import copy
+
+    import torch
 
     from model.lora import merge_lora
 
     model = copy.deepcopy(reference.model)
+    if model.config.tie_word_embeddings and hasattr(model.lm_head, "lora"):  # head and embedding part here
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     if args.lora:
         merge_lora(model)
     return model
 
 
-def transformers_row(args, reference: Reference) -> Row:
+def transformers_row(args, reference):
     """transformers reads the folder, and PEFT the adapter."""
+    from inference.certificate import Row, compare_numbers, compare_tokens, encoder_of, forward_of
+
     row = Row("transformers" + (" and PEFT" if args.lora else ""))
     if not args.model.is_dir():
         row.skipped = "it reads folders"
@@ -232,15 +74,16 @@ def transformers_row(args, reference: Reference) -> Row:
         return row
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(str(args.model), dtype=torch.float32, local_files_only=True)
     if args.lora:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(args.lora[0]), local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(str(args.model), local_files_only=True)
-    compare_tokens(row, lambda text, is_chat: tokenizer(text, add_special_tokens=not is_chat)["input_ids"],
-                   reference, lambda talk: reference.written(talk, tokenizer))
+    compare_tokens(row, encoder_of(tokenizer), reference, lambda talk: reference.written(talk, tokenizer))
     compare_numbers(row, forward_of(model.eval()), "F32", reference)
     return row
 
@@ -248,8 +91,8 @@ def transformers_row(args, reference: Reference) -> Row:
 # --- a GGUF file --------------------------------------------------------------------------------------------
 
 
-def gguf_row(args, path: Path, reference: Reference) -> Row:
-    from model.gguf import read_model
+def gguf_row(args, path: Path, reference):
+    from inference.certificate import Row, compare_numbers, compare_tokens, encoder_of, forward_of
     from model.gguf_file import read_gguf
     from model.gguf_tokenizer import read_tokenizer
     from model.weights import load_model
@@ -260,15 +103,14 @@ def gguf_row(args, path: Path, reference: Reference) -> Row:
     if fields.get("general.type") == "adapter":
         return adapter_row(args, row, path, reference, has_llama)
     kind = kind_of(row, fields, tensors)
-    config, _, readers, generation = read_model(path)
-    compare_config(row, config, reference.model.config)
     model = load_model(path)
+    compare_config(row, model.config, reference.model.config)
     if not row.off:
         compare_tensors(row, model, merged_model(args, reference), tensors)
-    missing = [end for end in reference.ends if end not in generation["eos_token_id"]]
-    if missing:
+    ends = model.generation_config["eos_token_id"]
+    if missing := [end for end in reference.ends if end not in ends]:
         names = ", ".join(reference.tokenizer.convert_ids_to_tokens(missing))
-        row.check("rest", "ends", f"missing end token: {names}; the file has {generation['eos_token_id']}")
+        row.check("rest", "ends", f"missing end token: {names}; the file has {ends}")
     tokenizer = read_tokenizer(path)
     if (theirs := tokenizer.get_vocab()) != (ours := reference.tokenizer.get_vocab()):
         token = min(ours.items() ^ theirs.items(), key=lambda item: item[1])
@@ -278,28 +120,25 @@ def gguf_row(args, path: Path, reference: Reference) -> Row:
         llama = LlamaCpp(path, reference)
         encode, forward = llama.encode, llama.forward
     else:
-        encode, forward = lambda text, is_chat: tokenizer(text, add_special_tokens=not is_chat)["input_ids"], \
-            forward_of(model)
+        encode, forward = encoder_of(tokenizer), forward_of(model)
     template = (lambda talk: reference.written(talk, tokenizer)) if tokenizer.chat_template else None
     if template is None and reference.talks:
         row.check("rest", "template", "another chat template: the file has none")
     compare_tokens(row, encode, reference, template)
     compare_numbers(row, forward, kind, reference)
-    row.check("rest", f"{len(readers)} tensors, {kind}")
+    row.check("rest", f"{len(tensors)} tensors, {kind}")
     return row
 
 
-def adapter_row(args, row: Row, path: Path, reference: Reference, has_llama: bool) -> Row:
+def adapter_row(args, row, path: Path, reference, has_llama: bool):
     """An adapter alone, over our base, or over our base as a GGUF file in llama.cpp."""
+    from inference.certificate import COARSE, LIMITS, compare_numbers, forward_of
     from model.gguf import write_model
     from model.gguf_file import read_gguf
     from model.lora import adapted_layers, load_lora
     from model.weights import load_model
 
-    kinds = {tensor.kind for tensor in read_gguf(path)[1].values()}
-    kind = max(kinds, key=lambda kind: LIMITS.get(kind, COARSE))
-    base = load_model(args.model)
-    has_llama = has_llama and not args.model.is_file()
+    kind, base = coarsest(read_gguf(path)[1]), load_model(args.model)
     if has_llama:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "base.gguf"
@@ -311,11 +150,14 @@ def adapter_row(args, row: Row, path: Path, reference: Reference, has_llama: boo
     ours = {name: update_of(layer) for name, layer in adapted_layers(reference.model, required=False).items()}
     theirs = {name: update_of(layer) for name, layer in adapted_layers(base).items()}
     if ours.keys() != theirs.keys():
-        row.check("rest", "layers", f"other layers: {min(ours.keys() ^ theirs.keys())} is in one adapter alone")
+        layer = min(ours.keys() ^ theirs.keys())
+        row.check("rest", "layers", f"other layers: {layer} is in one adapter alone")
         return row
     compare_scale(row, [(ours[name], theirs[name]) for name in ours], kind)
+    wrong = {}
     for name, update in ours.items():
-        compare_matrix(row, name, theirs[name], update, 2 * LIMITS.get(kind, COARSE)[2])
+        wrong |= compare_matrix(name, theirs[name], update, 2 * LIMITS.get(kind, COARSE)[2])
+    name_wrong(row, wrong)
     row.check("rest", f"{len(ours)} layers, {kind}")
     return row
 
@@ -325,7 +167,7 @@ def update_of(layer):
     return (layer.lora.scaling * b @ a).detach()
 
 
-def kind_of(row: Row, fields: dict, tensors: dict) -> str:
+def kind_of(row, fields: dict, tensors: dict) -> str:
     """The type that a file says it is of, which most of its matrices must have."""
     from model.gguf import FILE_TYPES
 
@@ -337,7 +179,7 @@ def kind_of(row: Row, fields: dict, tensors: dict) -> str:
     return said or most
 
 
-def compare_config(row: Row, theirs, ours) -> None:
+def compare_config(row, theirs, ours) -> None:
     """Names each setting that differs, of those that change what a model computes."""
     theirs, ours = asdict(theirs), asdict(ours)
     for name, value in ours.items():
@@ -350,54 +192,69 @@ def compare_config(row: Row, theirs, ours) -> None:
             row.check("rest", name, f"another {name}: {theirs[name]} and not {value}")
 
 
-def compare_tensors(row: Row, model, merged, tensors: dict) -> None:
+def compare_tensors(row, model, merged, tensors: dict) -> None:
     """The numbers of a file beside ours, tensor by tensor and row by row."""
+    from inference.certificate import COARSE, LIMITS
     from model.gguf import gguf_name
     from model.lora import adapted_layers
 
     theirs, ours = model.state_dict(), dict(merged.named_parameters(remove_duplicate=False))
     adapted = adapted_layers(merged, required=False)
     compare_scale(row, [(layer.weight.detach() - layer.lora.original, theirs[f"{name}.weight"]
-                         - layer.lora.original) for name, layer in adapted.items()], kind_in(tensors))
+                         - layer.lora.original) for name, layer in adapted.items()], coarsest(tensors))
+    wrong = {}
     for name in theirs:
         stored = tensors.get(gguf_name(name)) or tensors["token_embd.weight"]
         limit = LIMITS.get(stored.kind, COARSE)[2]
-        compare_matrix(row, name, theirs[name], ours[name].detach(), limit)
+        wrong |= compare_matrix(name, theirs[name], ours[name].detach(), limit)
+    name_wrong(row, wrong)
 
 
-def kind_in(tensors: dict) -> str:
+def coarsest(tensors: dict) -> str:
+    from inference.certificate import COARSE, LIMITS
+
     return max({tensor.kind for tensor in tensors.values()}, key=lambda kind: LIMITS.get(kind, COARSE))
 
 
-def compare_scale(row: Row, updates: list[tuple], kind: str) -> None:
+def compare_scale(row, updates: list[tuple], kind: str) -> None:
     """updates: (ours, theirs) of each adapted layer. Their size shows whether alpha is the same."""
     size = sum(ours.square().sum().item() for ours, _ in updates)
     if size:
         scale = sum((ours * theirs).sum().item() for ours, theirs in updates) / size
         if abs(scale - 1) > (0.02 if kind in ("F32", "F16", "BF16", "Q8_0") else 0.1):
-            row.check("rest", "alpha", f"wrong alpha, or another adapter: what the adapter adds is {scale:.3g} "
-                      "times as large as it should be")
+            row.check("rest", "alpha", "wrong alpha, or another adapter: what the adapter adds is "
+                      f"{scale:.3g} times as large as it should be")
 
 
-def compare_matrix(row: Row, name: str, theirs, ours, limit: float) -> None:
+def compare_matrix(name: str, theirs, ours, limit: float) -> dict[str, str]:
+    """{name: what is wrong} with a tensor or the update of a layer; empty where nothing is."""
+    from inference.certificate import ROW
+
     if theirs.shape != ours.shape:
-        row.check("rest", "shape", f"{name} is {list(theirs.shape)}, not {list(ours.shape)}")
-        return
+        return {name: f"is {list(theirs.shape)}, not {list(ours.shape)}"}
     theirs, ours = theirs.reshape(-1, theirs.shape[-1]), ours.reshape(-1, ours.shape[-1])
     sizes = ours.norm(dim=1)
     error = (theirs - ours).norm(dim=1) / sizes.clamp(min=0.05 * sizes.mean().item() + 1e-30)
     rows = (error > ROW * limit).nonzero().flatten().tolist()
     whole = ((theirs - ours).norm() / ours.norm().clamp(min=1e-30)).item()
-    if rows or whole > limit:
-        where = f" in row {', '.join(map(str, rows[:4]))}" if 0 < len(rows) < len(ours) else ""
-        where += f" and {len(rows) - 4} more" if where and len(rows) > 4 else ""
-        row.check("rest", "tensors", f"{name} differs{where}: by {whole:.2%} of its size")
+    if not rows and whole <= limit:
+        return {}
+    where = f" in rows {', '.join(map(str, rows[:4]))}" if 0 < len(rows) < len(ours) else ""
+    where += f" and {len(rows) - 4} more" if where and len(rows) > 4 else ""
+    return {name: f"differs{where}, by {whole:.2%} of its size"}
+
+
+def name_wrong(row, wrong: dict[str, str]) -> None:
+    if wrong:
+        shown = [f"{name} {what}" for name, what in wrong.items()][:3]
+        shown += [f"and {len(wrong) - 3} more"] if len(wrong) > 3 else []
+        row.check("rest", f"{len(wrong)} tensors differ", f"other numbers: {'; '.join(shown)}")
 
 
 class LlamaCpp:
     """A GGUF file in llama.cpp, with keys and values in float32: its default, float16, would cost 0.01."""
 
-    def __init__(self, path: Path, reference: Reference, adapter: Path | None = None):
+    def __init__(self, path: Path, reference, adapter: Path | None = None):
         import llama_cpp
         import torch
 
@@ -443,7 +300,8 @@ class Server:
             with urllib.request.urlopen(request, timeout=300) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
-            raise ModelError(f"{path}: {error.code} {one_line(error.read().decode('utf-8', 'replace'))}") from None
+            said = one_line(error.read().decode("utf-8", "replace"))
+            raise ModelError(f"{path}: {error.code} {said}") from None
 
     def logprobs(self, prompt: str | list[int]) -> list[float]:
         """log p of each token of a prompt but the first, which has none, and of one token after it."""
@@ -452,8 +310,10 @@ class Server:
         return found["token_logprobs"][1:]
 
 
-def server_row(args, reference: Reference) -> Row:
+def server_row(args, reference):
     import torch
+
+    from inference.certificate import LIMITS, TEXTS, Row, first_difference
 
     server = Server(args)
     row = Row(f"{args.url}, {server.name}")
@@ -484,7 +344,7 @@ def server_row(args, reference: Reference) -> Row:
             equal += 1
             continue
         picked = reference.ids_of(said) + reference.ends[:1]
-        leaves = next((i for i, (a, b) in enumerate(zip(answer, picked, strict=False)) if a != b), None)
+        leaves = first_difference(answer, picked)
         gap = float("inf")
         if leaves is not None:
             here = logits[len(ids) - 1 + leaves]
@@ -513,7 +373,10 @@ def server_row(args, reference: Reference) -> Row:
 def main(args):
     import torch
 
-    reference = Reference(args)
+    from inference.certificate import LIMITS, Reference, Row
+
+    reference = Reference(args.model, dict(zip(args.lora, args.weights, strict=True)), args.data_path,
+                          args.limit, args.max_new_tokens)
     ways = [(f"{path}", lambda path=path: gguf_row(args, path, reference)) for path in args.gguf]
     ways.insert(0, ("transformers", lambda: transformers_row(args, reference)))
     if args.lora:
@@ -538,12 +401,13 @@ def main(args):
         raise RunError(f"not the same: {', '.join(row.name for row in rows if row.off)}")
 
 
-def say(args, reference: Reference, rows: list[Row]) -> None:
+def say(args, reference, rows: list) -> None:
     """The table, and below it what is wrong."""
     what = f"{args.model}" + (f" with {', '.join(map(str, args.lora))}" if args.lora else "")
-    loss = "" if reference.loss is None else f", loss {reference.loss:.4f} on {len(reference.samples)} records"
+    loss = f", loss {reference.loss:.4f} on {len(reference.samples)} records" if reference.samples else ""
     print(f"{what}: {len(reference.prompts)} prompts{loss}; beside our model in float32:")
-    lines = [("", *COLUMNS), *((row.name, *(row.cells.get(column, "-") for column in COLUMNS)) for row in rows)]
+    lines = [(row.name, *(row.cells.get(column, "-") for column in COLUMNS)) for row in rows]
+    lines.insert(0, ("", *COLUMNS))
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for row, cells in zip([None, *rows], lines, strict=True):
         end = f"  not compared: {row.skipped}" if row and row.skipped else "  OFF" if row and row.off else ""
@@ -566,7 +430,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="GGUF files that should be the same: models (with --lora: merged), or adapters")
     parser.add_argument("--url", metavar="URL", help="a server that speaks OpenAI's API")
     parser.add_argument("--served", metavar="NAME", help="the model's name there (default: its folder's)")
-    parser.add_argument("--url_type", choices=LIMITS, default="F32", help="what the server computes in")
+    parser.add_argument("--url_type", choices=TYPES, default="F32", help="what the server computes in")
     parser.add_argument("--api_key", metavar="KEY", help="of the server")
     parser.add_argument("--data_path", type=Path, nargs="+", default=[], metavar="FILE",
                         help="chats or texts, for the loss")
