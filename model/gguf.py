@@ -312,10 +312,10 @@ def config_of(fields: dict, tensors: dict) -> ModelConfig:
         raise ModelError(f"this GGUF file is no model but of the kind {str(fields['general.type'])[:50]!r}")
     if arch not in ARCHITECTURES:
         raise ModelError(f"can't read architecture {str(arch)[:50]}, only {', '.join(ARCHITECTURES)}")
-    for key in ("expert_count", "attention.clamp_kqv", "attention.causal", "logit_scale", "embedding_scale"):
-        if fields.get(f"{arch}.{key}") not in (None, 0) and not (key, fields[f"{arch}.{key}"]) == (
-                "attention.causal", True):
-            raise ModelError(f"{arch}.{key} is set, which this model has not")
+    for key, harmless in (("expert_count", 0), ("attention.clamp_kqv", 0), ("attention.causal", True),
+                          ("logit_scale", 0), ("embedding_scale", 0)):
+        if fields.get(f"{arch}.{key}", harmless) != harmless:
+            raise ModelError(f"{arch}.{key} is {str(fields[f'{arch}.{key}'])[:50]}: not supported")
 
     def of(key: str, default=None) -> int:
         return number(fields, f"{arch}.{key}", int, default)
