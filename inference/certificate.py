@@ -40,10 +40,19 @@ class Row:
     off: list = field(default_factory=list)
     skipped: str = ""
 
-    def check(self, column: str, text: str, problem: str | None = None) -> None:
+    def check(self, column: str, text: str, problem: str | list | None = None) -> None:
         self.cells[column] = f"{self.cells[column]}; {text}" if column in self.cells else text
         if problem:
             self.off.append(problem)
+
+
+    def check_greedy(self, equal: int, number: int, ties: int, others: list[str]) -> None:
+        self.check("greedy", f"{equal}/{number}" + (f", {ties} ties" if ties else ""), others and
+                   f"{len(others)} of {number} greedy answers are others; the first has {others[0]}")
+
+    def check_tokens(self, equal: int, number: int, others: list[str]) -> None:
+        self.check("ids", f"{equal}/{number}", others and
+                   f"other tokens for {len(others)} of {number} texts; the first: {others[0]}")
 
 
 class Reference:
@@ -132,7 +141,7 @@ def compare_numbers(row: Row, forward: Callable, kind: str, reference: Reference
     nearly as likely as each other.
     """
     limit, loss_limit, _ = LIMITS.get(kind, COARSE)
-    farthest, equal, ties = 0.0, 0, 0
+    farthest, equal, ties, others = 0.0, 0, 0, []
     for ids, answer, expected in zip(reference.prompts, reference.answers, reference.logits, strict=True):
         logits = forward(ids + answer)
         if logits.shape != expected.shape:
@@ -149,10 +158,8 @@ def compare_numbers(row: Row, forward: Callable, kind: str, reference: Reference
         ties += gap <= 2 * limit
         if gap > 2 * limit:
             ours, theirs = (reference.tokenizer.decode([token]) for token in (answer[leaves], picks[leaves]))
-            row.off.append(f"greedy answer {reference.prompts.index(ids)}: {theirs!r} and not {ours!r} at "
-                           f"token {leaves}, though its logit is lower by {gap:.3g}")
-    number = len(reference.prompts)
-    row.check("greedy", f"{equal}/{number}" + (f", {ties} ties" if ties else ""))
+            others.append(f"{theirs!r} and not {ours!r} at token {leaves}, its logit lower by {gap:.3g}")
+    row.check_greedy(equal, len(reference.prompts), ties, others)
     row.check("logits", f"{farthest:.1e}", None if farthest <= limit else
               f"logits differ by up to {farthest:.3g}; {kind} may differ by {limit:g}")
     if reference.samples:
@@ -167,18 +174,18 @@ def first_difference(some: list, others: list) -> int | None:
 
 def compare_tokens(row: Row, encode: Callable, reference: Reference, write: Callable | None) -> None:
     """encode(text, is_chat) -> ids. write(talk) -> the text of a prompt; None where a runtime writes none."""
-    equal = 0
-    for text, ids in zip(TEXTS, reference.prompts, strict=False):
-        theirs = encode(text, False) or reference.ends[:1]
+    equal, others, templates = 0, [], []
+    texts = [(text, False) for text in TEXTS]
+    for talk in reference.talks:
+        expected = reference.written(talk, reference.tokenizer)
+        if write and (text := write(talk)) != expected:
+            templates.append(f"{text!r} and not {expected!r}")
+        texts.append((expected, True))
+    for (text, is_chat), ids in zip(texts, reference.prompts, strict=True):
+        theirs = encode(text, is_chat) or reference.ends[:1]
         equal += theirs == ids
         if theirs != ids:
-            row.off.append(f"other tokens: {text!r} is {theirs[:12]} and not {ids[:12]}")
-    for talk, ids in zip(reference.talks, reference.prompts[len(TEXTS):], strict=True):
-        text = write(talk) if write else reference.written(talk, reference.tokenizer)
-        if (expected := reference.written(talk, reference.tokenizer)) != text:
-            row.off.append(f"another chat template: {text!r} and not {expected!r}")
-        theirs = encode(expected, True)
-        equal += theirs == ids
-        if theirs != ids:
-            row.off.append(f"other tokens: the chat {expected!r} is {theirs[:12]} and not {ids[:12]}")
-    row.check("ids", f"{equal}/{len(reference.prompts)}")
+            others.append(f"{text!r} is {theirs[:12]} and not {ids[:12]}")
+    row.check_tokens(equal, len(texts), others)
+    if templates:
+        row.check("rest", "template", f"another chat template: {templates[0]}")

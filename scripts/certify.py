@@ -318,16 +318,16 @@ def server_row(args, reference):
     server = Server(args)
     row = Row(f"{args.url}, {server.name}")
     limit, loss_limit, _ = LIMITS[args.url_type]
-    decode, equal, ties, asked, same, farthest = reference.tokenizer.decode, 0, 0, 0, 0, 0.0
+    decode, equal, ties, asked, farthest = reference.tokenizer.decode, 0, 0, 0, 0.0
+    other_tokens, other_answers = [], []
     texts = [text for text in TEXTS if "<" not in text]  # a server may protect control tokens in a text
     for prompt in [*texts, *reference.talks]:
         place = TEXTS.index(prompt) if isinstance(prompt, str) else len(TEXTS) + reference.talks.index(prompt)
         ids, answer, logits = reference.prompts[place], reference.answers[place], reference.logits[place]
         theirs = server.logprobs(prompt if isinstance(prompt, str) else ids)[:-1]
         ours = logits[: len(ids) - 1].log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
-        same += len(theirs) == len(ours)
         if len(theirs) != len(ours):
-            row.off.append(f"other tokens: {prompt!r} has {len(theirs) + 1} and not {len(ids)}")
+            other_tokens.append(f"{prompt!r} has {len(theirs) + 1} and not {len(ids)}")
             continue
         farthest = max([farthest, *(abs(a - b) for a, b in zip(theirs, ours, strict=True))])
         expected = decode(answer, skip_special_tokens=True)
@@ -351,9 +351,10 @@ def server_row(args, reference):
             gap = (here.max() - here[picked[leaves]]).item()
         ties += gap <= 2 * limit
         if gap > 2 * limit:
-            row.off.append(f"greedy answer to {prompt!r}: {said!r} and not {expected!r}")
-    row.check("ids", f"{same}/{len(texts) + len(reference.talks)}")
-    row.check("greedy", f"{equal}/{asked}" + (f", {ties} ties" if ties else ""))
+            other_answers.append(f"{said!r} and not {expected!r} after {prompt!r}")
+    number = len(texts) + len(reference.talks)
+    row.check_tokens(number - len(other_tokens), number, other_tokens)
+    row.check_greedy(equal, asked, ties, other_answers)
     row.check("logits", f"{farthest:.1e}", None if farthest <= limit else
               f"log-probabilities differ by up to {farthest:.3g}; {args.url_type} may differ by {limit:g}")
     losses = []
@@ -413,10 +414,8 @@ def say(args, reference, rows: list) -> None:
         end = f"  not compared: {row.skipped}" if row and row.skipped else "  OFF" if row and row.off else ""
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() + end)
     for row in rows:
-        for problem in row.off[:8]:
+        for problem in row.off:
             print(f"off: {row.name}: {problem}")
-        if len(row.off) > 8:
-            print(f"off: {row.name}: and {len(row.off) - 8} more")
     sys.stdout.flush()
 
 

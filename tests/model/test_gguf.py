@@ -24,14 +24,15 @@ from model.weights import load_model, load_tokenizer, save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = dict(vocab_size=6400, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, intermediate_size=96, max_position_embeddings=64, initializer_range=0.1, rope_theta=1e4)
+             num_key_value_heads=2, intermediate_size=96, max_position_embeddings=64,
+             initializer_range=0.1, rope_theta=1e4)
 FAMILIES = {"llama": {}, "qwen2": {"attention_bias": True}, "qwen3": {"qk_norm": True, "head_dim": 32}}
 SCALINGS = [{"rope_type": "linear", "factor": 4.0},
             {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
              "original_max_position_embeddings": 32},
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}]
-TEXTS = ["Hello, world! it's 12345", "你好，世界。", "<think>x</think><|im_end|>\n\n  a\t", "e\u0301 é 😀\r\n",
-         " "]
+TEXTS = ["Hello, world! it's 12345", "你好，世界。", "<think>x</think><|im_end|>\n\n  a\t",
+         "e\u0301 é 😀\r\n", " "]
 IDS = torch.randint(0, 6400, (1, 12), generator=torch.Generator().manual_seed(0))
 
 
