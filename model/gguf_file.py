@@ -134,7 +134,7 @@ class Head:
 
     def count(self, least: int) -> int:
         """How many things follow, each of `least` bytes or more."""
-        number = self.scalar("<u8")
+        number = int.from_bytes(self.take(8), "little")
         if number * least > len(self.data) - self.at:
             raise ModelError(f"cut off, or damaged: {number:,} entries from byte {self.at:,} on, of "
                              f"{len(self.data):,}")
