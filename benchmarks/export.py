@@ -42,8 +42,9 @@ runpy.run_path(script, run_name="__main__")
 """
 PIECES = ["<think>", "</think>", "<|im_end|>", "<|endoftext|>", "<|im_start|>user\n", "<tool_call>", "<|",
           "|>", "\u0301", "\u200d", "\ufeff", "\u00a0", "\u3000", "\r", "\n", "\t", "\x00", "\x1b", "\x7f",
-          "'s", "'LL", "'ſ", "İ", "ß", "١٢٣", "一二", "½", "²", "😀", "👩‍👩‍👧", "\U0001f1e9\U0001f1ea", "e\u0301",
-          "한국어", "ไทย", "\u202e", "\ue000", "\U0010ffff", "!!!", "   ", "a" * 200, "123456789", "_x", "ǅ", "\u2028", "\x85"]
+          "'s", "'LL", "'ſ", "İ", "ß", "١٢٣", "一二", "½", "²", "😀", "👩‍👩‍👧", "\U0001f1e9\U0001f1ea",
+          "e\u0301", "한국어", "ไทย", "\u202e", "\ue000", "\U0010ffff", "!!!", "   ", "a" * 200,
+          "123456789", "_x", "ǅ", "\u2028", "\x85"]
 
 
 # --- bytes --------------------------------------------------------------------------------------------------
@@ -255,12 +256,12 @@ def main(args):
         raise UsageError(f"--llama_cpp {args.llama_cpp}: there is no convert_hf_to_gguf.py in it")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, compare in (("tokens", compare_tokens), ("bytes", compare_bytes), ("answers", compare_answers)):
-            if name in args.only:
-                found[name] = compare(args, Path(folder))
-                print(f"\n{name}\n", flush=True)
-                rows = found[name] if isinstance(found[name], list) else [found[name]]
-                print(markdown(rows), flush=True)
+        for name in args.only:
+            compare = {"tokens": compare_tokens, "bytes": compare_bytes, "answers": compare_answers}[name]
+            found[name] = compare(args, Path(folder))
+            print(f"\n{name}\n", flush=True)
+            rows = found[name] if isinstance(found[name], list) else [found[name]]
+            print(markdown(rows), flush=True)
     if args.json:
         write_whole(args.json, json_text(found))
 
@@ -268,14 +269,15 @@ def main(args):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     world = ROOT / "out" / "quickstart" / "world"
     parser = Parser(description=__doc__)
-    parser.add_argument("--llama_cpp", type=Path, required=True, metavar="DIR", help="its source, with the converter")
+    parser.add_argument("--llama_cpp", type=Path, required=True, metavar="DIR", help="its source")
     parser.add_argument("--model", type=Path, default=ROOT / "out" / "quickstart" / "full_sft", metavar="DIR")
     parser.add_argument("--lora", type=Path, nargs="*", default=[
         ROOT / "out" / "quickstart" / name for name in ("lora_identity", "lora_clinic")], metavar="DIR")
     parser.add_argument("--chats", type=Path, default=world / "sft_eval.jsonl", metavar="FILE")
     parser.add_argument("--limit", type=count, default=200, metavar="N", help="chats")
     parser.add_argument("--max_new_tokens", type=count, default=64, metavar="N", help="of an answer")
-    parser.add_argument("--texts", type=Path, nargs="*", default=[world / "pretrain_eval.jsonl"], metavar="FILE")
+    parser.add_argument("--texts", type=Path, nargs="*", default=[world / "pretrain_eval.jsonl"],
+                        metavar="FILE")
     parser.add_argument("--num_texts", type=count, default=2000, metavar="N")
     parser.add_argument("--only", nargs="+", choices=("tokens", "bytes", "answers"),
                         default=("tokens", "bytes", "answers"))

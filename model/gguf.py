@@ -229,10 +229,17 @@ def add_rope(writer, config: ModelConfig) -> None:
 
 
 def llama3_factors(config: ModelConfig) -> torch.Tensor:
-    """What the angle of each pair is divided by, (D/2,)."""
-    plain = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-                                      / config.head_dim)
-    return plain / rope_frequencies(config, "cpu")[0]
+    """What the angle of each pair is divided by, (D/2,): the formula of rope_frequencies in the steps of
+    llama.cpp's converter, which give the same bits."""
+    scaling, pairs = config.rope_scaling, torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    factor, low, high = (scaling[key] for key in LLAMA3)
+    wavelength = 2 * math.pi / (1.0 / (config.rope_theta ** (pairs / config.head_dim)))
+    kept = (original / wavelength - low) / (high - low)
+    factors = 1 / ((1 - kept) / factor + kept)
+    factors[wavelength < original / high] = 1
+    factors[wavelength > original / low] = factor
+    return factors
 
 
 # --- reading ------------------------------------------------------------------------------------------------
