@@ -67,6 +67,9 @@ class Reference:
             adapters = Adapters(self.model)
             adapters.use({adapters.load(lora, str(lora)): weight for lora, weight in loras.items()})
         self.ends = end_tokens(self.model, self.tokenizer)
+        # Those that its own files list. Some others, such as <|endoftext|>, are known by name everywhere.
+        settings = self.model.generation_config or {"eos_token_id": self.ends}
+        self.listed_ends = settings["eos_token_id"]
         self.talks = [talk for talk in TALKS if self.can_write(talk)] if self.tokenizer.chat_template else []
         self.prompts = [self.tokenizer(text)["input_ids"] for text in TEXTS]
         self.prompts += [self.ids_of(self.written(talk, self.tokenizer)) for talk in self.talks]
