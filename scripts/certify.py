@@ -184,9 +184,8 @@ def compare_config(row, theirs, ours) -> None:
     """Names each setting that differs, of those that change what a model computes."""
     from model.config import rope_frequencies
 
-    (theirs_turn, theirs_scale), (ours_turn, ours_scale) = (rope_frequencies(c, "cpu") for c in (theirs, ours))
-    same_rope = theirs_turn.shape == ours_turn.shape and theirs_turn.allclose(ours_turn, rtol=1e-5) \
-        and math.isclose(theirs_scale, ours_scale, rel_tol=1e-5)
+    (turn, scale), (our_turn, our_scale) = (rope_frequencies(config, "cpu") for config in (theirs, ours))
+    same_rope = turn.shape == our_turn.shape and (turn * scale).allclose(our_turn * our_scale, rtol=1e-5)
     ignored = {"initializer_range", "max_position_embeddings", "tie_word_embeddings"}  # tensors tell the last
     for name, value in asdict(ours).items():
         other = getattr(theirs, name)
@@ -383,10 +382,8 @@ def main(args):
                           args.limit, args.max_new_tokens)
     ways = [(f"{path}", lambda path=path: gguf_row(args, path, reference)) for path in args.gguf]
     ways.insert(0, ("transformers", lambda: transformers_row(args, reference)))
-    if args.lora:
-        ways.insert(0, ("ours, adapter merged", lambda: merged_row(args, reference)))
-    if args.url:
-        ways.append((args.url, lambda: server_row(args, reference)))
+    ways = [("ours, adapter merged", lambda: merged_row(args, reference))] * bool(args.lora) + ways
+    ways += [(args.url, lambda: server_row(args, reference))] * bool(args.url)
     rows = []
     for name, way in ways:
         try:
@@ -407,7 +404,7 @@ def main(args):
 
 def say(args, reference, rows: list) -> None:
     """The table, and below it what is wrong."""
-    what = f"{args.model}" + (f" with {', '.join(map(str, args.lora))}" if args.lora else "")
+    what = str(args.model) + (f" with {', '.join(map(str, args.lora))}" if args.lora else "")
     loss = f", loss {reference.loss:.4f} on {len(reference.samples)} records" if reference.samples else ""
     print(f"{what}: {len(reference.prompts)} prompts{loss}; beside our model in float32:")
     lines = [(row.name, *(row.cells.get(column, "-") for column in COLUMNS)) for row in rows]

@@ -169,6 +169,20 @@ def test_what_was_written_is_certified(home, capfd, monkeypatch):
         export(home / "base", "--type", "F32", "--out", home / "x.gguf", certify=True)
 
 
+def test_a_gguf_file_answers_as_its_model_does(home):
+    from inference.chat_model import ChatModel, Sampling
+
+    export(home / "base", "--type", "F32", "--out", home / "x.gguf")
+    said = []
+    for path in (home / "base", home / "x.gguf"):
+        chat_model = ChatModel(path, device="cpu", adapters=[home / "lora"])
+        ids = chat_model.encode([{"role": "user", "content": "Hi"}])
+        pieces = chat_model.stream(ids, Sampling(temperature=0.0, max_new_tokens=12))
+        text = "".join(text for _, text, _ in pieces)
+        said.append((ids, text, chat_model.stop_ids, len(chat_model.reports)))
+    assert said[0] == said[1] and said[0][1]
+
+
 def test_mistakes_are_one_line(home, refused):
     base, lora = home / "base", home / "lora"
     refused(export_gguf, [home / "nothing"], "no model at")
