@@ -13,6 +13,7 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.records import read_records
 from model.adapters import Adapters
 from model.generate import generate
+from model.quantize import dequantize_model
 from model.tokenizer_files import check_vocabulary, load_tokenizer
 from model.weights import end_tokens, load_model
 
@@ -61,7 +62,8 @@ class Reference:
     def __init__(self, path: Path, loras: dict[Path, float], data_path: list[Path], limit: int,
                  max_new_tokens: int):
         """loras: adapters and how much of each. limit: records of each file. Raises ModelError, DataError."""
-        self.model, self.tokenizer = load_model(path), load_tokenizer(path)
+        # Weights of 4 bits become plain ones, which are the same numbers.
+        self.model, self.tokenizer = dequantize_model(load_model(path)), load_tokenizer(path)
         check_vocabulary(self.tokenizer, self.model.config.vocab_size, path)
         if loras:
             adapters = Adapters(self.model)
@@ -192,3 +194,24 @@ def compare_tokens(row: Row, encode: Callable, reference: Reference, write: Call
     row.check_tokens(equal, len(texts), others)
     if templates:
         row.check("rest", "template", f"another chat template: {templates[0]}")
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, with keys and values in float32: its default, float16, would cost 0.01."""
+
+    def __init__(self, path: Path, reference: Reference, adapter: Path | None = None):
+        import llama_cpp  # here, because few have it
+
+        longest = max(map(len, [*reference.sequences, *(ids for ids, _ in reference.samples)]))
+        self.llama = llama_cpp.Llama(
+            str(path), n_ctx=longest + 8, n_batch=longest + 8, logits_all=True, type_k=0, type_v=0,
+            n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(), verbose=False,
+            lora_path=str(adapter) if adapter else None)
+
+    def encode(self, text: str, is_chat: bool) -> list[int]:
+        return self.llama.tokenize(text.encode("utf-8"), add_bos=not is_chat, special=True)
+
+    def forward(self, ids: list[int]) -> torch.Tensor:
+        self.llama.reset()
+        self.llama.eval(ids)
+        return torch.tensor(self.llama.scores[: len(ids)])

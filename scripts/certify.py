@@ -85,7 +85,9 @@ def transformers_row(args, reference):
         model = PeftModel.from_pretrained(model, str(args.lora[0]), local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(str(args.model), local_files_only=True)
     compare_tokens(row, encoder_of(tokenizer), reference, lambda talk: reference.written(talk, tokenizer))
-    compare_numbers(row, forward_of(model.eval()), "F32", reference)
+    # bitsandbytes computes with weights of 4 bits in bfloat16.
+    kind = "BF16" if getattr(model.config, "quantization_config", None) else "F32"
+    compare_numbers(row, forward_of(model.eval()), kind, reference)
     return row
 
 
@@ -93,7 +95,7 @@ def transformers_row(args, reference):
 
 
 def gguf_row(args, path: Path, reference):
-    from inference.certificate import Row, compare_numbers, compare_tokens, encoder_of, forward_of
+    from inference.certificate import LlamaCpp, Row, compare_numbers, compare_tokens, encoder_of, forward_of
     from model.gguf_file import read_gguf
     from model.gguf_tokenizer import read_tokenizer
     from model.weights import load_model
@@ -132,14 +134,15 @@ def gguf_row(args, path: Path, reference):
 
 
 def adapter_row(args, row, path: Path, reference, has_llama: bool):
-    """An adapter alone, over our base, or over our base as a GGUF file in llama.cpp."""
-    from inference.certificate import COARSE, LIMITS, compare_numbers, forward_of
+    """An adapter alone, over our base: in llama.cpp over a GGUF file of it."""
+    from inference.certificate import COARSE, LIMITS, LlamaCpp, compare_numbers, forward_of
     from model.gguf import write_model
     from model.gguf_file import read_gguf
     from model.lora import adapted_layers, load_lora
+    from model.quantize import dequantize_model
     from model.weights import load_model
 
-    kind, base = coarsest(read_gguf(path)[1]), load_model(args.model)
+    kind, base = coarsest(read_gguf(path)[1]), dequantize_model(load_model(args.model))
     if has_llama:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "base.gguf"
@@ -151,8 +154,7 @@ def adapter_row(args, row, path: Path, reference, has_llama: bool):
     ours = {name: update_of(layer) for name, layer in adapted_layers(reference.model, required=False).items()}
     theirs = {name: update_of(layer) for name, layer in adapted_layers(base).items()}
     if ours.keys() != theirs.keys():
-        layer = min(ours.keys() ^ theirs.keys())
-        row.check("rest", "layers", f"other layers: {layer} is in one adapter alone")
+        row.check("rest", "layers", f"other layers: {min(ours.keys() ^ theirs.keys())} is in one alone")
         return row
     compare_scale(row, [(ours[name], theirs[name]) for name in ours], kind)
     wrong = {}
@@ -169,7 +171,7 @@ def update_of(layer):
 
 
 def kind_of(row, fields: dict, tensors: dict) -> str:
-    """The type that a file says it is of, which most of its matrices must have."""
+    """The type that a file says it is of. Most of its matrices must have it."""
     from model.gguf import FILE_TYPES
 
     kinds = [tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1]
@@ -255,30 +257,6 @@ def name_wrong(row, wrong: dict[str, str]) -> None:
         row.check("rest", f"{len(wrong)} tensors differ", f"other numbers: {'; '.join(shown)}")
 
 
-class LlamaCpp:
-    """A GGUF file in llama.cpp, with keys and values in float32: its default, float16, would cost 0.01."""
-
-    def __init__(self, path: Path, reference, adapter: Path | None = None):
-        import llama_cpp
-        import torch
-
-        longest = max(map(len, [*reference.sequences, *(ids for ids, _ in reference.samples)]))
-        self.llama = llama_cpp.Llama(
-            str(path), n_ctx=longest + 8, n_batch=longest + 8, logits_all=True, type_k=0, type_v=0,
-            n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(), verbose=False,
-            lora_path=str(adapter) if adapter else None)
-
-    def encode(self, text: str, is_chat: bool) -> list[int]:
-        return self.llama.tokenize(text.encode("utf-8"), add_bos=not is_chat, special=True)
-
-    def forward(self, ids: list[int]):
-        import torch
-
-        self.llama.reset()
-        self.llama.eval(ids)
-        return torch.tensor(self.llama.scores[: len(ids)])
-
-
 # --- a server -----------------------------------------------------------------------------------------------
 
 
@@ -308,7 +286,8 @@ class Server:
     def logprobs(self, prompt: str | list[int]) -> list[float]:
         """log p of each token of a prompt but the first, which has none, and of one token after it."""
         body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 1}
-        found = self.call("/v1/completions", body)["choices"][0]["logprobs"]
+        if not (found := self.call("/v1/completions", body)["choices"][0].get("logprobs")):
+            raise ModelError("/v1/completions gives no log-probabilities of a prompt (echo)")
         return found["token_logprobs"][1:]
 
 
@@ -380,10 +359,12 @@ def main(args):
 
     reference = Reference(args.model, dict(zip(args.lora, args.weights, strict=True)), args.data_path,
                           args.limit, args.max_new_tokens)
-    ways = [(f"{path}", lambda path=path: gguf_row(args, path, reference)) for path in args.gguf]
-    ways.insert(0, ("transformers", lambda: transformers_row(args, reference)))
-    ways = [("ours, adapter merged", lambda: merged_row(args, reference))] * bool(args.lora) + ways
-    ways += [(args.url, lambda: server_row(args, reference))] * bool(args.url)
+    ways = [("transformers", lambda: transformers_row(args, reference))]
+    ways += [(f"{path}", lambda path=path: gguf_row(args, path, reference)) for path in args.gguf]
+    if args.lora:
+        ways.insert(0, ("ours, adapter merged", lambda: merged_row(args, reference)))
+    if args.url:
+        ways.append((args.url, lambda: server_row(args, reference)))
     rows = []
     for name, way in ways:
         try:
@@ -425,8 +406,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora", type=Path, nargs="+", default=[], metavar="DIR", help="adapter(s) on it")
     parser.add_argument("--weights", type=float, nargs="+", metavar="W",
                         help="how much of each adapter; needed where there are several (default: 1)")
-    parser.add_argument("--gguf", type=Path, nargs="+", default=[], metavar="FILE",
-                        help="GGUF files that should be the same: models (with --lora: merged), or adapters")
+    parser.add_argument("--gguf", type=Path, nargs="+", default=[], metavar="FILE", help="GGUF files that "
+                        "should be the same: models (with --lora: merged), or adapters")
     parser.add_argument("--url", metavar="URL", help="a server that speaks OpenAI's API")
     parser.add_argument("--served", metavar="NAME", help="the model's name there (default: its folder's)")
     parser.add_argument("--url_type", choices=TYPES, default="F32", help="what the server computes in")
