@@ -28,7 +28,7 @@ from model.generate import generate
 from model.int8 import quantize_int8
 from model.one_token import prepare_to_decode
 from model.quantize import count_parameters
-from model.tokenizer_files import OWN_IS_TAKEN, check_vocabulary, load_tokenizer
+from model.tokenizer_files import OWN_IS_TAKEN, check_vocabulary, gets_our_own, load_tokenizer
 from model.weights import end_tokens, load_model
 
 DEFAULT_NEW_TOKENS = 256
@@ -102,7 +102,7 @@ class ChatModel:
         self.adapters = Adapters(self.model)
         self.adapter, self.adapted_layers = None, 0
         # All are loaded now, so that a bad one is found now. The first comes last and stays in use.
-        self.reports = [OWN_IS_TAKEN.format(path)] if self.path.is_file() and not tokenizer else []
+        self.reports = [OWN_IS_TAKEN.format(path)] if gets_our_own(self.path) and not tokenizer else []
         self.reports += [report for name in reversed(adapters) if (report := self.switch(name))]
 
     # --- adapters -----------------------------------------------------------------------------------------

@@ -299,5 +299,5 @@ def set_events(requests: list[Request]) -> None:
 
 
 def name_of(path: Path) -> str:
-    """What a model or an adapter is called: its folder, or its file without .pth."""
-    return path.stem if path.suffix == ".pth" else path.resolve().name
+    """What a model or an adapter is called: its folder, or its file without .pth or .gguf."""
+    return path.stem if path.suffix in (".pth", ".gguf") else path.resolve().name

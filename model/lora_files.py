@@ -20,6 +20,8 @@ from torch import nn
 
 from common import files
 from common.errors import ModelError
+from model.gguf import read_adapter_file
+from model.gguf_file import is_gguf
 from model.low_rank import base_weight
 from model.tokenizer_files import write_tokenizer
 
@@ -211,6 +213,8 @@ def read_adapter(path: Path, model: nn.Module, layers: dict[str, nn.Module]) -> 
                 raise ModelError(f"{WEIGHTS} is missing (a pickled adapter_model.bin is not read)")
             state, metadata = files.read_safetensors(path / WEIGHTS)
             marks = json.loads(metadata.get("base_fingerprint", "{}"))
+        elif is_gguf(path):
+            state = read_adapter_file(path, model.config)
         else:
             state = files.read_state_dict(path)
         parts = _parts(_without_copies(state, layers), config)

@@ -1,6 +1,6 @@
 """Tokenizers on disk: read, and handed on with the model as they were. A reader may skip this file.
 
-    tokenizer = load_tokenizer("out/full_sft")      # or the folder of any model; or "x.pth": Seedling's own
+    tokenizer = load_tokenizer("out/full_sft")      # any model, or "x.gguf"; "x.pth": our own
     write_tokenizer(tokenizer, Path("out/mine"))    # the same files, which transformers 4 and 5 can open
 
 The library transformers would write less than it reads. It drops files that other programs need, such as
@@ -13,6 +13,8 @@ from pathlib import Path
 
 from common import files
 from common.errors import ModelError
+from model.gguf_file import is_gguf
+from model.gguf_tokenizer import read_tokenizer
 
 OWN_TOKENIZER = Path(__file__).resolve().with_name("tokenizer")
 OWN_IS_TAKEN = "{} holds no tokenizer, so it gets Seedling's own; --tokenizer names another"
@@ -28,11 +30,13 @@ ONLY_TRANSFORMERS_5 = ("backend", "is_local", "local_files_only")  # settings th
 def load_tokenizer(path):
     """transformers' tokenizer of a model or tokenizer folder. Raises ModelError where there is none.
 
-    A .pth file holds weights alone. For such a file this is Seedling's own tokenizer.
+    A GGUF file has its own. A .pth file holds weights alone: for it this is Seedling's own tokenizer.
     """
     path = Path(path)
-    if path.is_file():
+    if gets_our_own(path):
         path = OWN_TOKENIZER
+    if path.is_file():
+        return read_tokenizer(path)
     if not (path / VOCABULARY).is_file() and not (path / SETTINGS).is_file():
         raise ModelError(f"no tokenizer in {path}: {VOCABULARY} is missing")
     as_read = {}
@@ -55,6 +59,11 @@ def load_tokenizer(path):
         raise ModelError(f"the tokenizer in {path} can't be read: {files.one_line(error)}") from None
     tokenizer.as_read = (_tokens(tokenizer), as_read)
     return tokenizer
+
+
+def gets_our_own(path: Path) -> bool:
+    """Whether `path` is a file that holds no tokenizer: a .pth file."""
+    return path.is_file() and not is_gguf(path)
 
 
 def _tokens(tokenizer) -> tuple:

@@ -1,6 +1,6 @@
-"""Models on disk: Hugging Face directories, and MiniMind's .pth files. A reader may skip this file.
+"""Models on disk: Hugging Face directories, MiniMind's .pth files, GGUF. A reader may skip this file.
 
-    model = load_model("out/full_sft")         # or a Llama, Mistral, Qwen2 or Qwen3 directory, or "x.pth"
+    model = load_model("out/full_sft")         # or a Llama, Mistral, Qwen2 or Qwen3 one; "x.pth"; "x.gguf"
     save_model(model, "out/mine", tokenizer)   # AutoModelForCausalLM.from_pretrained("out/mine") opens it
 
 Reading is strict: every tensor must be there, have the shape that the config says, and belong somewhere. All
@@ -9,7 +9,9 @@ from the network: a path that does not exist is an error, and never the name of 
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -19,6 +21,8 @@ from common import files
 from common.errors import ModelError
 from common.fast_start import give_memory, without_initial_values
 from model.config import ModelConfig, check_size
+from model.gguf import read_model as read_gguf_model
+from model.gguf_file import is_gguf
 from model.int8 import Int8Linear
 from model.quantize import from_bitsandbytes, quantization_config, to_bitsandbytes
 from model.tokenizer_files import FILES as TOKENIZER_FILES
@@ -119,14 +123,14 @@ def config_to_dict(config: ModelConfig) -> dict:
 
 
 def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM:
-    """Reads a Hugging Face directory or a .pth file of MiniMind into a CausalLM, in eval mode.
+    """Reads a Hugging Face directory, a .pth file of MiniMind or a GGUF file into a CausalLM, in eval mode.
 
     dtype None is float32, whatever the file holds. Training needs float32, because small updates are lost in
     bfloat16. Raises ModelError, one line, for tensors that are missing, unknown or of the wrong shape, for
     files that are cut off, and for other architectures.
     """
     path = Path(path)
-    file_of = {}  # the name of each tensor in a directory -> the file that holds it
+    readers = {}  # the name of each tensor that is read late -> the function that reads it
     generation = None
     with files.explained(path):
         if path.is_dir():
@@ -138,20 +142,29 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM
             for file in _weight_files(path):
                 of_file, _ = files.read_safetensors(file)
                 tensors |= of_file
-                file_of |= dict.fromkeys(of_file, file)
+                readers |= {name: partial(_read_again, file, name) for name in of_file}
+        elif is_gguf(path):
+            config, shapes, readers, generation = read_gguf_model(path)
+            tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         elif path.is_file():
             state = files.read_state_dict(path)
             tensors = {name: state[name] for name in state if not name.endswith(MINIMIND_ROTARY_TABLES)}
             config = _infer_config(tensors)
         else:
-            raise ModelError(f"no model at {path}: neither a folder with config.json nor a .pth file")
+            raise ModelError(f"no model at {path}: neither a folder with config.json, nor .pth, nor .gguf")
         if config.num_hidden_layers > len(tensors):
             raise ModelError(f"{config.num_hidden_layers} layers in the config, but {len(tensors)} tensors")
         model = _without_memory(config).to(dtype or torch.float32)  # so that a wrong file costs no memory
         # Layers that the file holds in 4 bits become NF4Linear before the names and shapes are compared.
         tensors = _check(from_bitsandbytes(model, tensors), model)
     model.generation_config = generation
-    return _fill(model, tensors, file_of, device, path)
+    return _fill(model, tensors, readers, device, path)
+
+
+def _read_again(file: Path, name: str) -> torch.Tensor:
+    """A tensor of a safetensors file. The file is mapped again for each tensor, and the mapping ends with the
+    tensor. So memory never holds more than the model and one tensor."""
+    return files.read_safetensors(file, name)[0][name]
 
 
 def _without_memory(config: ModelConfig) -> CausalLM:
@@ -161,7 +174,7 @@ def _without_memory(config: ModelConfig) -> CausalLM:
 
 
 @torch.no_grad()
-def _fill(model: CausalLM, tensors: dict, file_of: dict[str, Path], device, path: Path) -> CausalLM:
+def _fill(model: CausalLM, tensors: dict, readers: dict[str, Callable], device, path: Path) -> CausalLM:
     """Gives memory and the numbers of the tensors to a model on the meta device."""
     try:
         give_memory(model, device)
@@ -170,11 +183,7 @@ def _fill(model: CausalLM, tensors: dict, file_of: dict[str, Path], device, path
         raise ModelError(f"{path}: no memory on {device} for {size:,} bytes of weights") from None
     model.tie_weights()  # embedding and head have memory of their own now
     for name, parameter in model.named_parameters():
-        tensor = tensors[name]
-        if name in file_of:
-            # The file is mapped again for each tensor, and the mapping ends with the tensor. So memory never
-            # holds more than the model and one tensor.
-            tensor = files.read_safetensors(file_of[name], name)[0][name]
+        tensor = readers[name]() if name in readers else tensors[name]
         files.check_finite({name: tensor}, f"load {path}")
         parameter.copy_(tensor)
     return model.eval()
@@ -188,7 +197,8 @@ def _check(tensors: dict, model: CausalLM) -> dict:
     if model.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         embedding = tensors["model.embed_tokens.weight"]
         head = tensors.setdefault("lm_head.weight", embedding)
-        if not torch.equal(head.float(), embedding.float()):  # torch.equal raises for unequal types
+        # torch.equal raises for unequal types.
+        if head is not embedding and not torch.equal(head.float(), embedding.float()):
             raise ModelError("lm_head.weight is not the embedding, yet tie_word_embeddings is true")
     for names, problem in ((wanted.keys() - tensors.keys(), "has no"),
                            (tensors.keys() - wanted.keys(), "has an unknown")):

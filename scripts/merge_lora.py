@@ -32,7 +32,7 @@ def main(args):
     from model.adapters import Adapters, remove_lora, report_line, report_lora
     from model.lora import merge_lora
     from model.lora_files import base_of
-    from model.tokenizer_files import OWN_IS_TAKEN, check_vocabulary, load_tokenizer
+    from model.tokenizer_files import OWN_IS_TAKEN, check_vocabulary, gets_our_own, load_tokenizer
     from model.weights import load_model, save_model
 
     args.load_from = args.load_from or base_of(args.lora[0])
@@ -41,7 +41,7 @@ def main(args):
     check_out_dir(args)
     model = load_model(args.load_from)
     dtype = getattr(torch, stored_dtype(args.load_from) if args.dtype == "auto" else args.dtype)
-    if args.load_from.is_file() and not args.tokenizer:
+    if gets_our_own(args.load_from) and not args.tokenizer:
         print(OWN_IS_TAKEN.format(args.load_from))
     tokenizer = load_tokenizer(args.tokenizer or args.load_from)
     check_vocabulary(tokenizer, model.config.vocab_size, args.load_from)

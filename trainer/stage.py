@@ -16,7 +16,7 @@ from common.errors import RunError, UsageError
 from dataset.packing import Order
 from model.lora import apply_lora, cast_frozen, count_line, freeze_all_but_lora, save_lora
 from model.quantize import count_parameters, memory_line, quantize_model
-from model.tokenizer_files import OWN_IS_TAKEN, check_vocabulary, load_tokenizer
+from model.tokenizer_files import OWN_IS_TAKEN, check_vocabulary, gets_our_own, load_tokenizer
 from model.weights import load_model, save_model
 from trainer.batches import Batches, split
 from trainer.checkpoint import checkpoints, drop_checkpoints
@@ -60,7 +60,7 @@ def load_weights(path: Path, ranks: Ranks, tokenizer_path: Path | None = None, f
         is_ours = path.parent.name == "out" and (ROOT / script).is_file()
         raise UsageError(f"{flag} {path}: there is no such folder"
                          + (f"; make it first: python {script}" if is_ours else ""))
-    if path.is_file() and not tokenizer_path and ranks.is_main:
+    if gets_our_own(path) and not tokenizer_path and ranks.is_main:
         print(OWN_IS_TAKEN.format(path))
     tokenizer, model = load_tokenizer(tokenizer_path or path), load_model(path)
     check_vocabulary(tokenizer, model.config.vocab_size, path)
