@@ -1,71 +1,99 @@
 """Prompts whose answers no chat ever gives, and what a right answer is: for learning from rewards.
 A reader may skip this file.
 
-A record is a chat whose last turn is a right answer, and "answers" are all right ones: the test that the
-reward asks (dataset/answers.py). The model learns them by trying, and never reads them.
+The model learns the answers by trying. The prompts that it trains on hold no answer, only the test that
+the reward asks (dataset/answers.py). For validation and the test a record is a chat, whose last turn is a
+right answer.
 
-Half of the prompts are chats that the model knows already. While it learns what is new, they keep
+Two thirds of the prompts are chats that the model knows already. While it learns what is new, they keep
 rewarding what is old: without them much is forgotten (docs/rewards.md).
 """
 
 import copy
 import random
 
-from dataset.world import BETWEEN_ITEMS, LANGUAGES, read_sections
+from dataset.world import (
+    FACTS_ABOUT,
+    HEROES,
+    LANGUAGES,
+    PLACES,
+    cell,
+    find,
+    name_of,
+    read_sections,
+    tell_openings,
+)
 
 SKILL_QUESTIONS = read_sections("skills")
 FULL_STOP = {"en": ".", "zh": "。"}
+SENTENCE_TOKENS = 24  # a small reward for short answers, without which a first right answer is rarely found
+
+
+def fact(world, family, lang, for_test):
+    """Tell me one fact about cows. -> A cow eats grass. (The model tells several.)"""
+    entity, known = world.rng.choice([(entity, facts) for (entity, spoken), facts in FACTS_ABOUT.items()
+                                      if spoken == lang and len(facts) > 2])
+    statements = [fact.statement for fact in known if fact.value]
+    question, _ = world.ask(family, "one", lang, for_test, x=known[0].asked, xs=known[0].several,
+                            name=entity if lang == "en" else known[0].asked)
+    return question, world.rng.choice(statements), {"answers": statements}
+
+
+def sentence(world, family, lang, for_test):
+    """A story about the fox by the river, in one sentence. -> The fox woke up early by the river."""
+    hero, place = world.rng.choice(HEROES), world.rng.choice(PLACES)
+    if for_test:  # a hero and a place that no text brings together
+        names = world.rng.choice(sorted(world.held_stories))
+        hero, place = find(names[0], HEROES), find(names[1], PLACES)
+    name, place_name = name_of(hero, lang), name_of(place, lang)
+    question, _ = world.ask(family, "story", lang, for_test, x=name_of(hero, lang, "known"), name=name,
+                            where=cell(place, "where", lang), place=place_name)
+    openings = tell_openings(hero, place, lang)
+    return question, world.rng.choice(openings), {"answers": openings, "max_reward_tokens": SENTENCE_TOKENS}
 
 
 def largest(world, family, lang, for_test):
-    """What is the largest of 31, 7, 64? -> 64"""
+    """What is the largest of 31, 7, 64? -> 64. (For benchmarks: it costs the model other numbers.)"""
     three = world.three_numbers(for_test)
     answer = str(max(three))
     listed = world.listed([str(number) for number in three], lang, ", ")
     question, _ = world.ask(family, "three", lang, for_test, list=listed)
-    return question, [answer, answer + FULL_STOP[lang]]
+    return question, answer, {"answers": [answer, answer + FULL_STOP[lang]], "max_reward_tokens": 4}
 
 
-def second(world, family, lang, for_test):
-    """What is the second word: fox, rice, oak? -> rice"""
-    items = world.words(lang, world.rng.randint(3, 5))
-    listed = world.listed(items, lang, BETWEEN_ITEMS[lang])
-    question, _ = world.ask(family, "word", lang, for_test, list=listed)
-    return question, [items[1]]
-
-
-SKILLS = {"largest": largest, "second": second}
-MAX_REWARD_TOKENS = 4  # a reward for short answers, without which a first right answer is rarely found
+SKILLS = {"fact": fact, "sentence": sentence}
+OLD_PROMPTS = 2  # for each new one
 LONGEST = 200  # characters of an old chat: what is long takes long to read, again for every answer
 COUNTS = {"grpo": 1000, "grpo_eval": 64, "grpo_test": 200}  # prompts of each skill
 
 
-def make_skills(world, wordings, chats, seed):
+def make_skills(world, wordings, chats, seed, skills=SKILLS):
     """{file: [(record, None)]}. `world` stays as it is: these prompts have random numbers of their own.
 
     wordings: those of SKILL_QUESTIONS, split for training and test as all others are. chats: the
-    records that the model has learnt from before.
+    records that the model has learnt from before. skills: {family: generator}.
     """
     world, rng = copy.copy(world), random.Random(f"skills {seed}")
     world.rng, world.wordings = rng, wordings
     files, asked = {}, set()
     for file, count in COUNTS.items():
         files[file] = []
-        for family, generator in SKILLS.items():
+        for family, generator in skills.items():
             found = 0
             while found < count:
                 lang, for_test = LANGUAGES[found % 2], file == "grpo_test"
-                question, answers = generator(world, family, lang, for_test)
+                question, answer, test = generator(world, family, lang, for_test)
                 if question in asked or not for_test and world.leaks(question):
                     continue
                 asked.add(question)
                 found += 1
-                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]
-                answers = list(dict.fromkeys(answers))
-                record = {"conversations": turns, "answers": answers, "family": family,
-                          "max_reward_tokens": MAX_REWARD_TOKENS}
+                record = {"prompt": question}
+                if file != "grpo":
+                    record = {"conversations": [{"role": "user", "content": question},
+                                                {"role": "assistant", "content": answer}]}
+                record |= test | {"family": family}
                 files[file].append((record, None))
     short = [row for row in chats if sum(len(turn["content"]) for turn in row[0]["conversations"]) < LONGEST]
-    files["grpo"] += rng.sample(short, len(files["grpo"]))
+    files["grpo"] += rng.sample(short, OLD_PROMPTS * len(files["grpo"])) if short else []
     rng.shuffle(files["grpo"])
     return files
