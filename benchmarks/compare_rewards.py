@@ -61,10 +61,10 @@ def main(args):
 def prompts_of_the_task(folder: Path) -> dict[str, Path]:
     """Files with prompts of the task: {"grpo": path, "grpo_eval": path, "grpo_test": path}."""
     from dataset.synthetic import World, split_wordings
-    from dataset.world.skills import SKILL_QUESTIONS, largest, make_skills
+    from dataset.world.skills import SKILL_QUESTIONS, SKILLS, make_skills
 
     wordings = split_wordings(random.Random(0), SKILL_QUESTIONS)
-    files = make_skills(World(0), wordings, [], 0, {FAMILY: largest})
+    files = make_skills(World(0), wordings, [], 0, {FAMILY: SKILLS[FAMILY]})
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in files}
     for name, rows in files.items():

@@ -539,8 +539,7 @@ FAMILIES = {
     "story": (story, 2000), "memory": (memory, 7500), "self": (talk, 5000), "unknown": (unknown, 8000),
     "small_talk": (talk, 11000), "limits": (talk, 8500),
 }
-EXACT = ("comparing", "sorting", "counting", "words", "addition", "subtraction", *SKILLS,
-         "largest")  # no typos
+EXACT = ("comparing", "sorting", "counting", "words", "addition", "subtraction", *SKILLS)  # no typos
 IN_BETWEEN = [family for family in FAMILIES if family not in ("memory", "story", "self")]  # of a longer chat
 ADAPTERS = {"identity": (identity, 1600), "clinic": (clinic, 2000)}
 

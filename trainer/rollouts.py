@@ -322,8 +322,8 @@ def reference_log_probs(model, kl_beta: float, temperature: float) -> Callable |
 def load_rollouts(model, tokenizer, ranks: Ranks, advantages: Callable, reference: Callable | None,
                   complete: Callable | None = None, /, *, rewards, max_seq_len, max_new_tokens, dtype, strict,
                   allow_unusable, batch_size, group_size, updates_per_rollout, temperature,
-                  micro_batch_size, show_interval, seed, mask_cut_off=False, mean_over="tokens", sft_weight=0.0,
-                  **flags) -> tuple[Rollouts, Rollouts | None]:
+                  micro_batch_size, show_interval, seed, mask_cut_off=False, mean_over="tokens",
+                  sft_weight=0.0, **flags) -> tuple[Rollouts, Rollouts | None]:
     """Returns the Rollouts of training, and those of validation, which may be None. Flags are passed by name.
 
     Raises UsageError where no token ends an answer, and DataError for the files.

@@ -306,14 +306,6 @@ def either_way(rng, pair):
     return pair if rng.random() < 0.5 else pair[::-1]
 
 
-def tell_openings(hero, place, lang):
-    """All sentences with which a story of this hero at this place may begin."""
-    slots = {"hero": name_of(hero, lang, "known"), "place": name_of(place, lang),
-             "where": cell(place, "where", lang)}
-    return sorted({fill(opening, season=name_of(season, lang), **slots)
-                   for opening in STORIES[f"openings {lang}"] for season in SEASONS})
-
-
 def tell_story(rng, hero, place, lang):
     """["One summer morning, the fox went for a walk by the river.", "Under a stone it found a ...", ...]"""
     friend = rng.choice([other for other in HEROES if other is not hero])

@@ -5,28 +5,18 @@ The model learns the answers by trying. The prompts that it trains on hold no an
 the reward asks (dataset/answers.py). For validation and the test a record is a chat, whose last turn is a
 right answer.
 
-Two thirds of the prompts are chats that the model knows already. While it learns what is new, they keep
+Half of the prompts are chats that the model knows already. While it learns what is new, they keep
 rewarding what is old: without them much is forgotten (docs/rewards.md).
 """
 
 import copy
 import random
 
-from dataset.world import (
-    FACTS_ABOUT,
-    HEROES,
-    LANGUAGES,
-    PLACES,
-    cell,
-    find,
-    name_of,
-    read_sections,
-    tell_openings,
-)
+from dataset.world import FACTS_ABOUT, LANGUAGES, read_sections
 
 SKILL_QUESTIONS = read_sections("skills")
 FULL_STOP = {"en": ".", "zh": "。"}
-SENTENCE_TOKENS = 24  # a small reward for short answers, without which a first right answer is rarely found
+NUMBER_TOKENS = 4  # a small reward for short answers, without which a first right answer is rarely found
 
 
 def fact(world, family, lang, for_test):
@@ -39,30 +29,18 @@ def fact(world, family, lang, for_test):
     return question, world.rng.choice(statements), {"answers": statements}
 
 
-def sentence(world, family, lang, for_test):
-    """A story about the fox by the river, in one sentence. -> The fox woke up early by the river."""
-    hero, place = world.rng.choice(HEROES), world.rng.choice(PLACES)
-    if for_test:  # a hero and a place that no text brings together
-        names = world.rng.choice(sorted(world.held_stories))
-        hero, place = find(names[0], HEROES), find(names[1], PLACES)
-    name, place_name = name_of(hero, lang), name_of(place, lang)
-    question, _ = world.ask(family, "story", lang, for_test, x=name_of(hero, lang, "known"), name=name,
-                            where=cell(place, "where", lang), place=place_name)
-    openings = tell_openings(hero, place, lang)
-    return question, world.rng.choice(openings), {"answers": openings, "max_reward_tokens": SENTENCE_TOKENS}
-
-
 def largest(world, family, lang, for_test):
-    """What is the largest of 31, 7, 64? -> 64. (For benchmarks: it costs the model other numbers.)"""
+    """What is the largest of 31, 7, 64? -> 64"""
     three = world.three_numbers(for_test)
     answer = str(max(three))
     listed = world.listed([str(number) for number in three], lang, ", ")
     question, _ = world.ask(family, "three", lang, for_test, list=listed)
-    return question, answer, {"answers": [answer, answer + FULL_STOP[lang]], "max_reward_tokens": 4}
+    test = {"answers": [answer, answer + FULL_STOP[lang]], "max_reward_tokens": NUMBER_TOKENS}
+    return question, answer, test
 
 
-SKILLS = {"fact": fact, "sentence": sentence}
-OLD_PROMPTS = 2  # for each new one
+SKILLS = {"largest": largest, "fact": fact}
+OLD_PROMPTS = 1  # for each new one
 LONGEST = 200  # characters of an old chat: what is long takes long to read, again for every answer
 COUNTS = {"grpo": 1000, "grpo_eval": 64, "grpo_test": 200}  # prompts of each skill
 
