@@ -40,7 +40,7 @@ ROW_FLAGS = "--log_interval 20 --eval_interval 1000 --max_seq_len"  # ... and th
 CHAT_ROWS = f"{ROW_FLAGS} 256 --batch_size"  # a chat of about eight questions: the model remembers so many
 MUON_FLAGS = "--optimizer muon --learning_rate"  # these two end with a flag whose value each stage gives
 ADAPTER_FLAGS = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {CHAT_ROWS} 4"
-# Half of the questions are new, and nobody shows the answers. The rest, with theirs, keeps what full_sft knew.
+# Half of the questions are new: nobody shows the answers. The rest, with theirs, keep what full_sft knew.
 GRPO_FLAGS = ("--rewards answers length:0.2 --learning_rate 2e-4 --sft_weight 1 --lr_schedule wsd "
               "--group_size 4 --updates_per_rollout 2 --temperature 1.2 --max_new_tokens 64 --log_interval 4 "
               "--eval_interval 40 --max_seq_len 256 --batch_size 256")
