@@ -19,6 +19,7 @@ A run that is there already is not repeated. Readers of the code may skip this f
 
 import json
 import os
+import random
 import resource
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ METHODS = {
 def main(args):
     if not args.load_from.is_dir():
         raise UsageError(f"--load_from {args.load_from}: no such folder; the quickstart makes one")
-    prompts = {name: prompts_of_the_task(args.out_dir, name) for name in ("grpo", "grpo_test")}
+    prompts = prompts_of_the_task(args.out_dir)
     rows = [{"": "before", "rollouts to 0.6": None, "reward": None,
              "held out": held_out(args.load_from, prompts["grpo_test"]), "KL": 0.0}]
     for method, (_, _, seeds) in METHODS.items():
@@ -57,16 +58,18 @@ def main(args):
     print(f"\n{markdown(rows, formats)}")
 
 
-def prompts_of_the_task(folder: Path, name: str) -> Path:
-    """A file with those records of a file of the built-in world that are of the task."""
-    from dataset.synthetic import ensure_world
+def prompts_of_the_task(folder: Path) -> dict[str, Path]:
+    """Files with prompts of the task: {"grpo": path, "grpo_eval": path, "grpo_test": path}."""
+    from dataset.synthetic import World, split_wordings
+    from dataset.world.skills import SKILL_QUESTIONS, SKILLS, make_skills
 
-    path = folder / f"{name}.jsonl"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = ensure_world(ROOT / "out" / "world")[name].read_text(encoding="utf-8").splitlines()
-        write_whole(path, "".join(line + "\n" for line in lines if json.loads(line)["family"] == FAMILY))
-    return path
+    wordings = split_wordings(random.Random(0), SKILL_QUESTIONS)
+    files = make_skills(World(0), wordings, [], 0, {FAMILY: SKILLS[FAMILY]})
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.jsonl" for name in files}
+    for name, rows in files.items():
+        write_whole(paths[name], "".join(json.dumps(record, ensure_ascii=False) + "\n" for record, _ in rows))
+    return paths
 
 
 def compared(args, method: str, seed: int, prompts: dict[str, Path]) -> dict:

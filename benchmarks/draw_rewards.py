@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.compare_rewards import prompts_of_the_task
 from benchmarks.shared import COLORS, markdown, new_figure, output_of, save_picture
 from common.cli import ROOT, Parser, count, run_script
 from common.files import read_json, write_whole
@@ -48,10 +49,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     write_whole(args.folder / "gamed.py", GAMED)
-    for name in ("grpo", "grpo_eval", "grpo_test"):
-        lines = (args.world / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        of_task = [line for line in lines if json.loads(line)["family"] == "largest"]
-        write_whole(args.folder / f"{name}.jsonl", "".join(of_task))
+    prompts_of_the_task(args.folder)
     before, rows = score(args, args.load_from, "before"), []
     for number, (name, flags) in enumerate(VARIANTS.items()):
         run = train(args, f"variant{number}", flags)

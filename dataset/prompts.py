@@ -29,10 +29,14 @@ from dataset.replies import read_message
 
 @dataclass(frozen=True)
 class Prompt:
-    """One record. ids: the tokens after which the answer begins. where: such as "data.jsonl:17"."""
+    """One record. ids: the tokens after which the answer begins. where: such as "data.jsonl:17".
+
+    right: the tokens of the right answer, the end of its turn among them; [] where the record has no answer.
+    """
 
     messages: list[dict]
     ids: list[int]
+    right: list[int]
     test: AnswerTest
     record: dict
     where: str
@@ -105,7 +109,11 @@ def read_prompt(tokenizer, record: dict, where: str, note: Callable) -> Prompt:
     if "max_reward_tokens" in record and required(record, "max_reward_tokens", int) < 1:
         raise DataError(f"'max_reward_tokens' must be at least 1, not {record['max_reward_tokens']}")
     ids, _ = encode_chat(tokenizer, messages, tools, True)
-    return Prompt(messages, ids, test_of(record, last_turn), record, where)
+    right = []
+    if last_turn is not None:
+        whole, mask = encode_chat(tokenizer, [*messages, last_turn], tools)
+        right = whole[len(ids):len(mask) - mask[::-1].index(1)]  # up to the last token that is learnt
+    return Prompt(messages, ids, right, test_of(record, last_turn), record, where)
 
 
 def test_of(record: dict, last_turn: dict | None) -> AnswerTest:

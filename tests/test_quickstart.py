@@ -107,7 +107,7 @@ def test_report_json_has_the_promised_shape(finished):
     for stage, scores in report["scores"].items():
         assert all(0 <= share <= 1 for share in scores.values()) and "all" in scores
         own = {stage.removeprefix("lora_")} if stage.startswith("lora_") else set()
-        own |= {"largest", "second"} if stage == "grpo" else set()
+        own |= {"largest", "fact"} if stage == "grpo" else set()
         assert scores.keys() == base | own, stage
     assert len(report["samples"]) == 3
     assert all(list(sample["answers"]) == STAGES for sample in report["samples"])

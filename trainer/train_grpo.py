@@ -62,6 +62,8 @@ if __name__ == "__main__":
     add("--mean_over", choices=("tokens", "answers", "constant"), default="tokens",
         help="each token counts the same, or each answer; constant: a token counts 1 / --max_new_tokens")
     add("--mask_cut_off", action="store_true", help="answers that were cut off are not trained")
+    add("--sft_weight", type=flags.not_negative, default=0.0, metavar="W",
+        help="also learn the right answers of prompts that have one, with this weight: against forgetting")
     add("--clip_low", type=flags.fraction, default=0.2, metavar="F", help="a ratio is clipped below 1 - F")
     add("--clip_high", type=flags.positive, default=0.2, metavar="F", help="a ratio is clipped above 1 + F")
     # Many prompts with few answers each: every kind of question is asked in every rollout.

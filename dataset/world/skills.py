@@ -1,8 +1,9 @@
 """Prompts whose answers no chat ever gives, and what a right answer is: for learning from rewards.
 A reader may skip this file.
 
-A record is a chat whose last turn is a right answer, and "answers" are all right ones: the test that the
-reward asks (dataset/answers.py). The model learns them by trying, and never reads them.
+The model learns the answers by trying. The prompts that it trains on hold no answer, only the test that
+the reward asks (dataset/answers.py). For validation and the test a record is a chat, whose last turn is a
+right answer.
 
 Half of the prompts are chats that the model knows already. While it learns what is new, they keep
 rewarding what is old: without them much is forgotten (docs/rewards.md).
@@ -11,10 +12,21 @@ rewarding what is old: without them much is forgotten (docs/rewards.md).
 import copy
 import random
 
-from dataset.world import BETWEEN_ITEMS, LANGUAGES, read_sections
+from dataset.world import FACTS_ABOUT, LANGUAGES, read_sections
 
 SKILL_QUESTIONS = read_sections("skills")
 FULL_STOP = {"en": ".", "zh": "。"}
+NUMBER_TOKENS = 4  # a small reward for short answers, without which a first right answer is rarely found
+
+
+def fact(world, family, lang, for_test):
+    """Tell me one fact about cows. -> A cow eats grass. (The model tells several.)"""
+    entity, known = world.rng.choice([(entity, facts) for (entity, spoken), facts in FACTS_ABOUT.items()
+                                      if spoken == lang and len(facts) > 2])
+    statements = [fact.statement for fact in known if fact.value]
+    question, _ = world.ask(family, "one", lang, for_test, x=known[0].asked, xs=known[0].several,
+                            name=entity if lang == "en" else known[0].asked)
+    return question, world.rng.choice(statements), {"answers": statements}
 
 
 def largest(world, family, lang, for_test):
@@ -23,49 +35,43 @@ def largest(world, family, lang, for_test):
     answer = str(max(three))
     listed = world.listed([str(number) for number in three], lang, ", ")
     question, _ = world.ask(family, "three", lang, for_test, list=listed)
-    return question, [answer, answer + FULL_STOP[lang]]
+    test = {"answers": [answer, answer + FULL_STOP[lang]], "max_reward_tokens": NUMBER_TOKENS}
+    return question, answer, test
 
 
-def second(world, family, lang, for_test):
-    """What is the second word: fox, rice, oak? -> rice"""
-    items = world.words(lang, world.rng.randint(3, 5))
-    listed = world.listed(items, lang, BETWEEN_ITEMS[lang])
-    question, _ = world.ask(family, "word", lang, for_test, list=listed)
-    return question, [items[1]]
-
-
-SKILLS = {"largest": largest, "second": second}
-MAX_REWARD_TOKENS = 4  # a reward for short answers, without which a first right answer is rarely found
+SKILLS = {"largest": largest, "fact": fact}
+OLD_PROMPTS = 1  # for each new one
 LONGEST = 200  # characters of an old chat: what is long takes long to read, again for every answer
 COUNTS = {"grpo": 1000, "grpo_eval": 64, "grpo_test": 200}  # prompts of each skill
 
 
-def make_skills(world, wordings, chats, seed):
+def make_skills(world, wordings, chats, seed, skills=SKILLS):
     """{file: [(record, None)]}. `world` stays as it is: these prompts have random numbers of their own.
 
     wordings: those of SKILL_QUESTIONS, split for training and test as all others are. chats: the
-    records that the model has learnt from before.
+    records that the model has learnt from before. skills: {family: generator}.
     """
     world, rng = copy.copy(world), random.Random(f"skills {seed}")
     world.rng, world.wordings = rng, wordings
     files, asked = {}, set()
     for file, count in COUNTS.items():
         files[file] = []
-        for family, generator in SKILLS.items():
+        for family, generator in skills.items():
             found = 0
             while found < count:
                 lang, for_test = LANGUAGES[found % 2], file == "grpo_test"
-                question, answers = generator(world, family, lang, for_test)
+                question, answer, test = generator(world, family, lang, for_test)
                 if question in asked or not for_test and world.leaks(question):
                     continue
                 asked.add(question)
                 found += 1
-                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]
-                answers = list(dict.fromkeys(answers))
-                record = {"conversations": turns, "answers": answers, "family": family,
-                          "max_reward_tokens": MAX_REWARD_TOKENS}
+                record = {"prompt": question}
+                if file != "grpo":
+                    record = {"conversations": [{"role": "user", "content": question},
+                                                {"role": "assistant", "content": answer}]}
+                record |= test | {"family": family}
                 files[file].append((record, None))
     short = [row for row in chats if sum(len(turn["content"]) for turn in row[0]["conversations"]) < LONGEST]
-    files["grpo"] += rng.sample(short, len(files["grpo"]))
+    files["grpo"] += rng.sample(short, OLD_PROMPTS * len(files["grpo"])) if short else []
     rng.shuffle(files["grpo"])
     return files
