@@ -31,7 +31,7 @@ THRESHOLDS = {
     "spike_ratio": Threshold(1.25, "times the three lines before: batches differ by less in difficulty"),
     "spike_nats": Threshold(0.3, "nats above the three lines before, for losses near 0"),
     "spike_noise": Threshold(6, "times the run's own noise: rarer than one line in thousands"),
-    "norm_ratio": Threshold(10, "times the run's median norm; 32 healthy runs of ours stayed within 3.3"),
+    "norm_ratio": Threshold(10, "times the run's median norm; healthy runs stay within 3.3"),
     "norm_clips": Threshold(2, "times --grad_clip (1 where that is off): a small norm is no explosion"),
     "overfit_ratio": Threshold(1.05, "times the best validation loss: a twentieth cannot be rounding"),
     "overfit_nats": Threshold(0.02, "nats above the best validation loss, for losses near 0"),
