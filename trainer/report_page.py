@@ -24,7 +24,7 @@ h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem } .lead { color: var(--soft); margin-top: 0 }
 .wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .93rem }
 th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--soft); font-weight: 600 } tr.all td { font-weight: 700 }
+th { color: var(--soft); font-weight: 600 }
 td { white-space: pre-wrap } td:first-child { min-width: 6rem }
 td.score { background: color-mix(in srgb, #22a06b calc(var(--share) * 55%), transparent); min-width: 3rem }
 pre { background: var(--box); padding: .8rem 1rem; border-radius: .5rem; font-size: .84rem;
@@ -44,7 +44,7 @@ TITLES = {
     "grad_norm": "gradient norm before clipping", "tokens_per_second": "tokens/s",
     "accuracy": "pairs in the right order", "margin": "margin", "signal": "groups whose rewards differ",
     "cut_off": "answers cut off", "length": "tokens of an answer", "clipped": "ratios clipped",
-    "bits_per_byte": "bits per byte of the validation data",
+    "bits_per_byte": "bits per byte",
 }
 NO_CURVE = ("step", "max_steps", "skipped", "tokens", "seconds")
 MAX_CURVES = 24  # a damaged log could have thousands of names
@@ -81,16 +81,16 @@ def table(rows: list[list], head: list | None = None) -> str:
 # --- curves -------------------------------------------------------------------------------------------------
 
 
-def curve(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
+def curve(title: str, lines: dict[str, list[tuple[float, float]]], may_be_log: bool = True) -> str:
     """A small chart of one or two lines, {label: [(step, value), ...]}, with finite values, by step.
 
-    The scale is logarithmic where the largest value is over a hundred times the smallest.
+    may_be_log: the scale is logarithmic where the largest value is over a hundred times the smallest.
     """
     lines = {label: thinned(points) for label, points in lines.items() if points}
     values = [value for points in lines.values() for _, value in points]
     last = max(step for points in lines.values() for step, _ in points) or 1
     low, high = min(values), max(values)
-    is_log = low > 0 and high / 100 > low
+    is_log = may_be_log and low > 0 and high / 100 > low
     if not is_log:
         low = 0.0 if 0 < low < high / 2 else low
         high += (high == low) * (abs(high) * 0.1 or 1)
@@ -150,8 +150,10 @@ def curves(run: Run, *only: str) -> str:
     drawn = []
     for name in dict.fromkeys(names):
         lines = {"training": run.series(name), "validation": run.series(f"eval_{name}")}
+        if name == "bits_per_byte":  # of the validation data, though its name does not begin with eval_
+            lines = {"validation": run.series(name)}
         if (not only or name in only) and any(lines.values()) and len(drawn) < MAX_CURVES:
-            drawn.append(curve(TITLES.get(name, name.replace("_", " ")), lines))
+            drawn.append(curve(TITLES.get(name, name.replace("_", " ")), lines, name != "learning_rate"))
     broken = sum(not math.isfinite(value) for line in run.metrics for value in line.values())
     note = f"<p>{broken:,} logged values are not finite, and are not drawn.</p>" if broken else ""
     return f'<div class="curves">{"".join(drawn)}</div>{note}' if drawn else "<p>Nothing was logged.</p>"
