@@ -41,7 +41,8 @@ THRESHOLDS = {
     "skipped_share": Threshold(0.01, "of all batches: one broken record is rarer, a broken model is not"),
     "skipped_batches": Threshold(2, "batches: one may be an accident"),
     "skipped_float16": Threshold(0.05, "of all batches in float16, whose loss scale is found by skipping"),
-    "worse_ratio": Threshold(1.15, "times the best loss, at the end: a healthy loss ends near its best"),
+    "worse_share": Threshold(0.2, "of the lines stand above the best loss before them: a spike is shorter"),
+    "worse_ratio": Threshold(1.15, "times the best loss before: a healthy loss stays near its best"),
     "worse_nats": Threshold(0.2, "nats above the best loss, for losses near 0"),
     "worse_noise": Threshold(4, "times the run's own noise above the best loss"),
     "dpo_accuracy": Threshold(0.6, "of the pairs in the right order: 0.5 is chance, and a mean over the last "
@@ -70,6 +71,7 @@ def find(run: Run) -> list[Symptom]:
     names = {symptom.name for symptom in found}
     # The narrower of two names for one thing is kept.
     hidden = {"loss is flat"} if "adapter learnt nothing" in names else set()
+    hidden |= {"spikes"} if "learning rate too high" in names else set()
     return [symptom for symptom in found if symptom.name not in hidden]
 
 
@@ -148,15 +150,22 @@ def rate_too_high(run: Run):
     if not series:
         return None
     values = [value for _, value in series]
-    smooth = [median(values[max(0, i - 1):i + 2]) for i in range(len(values))]
-    best, end = min(smooth), median(tail(values))
-    place = smooth.index(best)
-    is_above = end > best * limit("worse_ratio") and end - best > max(
-        limit("worse_nats"), limit("worse_noise") * noise(values))
-    if not is_above or place >= len(values) - len(tail(values)):
+    smooth = [median(values[max(0, i - 1):i + 2]) for i in range(len(values))]  # a spike is something else
+    usual, lost, place = limit("worse_noise") * noise(values), [], 0  # place: of the best so far
+    for i, value in enumerate(smooth):
+        best = smooth[place]
+        if value > best * limit("worse_ratio") and value - best > max(limit("worse_nats"), usual):
+            lost.append((i, place))
+        elif value < best:
+            place = i
+    if len(lost) < limit("worse_share") * len(values):
         return None
-    return (f"The loss was {best:.3g} at step {series[place][0]:,.0f} and {end:.3g} at the end.",
-            "The steps became too large for this model: what it had learnt was lost, and did not come back.",
+    worst, place = max(lost, key=lambda pair: smooth[pair[0]])
+    return (f"The loss was {smooth[place]:.3g} at step {series[place][0]:,.0f}, and rose to "
+            f"{smooth[worst]:.3g} at step {series[worst][0]:,.0f}; it is far above its best in "
+            f"{len(lost) / len(values):.0%} of the log.",
+            "The steps were too large for this model, which lost what it had learnt, for good or for as long as "
+            "the rate was high.",
             f"Try {rate_times(run, 1 / 5)}, or a longer --warmup_ratio.")
 
 
