@@ -12,7 +12,7 @@ runs have the flags that a stage has here. The thresholds are those of trainer/s
 import json
 import math
 import os
-import random
+import re
 import signal
 import subprocess
 import sys
@@ -38,15 +38,15 @@ HEALTHY = {  # name: the stage and its flags; OUT and WORLD become folders
     "healthy_sft": f"full_sft {CHATS} --learning_rate 7e-3 --max_steps 300",
     "healthy_lora": f"lora {OVER_SFT} --batch_size 8 --max_seq_len 128 --log_interval 5 --eval_interval 50 "
                     "--max_steps 150",
-    "healthy_dpo": f"dpo {OVER_SFT} --batch_size 16 --max_seq_len 128 --log_interval 5 --learning_rate 5e-4 "
-                   "--max_steps 80",
+    "healthy_dpo": f"dpo {OVER_SFT} --data_path OUT/pairs.jsonl --eval_fraction 0.1 --batch_size 16 "
+                   "--max_seq_len 128 --log_interval 5 --learning_rate 5e-4 --max_steps 80",
 }
 PLANTED = {  # the symptom that is planted: the stage and its flags
     "loss is flat": f"{PRETRAIN} --learning_rate 1e-7 --max_steps 60",
     "learning rate too high": f"{PRETRAIN} --optimizer adamw --learning_rate 1 --warmup_ratio 0.3 "
                               "--max_steps 100",
-    "spikes": f"pretrain --preset micro {ROWS} --data_path OUT/odd.jsonl --log_interval 1 --eval_interval 0 "
-              "--max_steps 150",
+    "learning rate too high (SFT)": f"full_sft {CHATS} --learning_rate 0.5 --max_steps 100",
+    "spikes": f"pretrain --preset micro {ROWS} --log_interval 1 --eval_interval 0 --max_steps 150",
     "overfitting": f"full_sft {CHATS} --data_path OUT/few.jsonl --eval_data_path WORLD/sft_eval.jsonl "
                    "--eval_interval 20 --learning_rate 7e-3 --max_steps 160",
     "adapter learnt nothing": f"lora {OVER_SFT} --batch_size 8 --max_seq_len 128 --log_interval 5 "
@@ -59,18 +59,24 @@ PLANTED = {  # the symptom that is planted: the stage and its flags
     "answers cut off": f"{GRPO} --reward_file OUT/reward.py:score --max_new_tokens 2 --max_steps 8",
     "slower and slower": f"{PRETRAIN} --max_steps 250",
 }
-BROKEN_EVERY = 12  # forward passes, of the run whose gradients are not finite
-BROKEN_LOSS = f"""
+# Two faults are in the loss of a training script: of every 12th batch it is infinite; of every 60th batch the
+# labels are in reverse, so that a sound model finds them very unlikely.
+FAULTS = {"skipped batches": 12, "spikes": 60}
+PATCH = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
 import trainer.losses
 sound, calls = trainer.losses.cross_entropy, [0]
+fault, every = sys.argv[1], int(sys.argv[2])
 def cross_entropy(model, batch):
-    loss, sums = sound(model, batch)
     calls[0] += model.training
-    return (loss * float("inf") if calls[0] % {BROKEN_EVERY} == 0 and model.training else loss), sums
+    is_faulty = model.training and calls[0] % every == 0
+    if is_faulty and fault == "spikes":
+        batch = batch | {{"labels": batch["labels"].flip(1)}}
+    loss, sums = sound(model, batch)
+    return (loss * float("inf") if is_faulty and fault == "skipped batches" else loss), sums
 trainer.losses.cross_entropy = cross_entropy
-sys.argv = sys.argv[1:]
+sys.argv = sys.argv[3:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -83,7 +89,7 @@ def main(args):
     write_data(args.out_dir, world)
     rows = []
     for name, flags in (HEALTHY | PLANTED).items():
-        folder = args.out_dir / name.replace(" ", "_")
+        folder = args.out_dir / re.sub(r"\W+", "_", name)
         wanted = not args.only or name in args.only
         if wanted and not args.table and (args.only or not (folder / "done").exists()):
             train(name, flags, folder, world)
@@ -98,15 +104,14 @@ def main(args):
 
 
 def write_data(out: Path, world: Path) -> None:
-    """The data of the sick runs: a few chats, texts among which some are noise, and a reward."""
-    few = (world / "sft.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:40]
-    write_whole(out / "few.jsonl", "".join(few))
-    texts = (world / "pretrain.jsonl").read_text(encoding="utf-8").splitlines()[:20_000]
-    rng = random.Random(0)
-    for place in (3000, 9000, 15_000):  # of 20,000 texts, three are long and of random characters
-        letters = "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(600))
-        texts.insert(place, json.dumps({"text": letters}))
-    write_whole(out / "odd.jsonl", "\n".join(texts) + "\n")
+    """A few chats; pairs of a right answer and the answer to another question; a reward."""
+    lines = (world / "sft.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:2000]
+    write_whole(out / "few.jsonl", "".join(lines[:40]))
+    turns = [json.loads(line)["conversations"] for line in lines]
+    asked = [(chat[-2]["content"], chat[-1]["content"]) for chat in turns if len(chat) == 2]
+    pairs = [{"prompt": question, "chosen": answer, "rejected": other}
+             for (question, answer), (_, other) in zip(asked, asked[1:], strict=False) if answer != other]
+    write_whole(out / "pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
     write_whole(out / "reward.py", "def score(messages, answer, record):\n    return answer.count('e')\n")
 
 
@@ -120,8 +125,8 @@ def train(name: str, flags: str, folder: Path, world: Path) -> None:
         words += ["--eval_data_path", f"{world / source}_eval.jsonl"]
     command = [sys.executable, str(ROOT / "trainer" / f"train_{stage}.py"), *words, "--overwrite",
                "--out_dir", str(folder.parent), "--name", folder.name]
-    if name == "skipped batches":
-        command[1:1] = ["-c", BROKEN_LOSS]
+    if name in FAULTS:
+        command[1:1] = ["-c", PATCH, name, str(FAULTS[name])]
     (folder / "done").unlink(missing_ok=True)
     log = folder.with_name(f"{folder.name}.log")
     with log.open("w", encoding="utf-8") as file:
@@ -168,8 +173,9 @@ def row_of(name: str, folder: Path) -> dict:
 
     found = find(read_run(folder))
     names = [symptom.name for symptom in found]
-    good = name in names if name in PLANTED else not names
-    seen = next((symptom.seen for symptom in found if symptom.name == name), "")
+    planted = name.partition(" (")[0]
+    good = planted in names if name in PLANTED else not names
+    seen = next((symptom.seen for symptom in found if symptom.name == planted), "")
     return {"run": name, "named": ", ".join(names) or "nothing", "as it should be": "yes" if good else "NO",
             "seen": seen}
 

@@ -32,7 +32,8 @@ THRESHOLDS = {
     "spike_nats": Threshold(0.3, "nats above the three lines before, for losses near 0"),
     "spike_noise": Threshold(6, "times the run's own noise: rarer than one line in thousands"),
     "norm_ratio": Threshold(10, "times the run's median norm; healthy runs stay within 3.3"),
-    "norm_clips": Threshold(2, "times --grad_clip (1 where that is off): a small norm is no explosion"),
+    "norm_clips": Threshold(5, "times --grad_clip (1 where that is off): what is little above the limit is "
+                               "clipped a little, and harms nothing"),
     "overfit_ratio": Threshold(1.05, "times the best validation loss: a twentieth cannot be rounding"),
     "overfit_nats": Threshold(0.02, "nats above the best validation loss, for losses near 0"),
     "overfit_evaluations": Threshold(3, "validations: two make no trend"),
@@ -164,8 +165,7 @@ def rate_too_high(run: Run):
     return (f"The loss was {smooth[place]:.3g} at step {series[place][0]:,.0f}, and rose to "
             f"{smooth[worst]:.3g} at step {series[worst][0]:,.0f}; it is far above its best in "
             f"{len(lost) / len(values):.0%} of the log.",
-            "The steps were too large for this model, which lost what it had learnt, for good or for as long as "
-            "the rate was high.",
+            "The steps were too large: the model lost what it had learnt, at least while the rate was high.",
             f"Try {rate_times(run, 1 / 5)}, or a longer --warmup_ratio.")
 
 
