@@ -1,4 +1,4 @@
-"""Makes four healthy runs and eleven sick ones, and shows which symptoms scripts/report.py names in each.
+"""Makes four healthy runs and twelve sick ones, and shows which symptoms scripts/report.py names in each.
 
     python benchmarks/symptoms.py                     # about ten minutes on one core
     python benchmarks/symptoms.py --only overfitting  # one of them again
@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shared import markdown
-from common.cli import ROOT, Parser, run_script
+from common.cli import ROOT, Parser, run_script, seed
 from common.errors import UsageError
 from common.files import write_whole
 
@@ -92,7 +92,7 @@ def main(args):
         folder = args.out_dir / re.sub(r"\W+", "_", name)
         wanted = not args.only or name in args.only
         if wanted and not args.table and (args.only or not (folder / "done").exists()):
-            train(name, flags, folder, world)
+            train(name, f"{flags} --seed {args.seed}", folder, world)
         if (folder / "done").exists():
             rows.append(row_of(name, folder))
             print(f"{rows[-1]['as it should be']:3} {name}: {rows[-1]['named']}", flush=True)
@@ -185,5 +185,6 @@ if __name__ == "__main__":
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "symptoms", metavar="DIR",
                         help="for data and runs")
     parser.add_argument("--only", nargs="+", choices=(*HEALTHY, *PLANTED), metavar="NAME", help="these anew")
+    parser.add_argument("--seed", type=seed, default=1, metavar="N", help="of weights and data order")
     parser.add_argument("--table", action="store_true", help="show what is there already, and train nothing")
     run_script(main, parser.parse_args())

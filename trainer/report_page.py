@@ -117,8 +117,10 @@ def curve(title: str, lines: dict[str, list[tuple[float, float]]], may_be_log: b
             drawn += "</polyline>"
         for x, y in places if len(places) < 12 else []:
             drawn += f'<circle class="{color}" cx="{x:.1f}" cy="{y:.1f}" r="2"></circle>'
-    ends = ", ".join(f'<b class="{color}">{text(label)}</b> {short(points[0][1])} to {short(points[-1][1])}'
-                     for color, (label, points) in zip("ab", lines.items(), strict=False))
+    labels = [f'<b class="{color}">{text(label)}</b> ' for color, label in zip("ab", lines, strict=False)]
+    labels = [""] if list(lines) == ["training"] else labels  # as most are
+    ends = ", ".join(f"{label}{short(points[0][1])} to {short(points[-1][1])}"
+                     for label, points in zip(labels, lines.values(), strict=False))
     return (f"<figure><figcaption>{text(title)}{' (log scale)' * is_log}: {ends}</figcaption>"
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{drawn}</svg>'
             "</figure>")
@@ -137,8 +139,10 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def short(value: float) -> str:
-    """A number in few characters: 0.0123, 1.2e-05, 24,740."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    """A number in at most seven characters or so: 0.0123, 1.2e-05, 24,740."""
+    if 1000 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if 0.01 <= abs(value) < 1000 or not value else f"{value:.1e}"
 
 
 def curves(run: Run, *only: str) -> str:
