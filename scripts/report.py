@@ -13,7 +13,9 @@ trainer/symptoms.py has them with all their thresholds.
 import json
 import sys
 import tempfile
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 
@@ -89,7 +91,7 @@ def model_sections(run, given: list[Path], folder: Path) -> list[str]:
         except MISTAKES as error:
             notes.append(f"{model.name}: {error}")
     return [samples_section(prompts, answered, notes), repetition_section(answered),
-            memory_section(run, answered, files)]
+            memory_section(run, answered)]
 
 
 def files_of(run, given: list[Path]) -> list[tuple[str, Path]]:
@@ -241,7 +243,8 @@ def ask(asked: Asked, prompts: list, records: dict[str, list[dict]], folder: Pat
             if kind in ("chat", "text"):
                 file = folder / "records.jsonl"
                 file.write_text("".join(json.dumps(record) + "\n" for record in some), encoding="utf-8")
-                asked.losses[name] = forced_loss(model, file, kind, None, 8)[0]
+                with redirect_stderr(StringIO()):  # training has warned of these records already
+                    asked.losses[name] = forced_loss(model, file, kind, None, 8)[0]
         except MISTAKES as error:
             notes.append(f"no loss on {name}: {str(error).replace(str(folder), '')}")
 
@@ -297,31 +300,40 @@ def distinct(answers: list[list[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def memory_section(run, answered: list[Asked], files: list[tuple[str, Path]]) -> str:
-    """The loss of each model on each file, and what the difference says."""
+def memory_section(run, answered: list[Asked]) -> str:
+    """The loss of each model on each file, and what the difference says about memory."""
     from trainer.report_page import table
 
     names = list(dict.fromkeys(name for model in answered for name in model.losses))
-    rows = [[name, *(f"{model.losses[name]:.4f}" if name in model.losses else "" for model in answered)]
-            for name in names]
+    losses = {name: [model.losses.get(name) for model in answered] for name in names}
     logged = run.values("eval_loss")
-    if logged and not any("(held out)" in name for name in names) and not run.learns_from_rewards:
-        rows.append(["held out (the log's last value)", *[""] * (len(answered) - 1), f"{logged[-1]:.4f}"])
-    seen, held = (next((float(row[-1]) for row in rows if role in row[0] and row[-1]), None)
-                  for role in ("(training)", "held out"))
-    if seen is None or held is None or not answered:
-        verdict = "There is no loss on both its training file and held-out records: --data_path names files."
-    elif held <= seen * 1.1 + 0.02:
-        verdict = (f"Held-out records ({held:.3f}) are as likely as its training file ({seen:.3f}): what it "
-                   "learnt holds for records that it never saw.")
-    elif held <= seen * 1.5 + 0.1:
-        verdict = (f"Its training file ({seen:.3f}) is somewhat likelier than held-out records ({held:.3f}): "
-                   "it knows some of its examples by heart.")
-    else:
-        verdict = (f"Its training file ({seen:.3f}) is far likelier than held-out records ({held:.3f}): it "
-                   "memorised many of its examples.")
+    if logged and answered and not run.is_unfinished and not any("(held out)" in name for name in names):
+        losses["held out (the last value of the log)"] = [None] * (len(answered) - 1) + [logged[-1]]
+    rows = [[name, *("" if loss is None else f"{loss:.4f}" for loss in found)]
+            for name, found in losses.items()]
     body = table(rows, ["nats per token", *(model.name for model in answered)]) if rows else ""
-    return f"<h2>Learnt, or memorised?</h2>{body}<p>{verdict}</p>"
+    return f"<h2>Learnt, or memorised?</h2>{body}<p>{verdict(run, losses)}</p>"
+
+
+def verdict(run, losses: dict[str, list[float | None]]) -> str:
+    """A sentence or two. losses: of each model on each file, the model before the run first."""
+    if run.learns_from_rewards:
+        said = "A run from rewards sees no answers of its file, so no loss shows what it memorised."
+        own, held_out = run.values("reward"), run.values("eval_reward")
+        return said if not own or not held_out else (
+            f"{said} The last reward is {own[-1]:.3g} on its own prompts, {held_out[-1]:.3g} on held-out ones.")
+    seen, held = (next((found for name, found in losses.items() if role in name), [None])
+                  for role in ("(training)", "held out"))
+    if seen[-1] is None or held[-1] is None:
+        return "There is no loss on both its training file and held-out records: --data_path names files."
+    # Held-out records may be harder for every model. The model before the run shows by how much.
+    harder = max(1.0, held[0] / seen[0]) if len(seen) > 1 and seen[0] and held[0] else 1.0
+    both = f"its training file ({seen[-1]:.3f}) and held-out records ({held[-1]:.3f})"
+    if held[-1] <= seen[-1] * harder * 1.1 + 0.02:
+        return f"It knows {both} about equally well: what it learnt holds for records that it never saw."
+    if held[-1] <= seen[-1] * harder * 1.5 + 0.1:
+        return f"Between {both} is some difference: it knows some of its examples by heart."
+    return f"Between {both} is a large difference: it memorised many of its examples."
 
 
 def parse_args(argv=None):

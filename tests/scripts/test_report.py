@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from common.errors import UsageError
 from trainer import report_page
-from trainer.runs import count_parameters, read_run, trained_of_all
+from trainer.runs import Run, count_parameters, read_run, trained_of_all
 from trainer.symptoms import CHECKS, THRESHOLDS, find
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -465,3 +465,25 @@ def test_a_checkpoint_answers(tmp_path, tiny):
 def test_samples_need_a_model():
     with pytest.raises(SystemExit):
         report.parse_args(["run", "--no_samples", "--data_path", "x.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([[3.0, 0.5], [3.0, 0.52]], "equally well"),
+        ([[3.0, 0.5], [3.0, 0.7]], "some of its examples"),
+        ([[3.0, 0.05], [3.0, 0.9]], "memorised many"),
+        ([[1.0, 0.5], [2.0, 1.0]], "equally well"),  # held-out records were twice as hard from the start
+        ([[3.0, 0.5]], "--data_path"),
+    ],
+)
+def test_whether_it_learnt_or_memorised(losses, said):
+    names = ["a.jsonl (training)", "b.jsonl (held out)"]
+    assert said in report.verdict(Run(Path(".")), dict(zip(names, losses, strict=False)))
+
+
+def test_the_benchmark_plants_every_symptom():
+    from benchmarks.symptoms import FAULTS, HARM, HEALTHY, PLANTED
+
+    assert {name.partition(" (")[0] for name in PLANTED} == set(CHECKS)
+    assert len(HEALTHY) == 4 and {*FAULTS, *HARM} <= set(PLANTED)
