@@ -321,7 +321,7 @@ def verdict(run, losses: dict[str, list[float | None]]) -> str:
         said = "A run from rewards sees no answers of its file, so no loss shows what it memorised."
         own, held_out = run.values("reward"), run.values("eval_reward")
         return said if not own or not held_out else (
-            f"{said} The last reward is {own[-1]:.3g} on its own prompts, {held_out[-1]:.3g} on held-out ones.")
+            f"{said} The last reward is {own[-1]:.3g} on its own prompts, {held_out[-1]:.3g} on others.")
     seen, held = (next((found for name, found in losses.items() if role in name), [None])
                   for role in ("(training)", "held out"))
     if seen[-1] is None or held[-1] is None:
