@@ -13,7 +13,7 @@ trainer/symptoms.py has them with all their thresholds.
 import json
 import sys
 import tempfile
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from itertools import islice
@@ -53,12 +53,11 @@ def main(args):
     from trainer.symptoms import find
 
     run = read_run(args.run)
-    sections = [report_page.symptoms_section(run), "<h2>Curves</h2>" + report_page.curves(run),
-                report_page.cost_section(run)]
+    sections = [symptoms_section(run), "<h2>Curves</h2>" + report_page.curves(run), cost_section(run)]
     if not args.no_samples:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             sections += model_sections(run, args.data_path, Path(folder))
-    sections.append(report_page.forgotten_section(run))
+    sections.append(forgotten_section(run))
     state = "not finished" if run.is_unfinished else "finished"
     lead = f"stage {run.stage}, {run.last_step:,} steps, {state}"
     out = args.out or args.run / "report.html"
@@ -66,6 +65,92 @@ def main(args):
     for symptom in find(run):
         print(f"{symptom.name}: {symptom.seen} {symptom.try_next}")
     print(f"report  {out}")
+
+
+# --- what the log and training.json say ---------------------------------------------------------------------
+
+
+def symptoms_section(run) -> str:
+    """What is named, and behind it the table of thresholds."""
+    from trainer.report_page import findings, table, text
+    from trainer.symptoms import CHECKS, THRESHOLDS, find
+
+    checked = table([[name.replace("_", " "), f"{threshold.value:g}", threshold.reason]
+                     for name, threshold in THRESHOLDS.items()], ["threshold", "value", "of what, and why"])
+    notes = "".join(f"<p>{text(note)}</p>" for note in run.notes)
+    return (f"<h2>What shows, and what to try next</h2>{notes}{findings(find(run))}"
+            f"<details><summary>Looked for: {text(', '.join(CHECKS))}</summary>{checked}</details>")
+
+
+def cost_section(run) -> str:
+    """Steps, time, tokens, parameters, and the machine as far as the run tells."""
+    from trainer.report_page import table, text
+
+    trained, everything = trained_of_all(run)
+    last = {name: run.values(name)[-1] for name in ("tokens", "seconds", "skipped") if run.values(name)}
+    seconds, tokens = last.get("seconds"), last.get("tokens")
+    rows = [["steps", f"{run.last_step:,} of {run.max_steps:,}"
+             + (f", and {last['skipped']:,.0f} batches skipped" if last.get("skipped") else "")]]
+    if seconds is not None:
+        rows.append(["time", time_of(seconds)])
+    if tokens is not None:
+        speed = f", {tokens / seconds:,.0f} in a second" if seconds else ""
+        rows.append(["tokens", f"{tokens:,.0f}{speed}"])
+    if isinstance(run.training.get("tokens_seen"), int):
+        rows.append(["tokens in its life", f"{run.training['tokens_seen']:,}, stages before included"])
+    if trained is not None:
+        of_all = f" of {everything:,} ({trained / max(1, everything):.2%})" if everything else ""
+        rows.append(["parameters trained", f"{trained:,}{of_all}"])
+    versions = run.training.get("versions")
+    versions = [f"{k} {v}" for k, v in versions.items()] if isinstance(versions, dict) else []
+    device = [f"--{name} {run.arguments[name]}" for name in ("device", "dtype", "parallel")
+              if name in run.arguments]
+    rows.append(["machine", ", ".join([*device, *versions, "more is not recorded"])])
+    for name in ("finished", "git", "parent"):
+        if run.training.get(name):
+            rows.append([name, run.training[name]])
+    content = run.training.get("content")
+    rows += [[name, value] for name, value in content.items()] if isinstance(content, dict) else []
+    flags = "".join(f"--{name} {value}\n" for name, value in run.arguments.items() if value is not None)
+    more = f"<details><summary>All flags</summary><pre>{text(flags)}</pre></details>" if flags else ""
+    return f"<h2>What it cost</h2>{table(rows)}{more}"
+
+
+def time_of(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds < 120 else f"{seconds / 60:,.1f} minutes"
+
+
+def forgotten_section(run) -> str:
+    """Loss and exact answers on new and old data, before and after (--retain_data_path); "" without them."""
+    from trainer.report_page import table
+
+    retention, rows = run.training.get("retention"), []
+    try:
+        for name, before in retention["before"].items():
+            after = retention["after"][name]
+            exact = ["" if side["exact"] is None else f"{side['exact']:.1%}" for side in (before, after)]
+            rows.append([f"{name} data", f"{before['samples']:,}", f"{before['loss']:.4f}",
+                         f"{after['loss']:.4f}", *exact])
+    except (TypeError, KeyError, AttributeError, ValueError):
+        return "" if retention is None else "<p>The retention in training.json can't be read.</p>"
+    head = ["", "samples", "loss before", "after", "exact answers before", "after"]
+    return f"<h2>What was forgotten</h2>{table(rows, head)}"
+
+
+def trained_of_all(run) -> tuple[int | None, int | None]:
+    """How many parameters trained, and how many the model has with them; None where nobody knows."""
+    from trainer.runs import count_parameters
+
+    adapter, parent = run.folder / "adapter_model.safetensors", run.parent
+    with suppress(ModelError):
+        if not adapter.is_file():
+            found = count_parameters(run.folder / "model.safetensors")
+            return found, found
+        trained = count_parameters(adapter)
+        with suppress(ModelError):
+            return trained, trained + count_parameters((parent or run.folder) / "model.safetensors")
+        return trained, None
+    return None, None
 
 
 # --- the models of the run, and what they are asked ---------------------------------------------------------
@@ -249,7 +334,7 @@ def ask(asked: Asked, prompts: list, records: dict[str, list[dict]], folder: Pat
             notes.append(f"no loss on {name}: {str(error).replace(str(folder), '')}")
 
 
-# --- sections -----------------------------------------------------------------------------------------------
+# --- what the models answered -------------------------------------------------------------------------------
 
 
 def samples_section(prompts: list, answered: list[Asked], notes: list[str]) -> str:

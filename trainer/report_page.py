@@ -9,8 +9,8 @@ import html
 import math
 import re
 
-from trainer.runs import Run, trained_of_all
-from trainer.symptoms import CHECKS, THRESHOLDS, Symptom, find
+from trainer.runs import Run
+from trainer.symptoms import CHECKS, Symptom
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --page: #fff;
@@ -163,71 +163,9 @@ def curves(run: Run, *only: str) -> str:
     return f'<div class="curves">{"".join(drawn)}</div>{note}' if drawn else "<p>Nothing was logged.</p>"
 
 
-# --- sections -----------------------------------------------------------------------------------------------
-
-
 def findings(found: list[Symptom]) -> str:
     """The symptoms, each with what it means and what to try."""
     if not found:
         return f"<p>None of the {len(CHECKS)} known symptoms shows.</p>"
     return "".join(f'<div class="finding"><p><b>{text(one.name)}</b>: {text(one.seen)}</p>'
                    f"<p>{text(one.means)}</p><p>{text(one.try_next)}</p></div>" for one in found)
-
-
-def symptoms_section(run: Run) -> str:
-    checked = table([[name.replace("_", " "), f"{threshold.value:g}", threshold.reason]
-                     for name, threshold in THRESHOLDS.items()], ["threshold", "value", "of what, and why"])
-    notes = "".join(f"<p>{text(note)}</p>" for note in run.notes)
-    return (f"<h2>What shows, and what to try next</h2>{notes}{findings(find(run))}"
-            f"<details><summary>Looked for: {text(', '.join(CHECKS))}</summary>{checked}</details>")
-
-
-def cost_section(run: Run) -> str:
-    """Steps, time, tokens, parameters, and the machine as far as the run tells."""
-    trained, everything = trained_of_all(run)
-    last = {name: run.values(name)[-1] for name in ("tokens", "seconds", "skipped") if run.values(name)}
-    seconds, tokens = last.get("seconds"), last.get("tokens")
-    rows = [["steps", f"{run.last_step:,} of {run.max_steps:,}"
-             + (f", and {last['skipped']:,.0f} batches skipped" if last.get("skipped") else "")]]
-    if seconds is not None:
-        rows.append(["time", time_of(seconds)])
-    if tokens is not None:
-        speed = f", {tokens / seconds:,.0f} in a second" if seconds else ""
-        rows.append(["tokens", f"{tokens:,.0f}{speed}"])
-    if isinstance(run.training.get("tokens_seen"), int):
-        rows.append(["tokens in its life", f"{run.training['tokens_seen']:,}, stages before included"])
-    if trained is not None:
-        of_all = f" of {everything:,} ({trained / max(1, everything):.2%})" if everything else ""
-        rows.append(["parameters trained", f"{trained:,}{of_all}"])
-    versions = run.training.get("versions")
-    versions = [f"{k} {v}" for k, v in versions.items()] if isinstance(versions, dict) else []
-    device = [f"--{name} {run.arguments[name]}" for name in ("device", "dtype", "parallel")
-              if name in run.arguments]
-    rows.append(["machine", ", ".join([*device, *versions, "more is not recorded"])])
-    for name in ("finished", "git", "parent"):
-        if run.training.get(name):
-            rows.append([name, run.training[name]])
-    content = run.training.get("content")
-    rows += [[name, value] for name, value in content.items()] if isinstance(content, dict) else []
-    flags = "".join(f"--{name} {value}\n" for name, value in run.arguments.items() if value is not None)
-    more = f"<details><summary>All flags</summary><pre>{text(flags)}</pre></details>" if flags else ""
-    return f"<h2>What it cost</h2>{table(rows)}{more}"
-
-
-def time_of(seconds: float) -> str:
-    return f"{seconds:,.1f} s" if seconds < 120 else f"{seconds / 60:,.1f} minutes"
-
-
-def forgotten_section(run: Run) -> str:
-    """Loss and exact answers on new and old data, before and after (--retain_data_path); "" without them."""
-    retention, rows = run.training.get("retention"), []
-    try:
-        for name, before in retention["before"].items():
-            after = retention["after"][name]
-            exact = ["" if side["exact"] is None else f"{side['exact']:.1%}" for side in (before, after)]
-            rows.append([f"{name} data", f"{before['samples']:,}", f"{before['loss']:.4f}",
-                         f"{after['loss']:.4f}", *exact])
-    except (TypeError, KeyError, AttributeError, ValueError):
-        return "" if retention is None else "<p>The retention in training.json can't be read.</p>"
-    head = ["", "samples", "loss before", "after", "exact answers before", "after"]
-    return f"<h2>What was forgotten</h2>{table(rows, head)}"

@@ -152,20 +152,6 @@ def count_parameters(weights: Path) -> int:
         return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
-def trained_of_all(run: Run) -> tuple[int | None, int | None]:
-    """How many parameters trained, and how many the model has with them; None where nobody knows."""
-    adapter, parent = run.folder / "adapter_model.safetensors", run.parent
-    with suppress(ModelError):
-        if not adapter.is_file():
-            found = count_parameters(run.folder / "model.safetensors")
-            return found, found
-        trained = count_parameters(adapter)
-        with suppress(ModelError):
-            return trained, trained + count_parameters((parent or run.folder) / "model.safetensors")
-        return trained, None
-    return None, None
-
-
 def size_of_b(run: Run) -> float | None:
     """The root mean square of all numbers in the adapters' B, which starts at 0; None without such a file."""
     from common.files import read_safetensors  # here, because it imports torch when it is called

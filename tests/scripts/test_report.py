@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from common.errors import UsageError
 from trainer import report_page
-from trainer.runs import Run, count_parameters, read_run, trained_of_all
+from trainer.runs import Run, count_parameters, read_run
 from trainer.symptoms import CHECKS, THRESHOLDS, find
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,7 +166,7 @@ def test_an_adapter_whose_b_stayed_at_zero(tmp_path):
     tensors = {"x.lora_A.weight": torch.ones(2, 4), "x.lora_B.weight": torch.full((4, 2), 1e-6)}
     save_file(tensors, folder / "adapter_model.safetensors")
     assert names(folder) == ["adapter learnt nothing"]  # and the flat loss is no second symptom
-    assert trained_of_all(read_run(folder)) == (16, None)
+    assert report.trained_of_all(read_run(folder)) == (16, None)
     tensors["x.lora_B.weight"] = torch.full((4, 2), 1e-2)
     save_file(tensors, folder / "adapter_model.safetensors")
     assert names(folder) == ["loss is flat"]
