@@ -78,6 +78,16 @@ class Run:
         return self.is_locked_in or (not self.training and self.last_step < self.max_steps)
 
     @property
+    def guessing(self) -> float | None:
+        """ln of the vocabulary's size: the loss of a model that finds all tokens equally likely."""
+        for folder in filter(None, (self.folder, self.parent)):
+            with suppress(ModelError, OSError):
+                size = number(read_json_if_there(folder / "config.json").get("vocab_size"))
+                if size and size > 1:
+                    return math.log(size)
+        return None
+
+    @property
     def parent(self) -> Path | None:
         """The model that the run began with, if it is still there."""
         for found in (self.training.get("parent"), self.arguments.get("load_from")):

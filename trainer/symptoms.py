@@ -46,6 +46,8 @@ THRESHOLDS = {
     "worse_ratio": Threshold(1.15, "times the best loss before: a healthy loss stays near its best"),
     "worse_nats": Threshold(0.2, "nats above the best loss, for losses near 0"),
     "worse_noise": Threshold(4, "times the run's own noise above the best loss"),
+    "worse_than_guessing": Threshold(1.1, "times ln(vocabulary): with random weights a loss begins at 1.0, "
+                                          "and only steps that are far too large lead beyond"),
     "dpo_accuracy": Threshold(0.6, "of the pairs in the right order: 0.5 is chance, and a mean over the last "
                                    "fifth of 94 steps of 32 pairs strays by 0.02"),
     "dpo_margin": Threshold(0.05, "half a nat at beta 0.1; a run that learns passes it soon"),
@@ -159,6 +161,11 @@ def rate_too_high(run: Run):
             lost.append((i, place))
         elif value < best:
             place = i
+    tries = f"Try {rate_times(run, 1 / 5)}, or a longer --warmup_ratio."
+    guessing = run.guessing
+    if guessing and not run.values("margin") and max(smooth[:-1]) > limit("worse_than_guessing") * guessing:
+        return (f"The loss was {max(values):.3g}, and a model that finds all tokens equally likely has "
+                f"{guessing:.3g}.", "The steps were so large that they broke the model.", tries)
     if len(lost) < limit("worse_share") * len(values):
         return None
     worst, place = max(lost, key=lambda pair: smooth[pair[0]])
@@ -166,7 +173,7 @@ def rate_too_high(run: Run):
             f"{smooth[worst]:.3g} at step {series[worst][0]:,.0f}; it is far above its best in "
             f"{len(lost) / len(values):.0%} of the log.",
             "The steps were too large: the model lost what it had learnt, at least while the rate was high.",
-            f"Try {rate_times(run, 1 / 5)}, or a longer --warmup_ratio.")
+            tries)
 
 
 def spikes(run: Run):

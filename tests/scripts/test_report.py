@@ -172,6 +172,16 @@ def test_an_adapter_whose_b_stayed_at_zero(tmp_path):
     assert names(folder) == ["loss is flat"]
 
 
+def test_a_loss_worse_than_guessing(tmp_path):
+    """The damage was done before the first line of the log, and from there on the loss falls."""
+    folder = write_run(tmp_path, log([13.5, 10.5, *FALLING]))
+    assert names(folder) == []  # nobody knows the vocabulary
+    (folder / "config.json").write_text('{"vocab_size": 6400}', encoding="utf-8")
+    assert names(folder) == ["learning rate too high"]
+    assert names(write_run(tmp_path, log([8.8, 8.7, *FALLING]))) == []  # with random weights
+    assert names(write_run(tmp_path, log([*FALLING[:9], 19.0, *FALLING[9:]]))) == ["spikes"]
+
+
 @pytest.mark.parametrize("state", ["killed", "checkpoints"])
 def test_an_unfinished_run(tmp_path, state):
     lines = [line | {"max_steps": 500} for line in log(FALLING)]
