@@ -387,7 +387,6 @@ def write_html(out: Path, report: dict, before: dict, tasks: list[Task]) -> None
     """report.html: one file that needs nothing beside it, made of the parts of scripts/report.py's page."""
     from trainer.report_page import Cell, curves, findings, page, table, text
     from trainer.runs import read_run
-    from trainer.symptoms import find
 
     scores = []
     for family, row in shares_of(report, before).iterrows():
@@ -401,8 +400,7 @@ def write_html(out: Path, report: dict, before: dict, tasks: list[Task]) -> None
     for stage, seconds in report["seconds"].items():
         run = read_run(out / stage)
         names = ("reward" if run.learns_from_rewards else "loss", "grad_norm", "tokens_per_second")
-        trained += f"<h3>{stage}, {seconds:.0f} s with its scoring</h3>{curves(run, *names)}"
-        trained += findings(find(run))
+        trained += f"<h3>{stage}, {seconds:.0f} s with its scoring</h3>{curves(run, *names)}{findings(run)}"
     commands = "\n".join(shown(["python", *task.command], ROOT) for task in tasks)
     lead = (f"{report['parameters']:,} parameters, trained from nothing and scored in "
             f"{sum(report['seconds'].values()) / 60:.1f} minutes.")

@@ -53,6 +53,9 @@ def main(args):
     from trainer.symptoms import find
 
     run = read_run(args.run)
+    for path in args.data_path:
+        if not is_file(path):
+            raise UsageError(f"--data_path {path}: there is no such file")
     sections = [symptoms_section(run), "<h2>Curves</h2>" + report_page.curves(run), cost_section(run)]
     if not args.no_samples:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -73,12 +76,12 @@ def main(args):
 def symptoms_section(run) -> str:
     """What is named, and behind it the table of thresholds."""
     from trainer.report_page import findings, table, text
-    from trainer.symptoms import CHECKS, THRESHOLDS, find
+    from trainer.symptoms import CHECKS, THRESHOLDS
 
     checked = table([[name.replace("_", " "), f"{threshold.value:g}", threshold.reason]
                      for name, threshold in THRESHOLDS.items()], ["threshold", "value", "of what, and why"])
     notes = "".join(f"<p>{text(note)}</p>" for note in run.notes)
-    return (f"<h2>What shows, and what to try next</h2>{notes}{findings(find(run))}"
+    return (f"<h2>What shows, and what to try next</h2>{notes}{findings(run)}"
             f"<details><summary>Looked for: {text(', '.join(CHECKS))}</summary>{checked}</details>")
 
 

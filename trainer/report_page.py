@@ -10,7 +10,7 @@ import math
 import re
 
 from trainer.runs import Run
-from trainer.symptoms import CHECKS, Symptom
+from trainer.symptoms import CHECKS, THRESHOLDS, find
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --page: #fff;
@@ -119,7 +119,7 @@ def curve(title: str, lines: dict[str, list[tuple[float, float]]], may_be_log: b
             drawn += f'<circle class="{color}" cx="{x:.1f}" cy="{y:.1f}" r="2"></circle>'
     labels = [f'<b class="{color}">{text(label)}</b> ' for color, label in zip("ab", lines, strict=False)]
     labels = [""] if list(lines) == ["training"] else labels  # as most are
-    ends = ", ".join(f"{label}{short(points[0][1])} to {short(points[-1][1])}"
+    ends = ", ".join(label + " to ".join(short(value) for _, value in points[::max(1, len(points) - 1)])
                      for label, points in zip(labels, lines.values(), strict=False))
     return (f"<figure><figcaption>{text(title)}{' (log scale)' * is_log}: {ends}</figcaption>"
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{drawn}</svg>'
@@ -163,9 +163,12 @@ def curves(run: Run, *only: str) -> str:
     return f'<div class="curves">{"".join(drawn)}</div>{note}' if drawn else "<p>Nothing was logged.</p>"
 
 
-def findings(found: list[Symptom]) -> str:
-    """The symptoms, each with what it means and what to try."""
+def findings(run: Run) -> str:
+    """The symptoms of a run, each with what it means and what to try."""
+    found, count, needed = find(run), len(run.series("loss")), THRESHOLDS["lines"].value
+    few = (f"<p>The log has {count} lines with a loss, and most symptoms need {needed:g}: a smaller "
+           "--log_interval shows more.</p>" if count < needed else "")
     if not found:
-        return f"<p>None of the {len(CHECKS)} known symptoms shows.</p>"
-    return "".join(f'<div class="finding"><p><b>{text(one.name)}</b>: {text(one.seen)}</p>'
-                   f"<p>{text(one.means)}</p><p>{text(one.try_next)}</p></div>" for one in found)
+        return f"<p>None of the {len(CHECKS)} known symptoms shows.</p>{few}"
+    return few + "".join(f'<div class="finding"><p><b>{text(one.name)}</b>: {text(one.seen)}</p>'
+                         f"<p>{text(one.means)}</p><p>{text(one.try_next)}</p></div>" for one in found)

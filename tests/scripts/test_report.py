@@ -129,8 +129,7 @@ def names(folder: Path) -> list[str]:
 )
 def test_each_symptom_is_named_and_nothing_else(tmp_path, symptom, lines, arguments):
     assert names(write_run(tmp_path, lines, **arguments)) == [symptom]
-    page = report_page.findings(find(read_run(tmp_path)))
-    assert symptom in page
+    assert symptom in report_page.findings(read_run(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +157,11 @@ def test_each_symptom_is_named_and_nothing_else(tmp_path, symptom, lines, argume
 )
 def test_healthy_runs_are_silent(tmp_path, lines, arguments):
     assert names(write_run(tmp_path, lines, **arguments)) == []
+
+
+def test_a_short_log_says_that_little_can_be_seen(tmp_path):
+    assert "most symptoms need 6" in report_page.findings(read_run(write_run(tmp_path, log(FALLING[:5]))))
+    assert "need" not in report_page.findings(read_run(write_run(tmp_path, log(FALLING[:6]))))
 
 
 def test_an_adapter_whose_b_stayed_at_zero(tmp_path):
@@ -470,6 +474,12 @@ def test_a_checkpoint_answers(tmp_path, tiny):
 
     loaded = load_model(found[1].path)
     assert all(torch.equal(p, changed[name]) for name, p in loaded.named_parameters())
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path):
+    folder = write_run(tmp_path, log(FALLING))
+    with pytest.raises(UsageError, match="gone.jsonl: there is no such file"):
+        report.main(report.parse_args([str(folder), "--data_path", str(tmp_path / "gone.jsonl")]))
 
 
 def test_samples_need_a_model():
