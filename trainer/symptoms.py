@@ -53,8 +53,8 @@ THRESHOLDS = {
     "dpo_margin": Threshold(0.05, "half a nat at beta 0.1; a run that learns passes it soon"),
     "signal": Threshold(0.1, "of the groups differ in reward: the rest of the rollout teaches nothing"),
     "cut_off": Threshold(0.3, "of the answers: a few long ones are normal, a third is not"),
-    "slower": Threshold(0.5, "of the speed of the first quarter, and slower in each quarter: the load of "
-                             "other programs comes and goes, it rarely grows four times in a row"),
+    "slower": Threshold(0.5, "of the speed of the fastest quarter, the first or second, and slower in each "
+                             "after it: the load of other programs comes and goes, and seldom only grows"),
     "slower_lines": Threshold(12, "lines: three in a quarter"),
 }
 
@@ -272,11 +272,12 @@ def slower(run: Run):
         return None
     size = len(speeds) / 4
     quarters = [median(speeds[round(i * size):round((i + 1) * size)]) for i in range(4)]
-    falls = all(b < a for a, b in zip(quarters, quarters[1:], strict=False))
-    if not falls or quarters[-1] >= limit("slower") * quarters[0]:
+    fastest = quarters.index(max(quarters))
+    falls = all(b < a for a, b in zip(quarters[fastest:], quarters[fastest + 1:], strict=False))
+    if fastest > 1 or not falls or quarters[-1] >= limit("slower") * quarters[fastest]:
         return None
-    return (f"The speed fell from {quarters[0]:,.0f} tokens/s in the first quarter of the run to "
-            f"{quarters[-1]:,.0f} in the last, and in each quarter between.",
+    return (f"The speed fell from {quarters[fastest]:,.0f} tokens/s in quarter {fastest + 1} of the run to "
+            f"{quarters[-1]:,.0f} in the last, without a recovery.",
             "The machine gave it less and less: other programs, heat, memory that is full, or a slow disk.",
             "Look at other programs and at the temperature; on a GPU that is full try --micro_batch_size or "
             "--gradient_checkpointing, with slow files --num_workers 2.")
