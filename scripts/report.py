@@ -317,13 +317,16 @@ def ask(asked: Asked, prompts: list, records: dict[str, list[dict]], folder: Pat
     from inference.scoring import forced_loss, parse_question
 
     model = ChatModel(asked.path, adapters=[str(path) for path in asked.adapters])
-    for messages, _ in prompts:
-        prompt = model.encode(messages)
-        greedy = Sampling(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
-        with torch.inference_mode():
-            row = [int(token) for token in model.generate([prompt], greedy)]
+    asked_ids = [model.encode(messages) for messages, _ in prompts]
+    fits = [len(ids) + MAX_NEW_TOKENS <= model.max_positions for ids in asked_ids]
+    with torch.inference_mode():
+        short = [ids for ids, is_short in zip(asked_ids, fits, strict=True) if is_short]
+        steps = model.generate(short, Sampling(temperature=0, max_new_tokens=MAX_NEW_TOKENS)) if short else []
+        rows = iter(torch.stack(list(steps), dim=1).tolist() if short else [])
+    for is_short in fits:
+        row = next(rows) if is_short else model.stop_ids[:1]  # a prompt that is too long is not answered
         end = next((place for place, token in enumerate(row) if token in model.stop_ids), len(row))
-        asked.answers.append((row[:end], model.decode(row[:end])))
+        asked.answers.append((row[:end], model.decode(row[:end]) if is_short else "(the prompt is too long)"))
         asked.ended.append(end < len(row))
     for name, some in records.items():
         try:

@@ -32,7 +32,7 @@ class Run:
     training: dict = field(default_factory=dict)
     arguments: dict = field(default_factory=dict)
     checkpoints: list[Path] = field(default_factory=list)
-    is_locked_in: bool = False  # the folder "checkpoints" is there, which every run drops at its end
+    is_open: bool = False  # the folder "checkpoints" is there, which every run drops at its end
     notes: list[str] = field(default_factory=list)
 
     def series(self, name: str) -> list[tuple[float, float]]:
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def is_unfinished(self) -> bool:
-        return self.is_locked_in or (not self.training and self.last_step < self.max_steps)
+        return self.is_open or (not self.training and self.last_step < self.max_steps)
 
     @property
     def guessing(self) -> float | None:
@@ -104,7 +104,7 @@ def read_run(folder: Path) -> Run:
 
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder")
-    run = Run(folder, is_locked_in=(folder / "checkpoints").is_dir(), checkpoints=checkpoints(folder))
+    run = Run(folder, is_open=(folder / "checkpoints").is_dir(), checkpoints=checkpoints(folder))
     lines = [{str(name): number(value) for name, value in line.items() if number(value) is not None}
              for line in read_metrics(folder / "metrics.jsonl")]
     run.metrics = sorted((line for line in lines if 0 <= line.get("step", -1) <= LARGEST_STEP),
