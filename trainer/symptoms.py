@@ -7,6 +7,7 @@ A line of the log is a mean over --log_interval steps. Lines are noisy, so a sym
 noise of its own run: the median difference between two neighbouring lines.
 """
 
+import math
 from collections.abc import Callable
 from statistics import mean, median
 from typing import NamedTuple
@@ -48,6 +49,8 @@ THRESHOLDS = {
     "worse_noise": Threshold(4, "times the run's own noise above the best loss"),
     "worse_than_guessing": Threshold(1.1, "times ln(vocabulary): with random weights a loss begins at 1.0, "
                                           "and only steps that are far too large lead beyond"),
+    "better_than_guessing": Threshold(0.9, "times ln(vocabulary): a model that was so far below never has to "
+                                           "come back to guessing, but for a spike"),
     "dpo_accuracy": Threshold(0.6, "of the pairs in the right order: 0.5 is chance, and a mean over the last "
                                    "fifth of 94 steps of 32 pairs strays by 0.02"),
     "dpo_margin": Threshold(0.05, "half a nat at beta 0.1; a run that learns passes it soon"),
@@ -55,7 +58,7 @@ THRESHOLDS = {
     "cut_off": Threshold(0.3, "of the answers: a few long ones are normal, a third is not"),
     "slower": Threshold(0.5, "of the speed of the fastest quarter, the first or second, and slower in each "
                              "after it: the load of other programs comes and goes, and seldom only grows"),
-    "slower_lines": Threshold(12, "lines: three in a quarter"),
+    "slower_lines": Threshold(24, "lines: in a shorter log one burst of other work fills half of the quarters"),
 }
 
 
@@ -163,7 +166,7 @@ def rate_too_high(run: Run):
             place = i
     tries = f"Try {rate_times(run, 1 / 5)}, or a longer --warmup_ratio."
     guessing = run.guessing
-    if guessing and not run.values("margin") and max(smooth[:-1]) > limit("worse_than_guessing") * guessing:
+    if guessing and not run.values("margin") and is_worse_than_guessing(smooth[:-1], guessing):
         return (f"The loss was {max(values):.3g}, and a model that finds all tokens equally likely has "
                 f"{guessing:.3g}.", "The steps were so large that they broke the model.", tries)
     if len(lost) < limit("worse_share") * len(values):
@@ -174,6 +177,17 @@ def rate_too_high(run: Run):
             f"{len(lost) / len(values):.0%} of the log.",
             "The steps were too large: the model lost what it had learnt, at least while the rate was high.",
             tries)
+
+
+def is_worse_than_guessing(smooth: list[float], guessing: float) -> bool:
+    """Whether a loss is far above that of a guess, or above it after it was well below."""
+    best = math.inf
+    for value in smooth:
+        best = min(best, value)
+        has_learnt = best < limit("better_than_guessing") * guessing
+        if value > guessing * (1 if has_learnt else limit("worse_than_guessing")):
+            return True
+    return False
 
 
 def spikes(run: Run):

@@ -124,7 +124,7 @@ def names(folder: Path) -> list[str]:
         ("preferences not learnt", log([0.693] * 15, **PAIRS), {"stage": "dpo"}),
         ("rewards without signal", log(STILL, **REWARDS | {"signal": 0.02}), {"stage": "grpo"}),
         ("answers cut off", log(STILL, **REWARDS | {"cut_off": 0.6}), {"stage": "grpo"}),
-        ("slower and slower", log(FALLING, tokens_per_second=[1000 - 60 * i for i in range(15)]), {}),
+        ("slower and slower", log([0.05] * 30, tokens_per_second=[1000 - 30 * i for i in range(30)]), {}),
     ],
 )
 def test_each_symptom_is_named_and_nothing_else(tmp_path, symptom, lines, arguments):
@@ -151,7 +151,8 @@ def test_each_symptom_is_named_and_nothing_else(tmp_path, symptom, lines, argume
             log(STILL, **REWARDS | {"tokens_per_second": [1000 - 60 * i for i in range(15)]}),
             {},
         ),  # shorter answers
-        (log(FALLING, tokens_per_second=[1000, 300] * 7 + [900]), {}),  # other programs come and go
+        (log([0.05] * 30, tokens_per_second=[1000, 300, 500, 200, 900] * 6), {}),  # other programs come and go
+        (log(FALLING, tokens_per_second=[1000 - 60 * i for i in range(15)]), {}),  # too short to tell
         (log(FALLING, grad_norm=[0.01] * 10 + [0.2] + [0.01] * 4), {}),
     ],
 )
@@ -183,6 +184,8 @@ def test_a_loss_worse_than_guessing(tmp_path):
     (folder / "config.json").write_text('{"vocab_size": 6400}', encoding="utf-8")
     assert names(folder) == ["learning rate too high"]
     assert names(write_run(tmp_path, log([8.8, 8.7, *FALLING]))) == []  # with random weights
+    noisy = [7.5, 8.1, 6.2, 8.3, 7.8, 8.6, 7.9, 12.0, 7.5, 9.6, 9.3, 8.8, 8.4, 7.4, 6.2, 6.7, 6.4, 6.3, 5.6]
+    assert names(write_run(tmp_path, log(noisy))) == ["learning rate too high"]  # it was below, and came back
     assert names(write_run(tmp_path, log([*FALLING[:9], 19.0, *FALLING[9:]]))) == ["spikes"]
 
 
