@@ -58,7 +58,7 @@ THRESHOLDS = {
     "cut_off": Threshold(0.3, "of the answers: a few long ones are normal, a third is not"),
     "slower": Threshold(0.5, "of the speed of the fastest quarter, the first or second, and slower in each "
                              "after it: the load of other programs comes and goes, and seldom only grows"),
-    "slower_lines": Threshold(24, "lines: in a shorter log one burst of other work fills half of the quarters"),
+    "slower_lines": Threshold(24, "lines: in a shorter log one burst of other work fills two quarters"),
 }
 
 

@@ -151,7 +151,7 @@ def test_each_symptom_is_named_and_nothing_else(tmp_path, symptom, lines, argume
             log(STILL, **REWARDS | {"tokens_per_second": [1000 - 60 * i for i in range(15)]}),
             {},
         ),  # shorter answers
-        (log([0.05] * 30, tokens_per_second=[1000, 300, 500, 200, 900] * 6), {}),  # other programs come and go
+        (log([0.05] * 30, tokens_per_second=[1000, 300, 500, 200, 900] * 6), {}),  # other programs
         (log(FALLING, tokens_per_second=[1000 - 60 * i for i in range(15)]), {}),  # too short to tell
         (log(FALLING, grad_norm=[0.01] * 10 + [0.2] + [0.01] * 4), {}),
     ],
