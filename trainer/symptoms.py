@@ -191,30 +191,41 @@ def is_worse_than_guessing(smooth: list[float], guessing: float) -> bool:
 
 
 def spikes(run: Run):
-    series, after = losses(run), (run.flag("warmup_ratio") or 0) * run.max_steps
+    """Of the loss, or else of the gradient."""
+    after_warmup = (run.flag("warmup_ratio") or 0) * run.max_steps
+    return spike_of_loss(run, after_warmup) or spike_of_gradient(run, after_warmup)
+
+
+def spike_of_loss(run: Run, after: float):
+    series = losses(run)
     values = [value for _, value in series]
-    clip = run.flag("grad_clip") or 1.0
-    usual = noise(values)
+    least = max(limit("spike_nats"), limit("spike_noise") * noise(values))
     for i in range(3, len(values) - 1):
         base, value = median(values[i - 3:i]), values[i]
-        jump = value - base
-        is_high = value > base * limit("spike_ratio") and jump > max(limit("spike_nats"),
-                                                                    limit("spike_noise") * usual)
-        if series[i][0] > after and is_high and min(values[i + 1:]) < base + jump / 2:
+        is_high = value > base * limit("spike_ratio") and value - base > least
+        comes_back = min(values[i + 1:]) < (base + value) / 2
+        if series[i][0] > after and is_high and comes_back:
             return (f"At step {series[i][0]:,.0f} the loss jumped from {base:.3g} to {value:.3g}, and came "
                     "back.",
                     "A batch unlike all others, or a step that was too large, threw the model off its way.",
                     f"Look for odd records with scripts/check_data.py; else {rate_times(run, 1 / 2)}, or a "
                     "smaller --grad_clip.")
-    norms = [] if len(run.series("grad_norm")) < limit("lines") else run.series("grad_norm")[3:]
-    usual = median(run.values("grad_norm")) if norms else 0.0
-    step, norm = max(norms, key=lambda point: point[1], default=(0, 0))
-    if norm > max(limit("norm_ratio") * usual, limit("norm_clips") * clip) and step > after:
-        return (f"At step {step:,.0f} the gradient norm was {norm:.3g}, {norm / max(usual, 1e-9):,.0f} times "
-                "its median.",
-                "The gradient explodes now and then, and --grad_clip alone keeps such a step small.",
-                f"Try {rate_times(run, 1 / 2)}, --grad_clip 1, or a longer --warmup_ratio.")
     return None
+
+
+def spike_of_gradient(run: Run, after: float):
+    norms = run.series("grad_norm")
+    if len(norms) < limit("lines"):
+        return None
+    usual = median(norm for _, norm in norms)
+    step, norm = max(norms[3:], key=lambda point: point[1])
+    least = max(limit("norm_ratio") * usual, limit("norm_clips") * (run.flag("grad_clip") or 1.0))
+    if step <= after or norm <= least:
+        return None
+    return (f"At step {step:,.0f} the gradient norm was {norm:.3g}, {norm / max(usual, 1e-9):,.0f} times its "
+            "median.",
+            "The gradient explodes now and then, and --grad_clip alone keeps such a step small.",
+            f"Try {rate_times(run, 1 / 2)}, --grad_clip 1, or a longer --warmup_ratio.")
 
 
 def loss_is_flat(run: Run):
