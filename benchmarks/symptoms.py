@@ -157,7 +157,7 @@ def slow_it(process: subprocess.Popen, folder: Path) -> None:
     """Holds the process for a growing part of each tenth of a second, as a machine does that gets hot."""
     while process.poll() is None:
         line = last_line(folder)
-        share = 0.85 * line.get("step", 0) / line.get("max_steps", math.inf)
+        share = 0.95 * line.get("step", 0) / line.get("max_steps", math.inf)
         process.send_signal(signal.SIGSTOP)
         time.sleep(0.1 * share)
         process.send_signal(signal.SIGCONT)
