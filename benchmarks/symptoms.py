@@ -1,6 +1,6 @@
 """Makes four healthy runs and twelve sick ones, and shows which symptoms scripts/report.py names in each.
 
-    python benchmarks/symptoms.py                     # about ten minutes on one core
+    python benchmarks/symptoms.py                     # about ten minutes of a busy core
     python benchmarks/symptoms.py --only overfitting  # one of them again
     python benchmarks/symptoms.py --table             # of what is there; trains nothing
 
