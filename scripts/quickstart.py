@@ -10,8 +10,6 @@ to out/quickstart: the world, the models, logs/, scores_*.json, loss.png, report
 """
 
 import argparse
-import base64
-import html
 import importlib.util
 import json
 import math
@@ -326,17 +324,12 @@ def stop(process: subprocess.Popen) -> None:
 # --- the report ---------------------------------------------------------------------------------------------
 
 
-def count_parameters(model: Path) -> int:
-    """From the header of model.safetensors: 8 bytes of length, then JSON with the shape of every tensor."""
-    with (model / "model.safetensors").open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-
-
 def collect(out: Path, state: State) -> tuple[dict, dict]:
     """The content of report.json; and, for each family of questions that an adapter learns, the share of
     right answers that full_sft had before."""
     import pandas as pd  # here, because half a second is long for --help
+
+    from trainer.runs import count_parameters
 
     seconds, scores, samples, before = dict.fromkeys(STAGES, 0.0), {}, {}, {}
     for task in plan(out, state.data["minutes"]):
@@ -352,12 +345,13 @@ def collect(out: Path, state: State) -> tuple[dict, dict]:
         scores[stage] = own.groupby("family", sort=False)["ok"].mean().to_dict()
         scores[stage]["all"] = float(own["ok"].mean())
         before |= others.groupby("family", sort=False)["ok"].mean().to_dict()
-    report = {"seconds": seconds, "parameters": count_parameters(out / "full_sft"), "scores": scores,
+    parameters = count_parameters(out / "full_sft" / "model.safetensors")
+    report = {"seconds": seconds, "parameters": parameters, "scores": scores,
               "samples": [{"prompt": prompt, "answers": answers} for prompt, answers in samples.items()]}
     return report, before
 
 
-def table(report: dict, before: dict):
+def shares_of(report: dict, before: dict):
     """A DataFrame, families down and stages across. For what an adapter learns, full_sft has the share of
     right answers before it."""
     import pandas as pd
@@ -389,61 +383,36 @@ def draw_losses(out: Path) -> None:
     figure.savefig(out / "loss.png", dpi=140)
 
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb;
-        --page: #fff; --box: #f6f7f9 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #374151; --page: #15181d; --box: #1f242c } }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page);
-       max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem }
-h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .7rem }
-p.lead { color: var(--soft); margin-top: 0 }
-table { border-collapse: collapse; width: 100%; font-size: .93rem }
-th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--soft); font-weight: 600 } tr.all td { font-weight: 700 }
-td.score { background: color-mix(in srgb, #22a06b calc(var(--share) * 55%), transparent); width: 9rem }
-pre { background: var(--box); padding: .8rem 1rem; border-radius: .5rem; font-size: .84rem;
-      white-space: pre-wrap; overflow-wrap: anywhere }
-img { width: 100%; border-radius: .5rem; background: #fff } .stage { color: var(--soft); width: 8rem }
-"""
-
-
 def write_html(out: Path, report: dict, before: dict, tasks: list[Task]) -> None:
-    """report.html: one file that needs nothing beside it."""
-    e = html.escape
-    scores = ""
-    for family, row in table(report, before).iterrows():
-        scores += f"<tr{' class=all' if family == 'all' else ''}><td>{e(family)}</td>"
-        for share in row:
-            cell = "" if math.isnan(share) else f"{share:.2f}"
-            scores += f'<td class="score" style="--share: {cell or 0}">{cell}</td>'
-        scores += "</tr>"
-    samples = ""
-    for sample in report["samples"]:
-        samples += f"<h3>{e(sample['prompt'])}</h3><table>"
-        for stage, text in sample["answers"].items():
-            samples += f'<tr><td class="stage">{stage}</td><td>{e(text) or "<i>nothing</i>"}</td></tr>'
-        samples += "</table>"
-    times = "".join(f"<tr><td>{stage}</td><td>{s:.0f} s</td></tr>" for stage, s in report["seconds"].items())
-    commands = e("\n".join(shown(["python", *task.command], ROOT) for task in tasks))
-    picture = base64.b64encode((out / "loss.png").read_bytes()).decode()
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Seedling quickstart</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
-<h1>A model that did not exist before</h1>
-<p class="lead">{report['parameters']:,} parameters, trained from nothing and scored in
-{sum(report['seconds'].values()) / 60:.1f} minutes.</p>
-<h2>Talk to it</h2><pre>{e(chat_command(out, ROOT))}</pre>
-<h2>Held-out questions answered exactly right</h2>
-<table><tr><th>family</th>{''.join(f'<th>{stage}</th>' for stage in STAGES)}</tr>{scores}</table>
-<p class="lead">1 means all of them. The questions that an adapter learns are also asked before it is trained:
-these shares stand under full_sft.</p>
-<h2>The same question after every stage</h2>{samples}
-<h2>Loss, and the reward of grpo</h2>
-<img alt="loss of each stage, and the reward of grpo" src="data:image/png;base64,{picture}">
-<h2>Time, scoring included</h2><table>{times}</table>
-<h2>Every step, as commands</h2><pre>{commands}</pre></html>
-"""
-    write_whole(out / "report.html", page)
+    """report.html: one file that needs nothing beside it, made of the parts of scripts/report.py's page."""
+    from trainer.report_page import Cell, curves, findings, page, table, text
+    from trainer.runs import read_run
+
+    scores = []
+    for family, row in shares_of(report, before).iterrows():
+        cells = "".join('<td class="score"></td>' if math.isnan(share) else
+                        f'<td class="score" style="--share: {share:.2f}">{share:.2f}</td>' for share in row)
+        scores.append([family, Cell(cells)])
+    samples = "".join(f"<h3>{text(sample['prompt'])}</h3>"
+                      + table([[stage, said or "(nothing)"] for stage, said in sample["answers"].items()])
+                      for sample in report["samples"])
+    trained = ""
+    for stage, seconds in report["seconds"].items():
+        run = read_run(out / stage)
+        names = ("reward" if run.learns_from_rewards else "loss", "grad_norm", "tokens_per_second")
+        trained += f"<h3>{stage}, {seconds:.0f} s with its scoring</h3>{curves(run, *names)}{findings(run)}"
+    commands = "\n".join(shown(["python", *task.command], ROOT) for task in tasks)
+    lead = (f"{report['parameters']:,} parameters, trained from nothing and scored in "
+            f"{sum(report['seconds'].values()) / 60:.1f} minutes.")
+    write_whole(out / "report.html", page(
+        "A model that did not exist before", lead,
+        f"<h2>Talk to it</h2><pre>{text(chat_command(out, ROOT))}</pre>",
+        f"<h2>Held-out questions answered exactly right</h2>{table(scores, ['family', *STAGES])}",
+        '<p class="lead">1 means all of them. The questions that an adapter learns are also asked before it '
+        "is trained: these shares stand under full_sft.</p>",
+        f"<h2>The same question after every stage</h2>{samples}",
+        f"<h2>How each stage went, and its symptoms</h2>{trained}",
+        f"<h2>Every step, as commands</h2><pre>{text(commands)}</pre>"))
 
 
 def chat_command(out: Path, folder: Path | None = None) -> str:
@@ -459,7 +428,7 @@ def serve_command(out: Path) -> str:
 
 
 def print_report(out: Path, report: dict, before: dict) -> None:
-    shares = table(report, before)
+    shares = shares_of(report, before)
     shares.columns.name = "right answers"
     print("\n" + shares.to_string(float_format="{:.2f}".format, na_rep="", col_space=14))
     for sample in report["samples"]:

@@ -158,7 +158,7 @@ def test_every_file_named_is_there_and_every_source_file_is_named(name):
     assert named == {Path(f).name for f in sources if not f.endswith("__init__.py")}
     for path in re.findall(rf"\b(?:{folders}|benchmarks|tests)/[\w/]*(?:\.\w+)?", text):
         assert path in files or any(f.startswith(path.rstrip("/") + "/") for f in files), path
-    assert len(text.splitlines()) <= 170
+    assert len(text.splitlines()) <= 175
 
 
 @pytest.mark.parametrize("name", READMES)

@@ -152,7 +152,7 @@ def read_metrics(path: Path) -> list[dict]:
         return []
     metrics = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):  # nested without end
             found = json.loads(line)
             if isinstance(found, dict) and isinstance(found.get("step"), int):
                 metrics.append(found)
