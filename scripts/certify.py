@@ -78,12 +78,14 @@ def transformers_row(args, reference):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(str(args.model), dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(str(args.model), dtype=torch.float32, local_files_only=True,
+                                                 trust_remote_code=False)
     if args.lora:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(args.lora[0]), local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(str(args.model), local_files_only=True)
+        model = PeftModel.from_pretrained(model, str(args.lora[0]), local_files_only=True,
+                                          trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(str(args.model), local_files_only=True, trust_remote_code=False)
     compare_tokens(row, encoder_of(tokenizer), reference, lambda talk: reference.written(talk, tokenizer))
     # bitsandbytes computes with weights of 4 bits in bfloat16.
     kind = "BF16" if getattr(model.config, "quantization_config", None) else "F32"
