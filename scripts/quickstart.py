@@ -1,6 +1,6 @@
 """From nothing to a chat: writes a small world, trains a model on it in five stages, scores every stage.
 
-    python scripts/quickstart.py               # about 8 minutes on 2 CPU cores; uses a GPU if there is one
+    python scripts/quickstart.py               # about 9 minutes on 2 CPU cores; uses a GPU if there is one
     python scripts/quickstart.py --minutes 20  # train longer
     python scripts/quickstart.py               # again: goes on where it was stopped, or shows the report
     python scripts/quickstart.py --fresh       # start over
