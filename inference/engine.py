@@ -22,7 +22,7 @@ from common.errors import RunError, UsageError
 from inference.chat_model import ChatModel
 from model.batch import Batch, Row
 
-BUNDLE_SECONDS = 0.02  # how long tokens may wait, so that several are told at once
+BUNDLE_SECONDS = 0.05  # how long tokens may wait, so that several are told at once
 
 
 class EngineBusy(Exception):
