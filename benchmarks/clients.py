@@ -171,7 +171,8 @@ def schemathesis(url: str, model: Path, folder: Path, expected: list[str]) -> st
     environment(folder, ["schemathesis"])
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     ended = subprocess.run([folder / "bin" / "schemathesis", "run", f"{url}/openapi.json", "--checks", checks,
-                            "--max-examples", "100", "--seed", "1"], capture_output=True, encoding="utf-8")
+                            "--max-examples", "100", "--seed", "1"], cwd=folder, capture_output=True,
+                           encoding="utf-8")
     said = ended.stdout + ended.stderr
     counted = re.search(r"(\d[\d,]*) generated", said)
     if ended.returncode or not counted:
@@ -203,22 +204,19 @@ def main() -> None:
     args = parser.parse_args()
     model, failed = args.load_from.resolve(), False
     expected = ours(model)
-    command = [sys.executable, ROOT / "scripts" / "serve_openai_api.py", "--load_from", model, "--port", "0"]
+    from benchmarks.serving_clients import Server
+
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, \
-            subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as server:
+            Server("--load_from", model, threads=os.cpu_count()) as server:
         folder = (args.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            url = re.search(r"http://\S+", server.stdout.readline())[0]
-            for name in args.only:
-                try:
-                    outcome = CLIENTS[name](url, model, folder / name.replace(" ", "_"), expected)
-                except (RuntimeError, OSError) as error:
-                    outcome = f"failed: {error}"
-                failed |= outcome.startswith("failed")
-                print(f"{name:18} {outcome}", flush=True)
-        finally:
-            server.terminate()
+        for name in args.only:
+            try:
+                outcome = CLIENTS[name](server.address, model, folder / name.replace(" ", "_"), expected)
+            except (RuntimeError, OSError) as error:
+                outcome = f"failed: {error}"
+            failed |= outcome.startswith("failed")
+            print(f"{name:18} {outcome}", flush=True)
     sys.exit(1 if failed else 0)
 
 

@@ -27,13 +27,13 @@ class Server:
         self.log_file = tempfile.TemporaryFile()
         command = [sys.executable, ROOT / "scripts" / "serve_openai_api.py", "--port", "0", *flags]
         self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE,
-                                        encoding="utf-8",
-                                        stderr=self.log_file,
+                                        encoding="utf-8", stderr=self.log_file,
                                         env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         found = re.search(r":(\d+)$", self.process.stdout.readline().strip())
         if not found:
             raise UsageError(f"the server did not start: {self.log().strip()[-500:]}")
         self.port = int(found[1])
+        self.address = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> "Server":
         return self

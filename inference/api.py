@@ -11,7 +11,6 @@ import contextlib
 import json
 import sys
 import time
-import weakref
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from dataset.chat import encode_chat, encode_continuation
 from inference import chunks, engine, protocol, rows
 from inference.answer import Piece
 from inference.manners import Manners
-from inference.protocol import ChatRequest, CompletionRequest, Refused, TokenizeRequest
+from inference.protocol import ChatRequest, CompletionRequest, Refused, Sampling, TokenizeRequest
 from inference.rows import Asked
 from model.batch import Choice
 
@@ -80,7 +79,7 @@ class Service:
         self.engine, self.loop, self.started = decoder, None, int(time.time())
         # One after the other: a long prompt holds up those that are read after it, but no open stream.
         self.reader = ThreadPoolExecutor(1, "reader")
-        self.texts = weakref.WeakKeyDictionary()  # of each lane: chunks.TokenTexts
+        self.texts: dict[engine.Lane, chunks.TokenTexts] = {}
         decoder.deliver = self.deliver
 
     def deliver(self, requests: list[engine.Request]) -> None:
@@ -88,10 +87,10 @@ class Service:
         with contextlib.suppress(RuntimeError):  # the loop has closed
             self.loop.call_soon_threadsafe(engine.set_events, requests)
 
-    def token_texts(self, asked: Asked) -> chunks.TokenTexts:
-        if asked.lane not in self.texts:
-            self.texts[asked.lane] = chunks.TokenTexts(asked.lane.chat_model.tokenizer)
-        return self.texts[asked.lane]
+    def token_texts(self, lane: engine.Lane) -> chunks.TokenTexts:
+        if lane not in self.texts:
+            self.texts[lane] = chunks.TokenTexts(lane.chat_model.tokenizer)
+        return self.texts[lane]
 
     async def read(self, function: Callable, *arguments):
         """Calls the function in the reader's thread."""
@@ -183,6 +182,10 @@ def stream(events: AsyncIterator[str]) -> StreamingResponse:
     return StreamingResponse(guarded(), media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
+def usage(asked: Asked) -> dict:
+    return chunks.usage(asked.num_prompt_tokens, asked.num_new_tokens)
+
+
 # --- chats --------------------------------------------------------------------------------------------------
 
 
@@ -194,17 +197,17 @@ async def whole_chat(service: Service, body: ChatRequest, asked: Asked, request)
             messages[news.number].add(piece)
         logprobs[news.number] += news.choices
         finish[news.number] = news.finish
-    texts = service.token_texts(asked)
+    texts = service.token_texts(asked.lane)
     choices = [{"index": number, "message": message.whole(), "finish_reason": message.finish(finish[number]),
                 "logprobs": chunks.chat_logprobs(texts, logprobs[number]) if body.logprobs else None}
                for number, message in enumerate(messages)]
     return chunks.head("chat.completion", "chatcmpl", body.model) | {
-        "choices": choices, "usage": chunks.usage(asked.num_prompt_tokens, asked.num_new_tokens)}
+        "choices": choices, "usage": usage(asked)}
 
 
 async def chat_events(service: Service, body: ChatRequest, asked: Asked, request) -> AsyncIterator[str]:
     head = chunks.head("chat.completion.chunk", "chatcmpl", body.model)
-    texts, messages = service.token_texts(asked), [chunks.Message() for _ in asked.rows]
+    texts, messages = service.token_texts(asked.lane), [chunks.Message() for _ in asked.rows]
 
     def chunk(number: int, delta: dict, logprobs=None, finish: str | None = None) -> str:
         choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -229,8 +232,7 @@ async def chat_events(service: Service, body: ChatRequest, asked: Asked, request
                 sent.append(chunk(number, {}, None, message.finish(news.finish)))
             yield "".join(sent)
     if body.stream_options and body.stream_options.include_usage:
-        counted = chunks.usage(asked.num_prompt_tokens, asked.num_new_tokens)
-        yield chunks.event(head | {"choices": [], "usage": counted})
+        yield chunks.event(head | {"choices": [], "usage": usage(asked)})
 
 
 # --- completions --------------------------------------------------------------------------------------------
@@ -261,10 +263,11 @@ async def whole_completion(service: Service, body: CompletionRequest, asked: Ask
         logprobs = None
         if body.logprobs is not None:
             await asyncio.sleep(0)  # a long prompt takes a while
-            logprobs = chunks.completion_logprobs(service.token_texts(asked), before + choices[number], 0)
+            of_tokens = before + choices[number]
+            logprobs = chunks.completion_logprobs(service.token_texts(asked.lane), of_tokens, 0)
         found.append(text_choice(number, prompt + text, logprobs, finish[number]))
     return chunks.head("text_completion", "cmpl", body.model) | {
-        "choices": found, "usage": chunks.usage(asked.num_prompt_tokens, asked.num_new_tokens)}
+        "choices": found, "usage": usage(asked)}
 
 
 async def completion_events(service: Service, body: CompletionRequest, asked: Asked,
@@ -279,12 +282,12 @@ async def completion_events(service: Service, body: CompletionRequest, asked: As
                 text, choices, offsets[number] = before[0] + text, before[1] + choices, 0
             logprobs = None
             if body.logprobs is not None and choices:
-                logprobs = chunks.completion_logprobs(service.token_texts(asked), choices, offsets[number])
+                tokens = service.token_texts(asked.lane)
+                logprobs = chunks.completion_logprobs(tokens, choices, offsets[number])
                 offsets[number] += sum(map(len, logprobs["tokens"]))
             yield chunks.event(head | {"choices": [text_choice(number, text, logprobs, news.finish)]})
     if body.stream_options and body.stream_options.include_usage:
-        counted = chunks.usage(asked.num_prompt_tokens, asked.num_new_tokens)
-        yield chunks.event(head | {"choices": [], "usage": counted})
+        yield chunks.event(head | {"choices": [], "usage": usage(asked)})
 
 
 # --- everything else ----------------------------------------------------------------------------------------
@@ -297,13 +300,11 @@ def tokenized(service: Service, body: TokenizeRequest) -> dict:
         if body.prompt is not None:
             ids, mask = encode_continuation(tokenizer, "", body.prompt)  # a plain text is learnt as a whole
         else:
-            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
-            messages, tools = rows.read_messages(body.messages, tools)
+            messages, tools = rows.read_messages(body.messages, protocol.as_records(body.tools))
             ids, mask = encode_chat(tokenizer, messages, tools, bool(body.add_generation_prompt))
     except DataError as error:
         raise Refused(str(error), "prompt" if body.messages is None else "messages") from None
-    asked = Asked(lane, [], [], 0)
-    return {"tokens": ids, "texts": [service.token_texts(asked)[token][0] for token in ids], "mask": mask,
+    return {"tokens": ids, "texts": [service.token_texts(lane)[token][0] for token in ids], "mask": mask,
             "count": len(ids), "max_model_len": lane.max_length}
 
 
@@ -336,10 +337,16 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
     service = Service(decoder)
     app = FastAPI(title="Seedling", version="1", docs_url=None, redoc_url=None)
 
-    def log(body: protocol.Strict) -> None:
+    async def answer(body: Sampling, connection: Request, ask: Callable, events: Callable, whole: Callable):
+        """ask: a function of rows.py. events, whole: what makes of the answers a stream, or one object."""
         if log_prompts:
-            asked = json.dumps(body.model_dump(exclude_unset=True), ensure_ascii=False)
-            print(asked, file=sys.stderr, flush=True)
+            said = json.dumps(body.model_dump(exclude_unset=True), ensure_ascii=False)
+            print(said, file=sys.stderr, flush=True)
+        asked = await service.read(ask, decoder, body)
+        request = service.submit(body.model, asked)
+        if body.stream:
+            return stream(events(service, body, asked, request))
+        return await or_gone(connection, lambda: whole(service, body, asked, request))
 
     @app.exception_handler(Refused)
     async def refused(_, error: Refused):
@@ -363,21 +370,11 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
 
     @app.post("/v1/chat/completions", responses=POST_ERRORS | STREAMS)
     async def chat(body: ChatRequest, connection: Request):
-        log(body)
-        asked = await service.read(rows.ask_chat, decoder, body)
-        request = service.submit(body.model, asked)
-        if body.stream:
-            return stream(chat_events(service, body, asked, request))
-        return await or_gone(connection, lambda: whole_chat(service, body, asked, request))
+        return await answer(body, connection, rows.ask_chat, chat_events, whole_chat)
 
     @app.post("/v1/completions", responses=POST_ERRORS | STREAMS)
     async def complete(body: CompletionRequest, connection: Request):
-        log(body)
-        asked = await service.read(rows.ask_completion, decoder, body)
-        request = service.submit(body.model, asked)
-        if body.stream:
-            return stream(completion_events(service, body, asked, request))
-        return await or_gone(connection, lambda: whole_completion(service, body, asked, request))
+        return await answer(body, connection, rows.ask_completion, completion_events, whole_completion)
 
     @app.post("/tokenize", responses=POST_ERRORS)
     async def tokenize(body: TokenizeRequest):

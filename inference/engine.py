@@ -100,7 +100,8 @@ class Engine:
         with self.condition:
             if self.closes_at is not None or not self.is_alive:
                 raise EngineBusy("the server is shutting down")
-            if self.num_waiting() + len(request.rows) > max(self.max_waiting, len(request.rows)):
+            # Where nobody waits, a request of any size is taken.
+            if self.num_waiting() and self.num_waiting() + len(request.rows) > self.max_waiting:
                 raise EngineBusy(f"{self.num_waiting()} answers wait already: try again later")
             request.told = [(0, None)] * len(request.rows)
             request.waiting = deque(range(len(request.rows)))

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from inference.protocol import Refused
 
 POST_PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize")
-OPEN_PATHS = ("/", "/health", "/docs", "/openapi.json")  # these need no key, and so does the page
+OPEN_PATHS = ("/", "/health", "/openapi.json")  # these need no key, and so does the page
 
 
 class Manners:

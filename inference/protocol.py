@@ -86,7 +86,6 @@ class Sampling(Strict):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers to each prompt")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: str | Texts | None = Field(None, description="texts that end an answer, at most 16")
-    max_tokens: Tokens | None = None
     adapters: dict[str, Weight] | None = Field(None, description="a weighted sum of adapters of the model")
 
     @model_validator(mode="before")
@@ -104,8 +103,8 @@ class Sampling(Strict):
     @field_validator("stop")
     @classmethod
     def _some_texts(cls, value):
-        stops = [value] if isinstance(value, str) else value or []
-        if len(stops) > 16 or not all(stops):
+        value = [value] if isinstance(value, str) else value or []
+        if len(value) > 16 or not all(value):
             raise ValueError("takes up to 16 texts, none of them empty")
         return value
 
@@ -144,6 +143,11 @@ class Tool(Strict):
 
 class FunctionName(Strict):
     name: str
+
+
+def as_records(tools: list[Tool] | None) -> list[dict]:
+    """Tools as a record of the data has them (dataset/tool_calls.py)."""
+    return [tool.model_dump(exclude_none=True) for tool in tools or []]
 
 
 class NamedTool(Strict):
@@ -223,6 +227,7 @@ class CompletionRequest(Sampling):
 
     prompt: (str | TokenIds | Annotated[Texts | Annotated[list[TokenIds], FirstMistake],
                                         Field(min_length=1, max_length=MAX_PROMPTS)])
+    max_tokens: Tokens | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = Field(False, description="the answer begins with the prompt")
 

@@ -11,7 +11,7 @@ from inference.answer import AnswerReader
 from inference.chat_model import DEFAULT_NEW_TOKENS
 from inference.engine import Engine, Lane
 from inference.grammar import Grammars
-from inference.protocol import ChatRequest, CompletionRequest, Refused, Sampling
+from inference.protocol import ChatRequest, CompletionRequest, Refused, Sampling, as_records
 from model.batch import Row
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
@@ -33,6 +33,7 @@ class Asked:
 
 
 def find(engine: Engine, name: str) -> tuple[Lane, str | None]:
+    """The lane and the adapter that a name stands for."""
     if name not in engine.names:
         there_are = ", ".join(engine.names)
         raise Refused(f"there is no model {name[:100]!r}; there are: {there_are}", "model",
@@ -44,9 +45,8 @@ def ask_chat(engine: Engine, body: ChatRequest) -> Asked:
     """Raises Refused for what can't be answered."""
     lane, adapter = find(engine, body.model)
     chat_model = lane.chat_model
-    offered = [] if body.tool_choice == "none" else body.tools or []
-    tools = [tool.model_dump(exclude_none=True) for tool in offered]
-    messages, tools = read_messages(body.messages, tools)
+    offered = None if body.tool_choice == "none" else body.tools
+    messages, tools = read_messages(body.messages, as_records(offered))
     begun = None
     if body.continue_final_message:
         if messages[-1]["role"] != "assistant":
@@ -81,9 +81,8 @@ def ask_chat(engine: Engine, body: ChatRequest) -> Asked:
     for row in rows:
         row.logit_bias |= bias
         row.constraint = constraint and constraint.copy()
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    readers = [AnswerReader(chat_model.decode, chat_model.marks, chat_model.new_reply(prompt, begun), stops)
-               for _ in rows]
+    readers = [AnswerReader(chat_model.decode, chat_model.marks, chat_model.new_reply(prompt, begun),
+                            body.stop or []) for _ in rows]
     return Asked(lane, rows, readers, len(prompt))
 
 
@@ -143,8 +142,7 @@ def ask_completion(engine: Engine, body: CompletionRequest) -> Asked:
         if num_echoed > MAX_ECHOED:
             raise Refused(f"echo with logprobs would give {num_echoed:,} log-probabilities of prompts; a "
                           f"request may ask for {MAX_ECHOED:,}", "logprobs")
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    readers = [AnswerReader(chat_model.decode, {}, Reply(), stops) for _ in rows]
+    readers = [AnswerReader(chat_model.decode, {}, Reply(), body.stop or []) for _ in rows]
     return Asked(lane, rows, readers, num_prompt_tokens)
 
 

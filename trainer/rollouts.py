@@ -334,9 +334,12 @@ def load_rollouts(model, tokenizer, ranks: Ranks, advantages: Callable, referenc
 
     def read(paths) -> PromptDataset:
         return PromptDataset(paths, tokenizer, max_seq_len - max_new_tokens, needs_test="answers" in rewards,
-                             strict=strict, allow_unusable=allow_unusable, quiet=not ranks.is_main)
+                             with_answers=sft_weight > 0, strict=strict, allow_unusable=allow_unusable,
+                             quiet=not ranks.is_main)
 
     train_set, samples, eval_set, eval_samples = read_data(read, ranks, seed=seed, **flags)
+    if sft_weight and not any(train_set[int(sample)].right for sample in samples):
+        raise UsageError("--sft_weight has no effect: no prompt comes with its right answer")
     judge = Rewards(rewards, **flags)
     same = {"reference": reference, "complete": complete, "batch_size": batch_size, "mean_over": mean_over,
             "max_new_tokens": max_new_tokens, "micro_batch_size": micro_batch_size, "seed": seed,

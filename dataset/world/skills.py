@@ -16,16 +16,17 @@ from dataset.world import FACTS_ABOUT, LANGUAGES, read_sections
 
 SKILL_QUESTIONS = read_sections("skills")
 FULL_STOP = {"en": ".", "zh": "。"}
-NUMBER_TOKENS = 4  # a small reward for short answers, without which a first right answer is rarely found
+# Up to this length an answer has a small reward of its own. Without it a first right number is rarely found.
+NUMBER_TOKENS = 4
 
 
 def fact(world, family, lang, for_test):
-    """Tell me one fact about cows. -> A cow eats grass. (The model tells several.)"""
-    entity, known = world.rng.choice([(entity, facts) for (entity, spoken), facts in FACTS_ABOUT.items()
+    """Tell me one fact about cows. -> A cow eats grass. (What SFT has taught is to tell several.)"""
+    entity, facts = world.rng.choice([(entity, facts) for (entity, spoken), facts in FACTS_ABOUT.items()
                                       if spoken == lang and len(facts) > 2])
-    statements = [fact.statement for fact in known if fact.value]
-    question, _ = world.ask(family, "one", lang, for_test, x=known[0].asked, xs=known[0].several,
-                            name=entity if lang == "en" else known[0].asked)
+    statements = [known.statement for known in facts if known.value]
+    question, _ = world.ask(family, "one", lang, for_test, x=facts[0].asked, xs=facts[0].several,
+                            name=entity if lang == "en" else facts[0].asked)
     return question, world.rng.choice(statements), {"answers": statements}
 
 

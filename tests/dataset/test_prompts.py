@@ -46,7 +46,8 @@ def read(tmp_path, tokenizer):
     ({"messages": [*TURNS, {"role": "assistant", "content": f"{THOUGHT}5"}]}, TURNS, "5", f"{THOUGHT}6"),
 ])  # fmt: skip
 def test_what_is_asked_and_what_is_right(read, tokenizer, record, messages, right, wrong):
-    [prompt] = read(record).prompts
+    assert not read(record).prompts[0].right  # nobody asked for it
+    [prompt] = read(record, with_answers=True).prompts
     assert prompt.messages == messages and prompt.record == record
     assert prompt.ids == encode_chat(tokenizer, messages, None, True)[0]
     assert prompt.test.is_right(right) is True and prompt.test.is_right(wrong) is False

@@ -1,10 +1,7 @@
 """The API as programs use it that are not ours: OpenAI's own client for Python, against a real server."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from typing import Annotated
 
@@ -13,9 +10,9 @@ import openai
 import pytest
 import torch
 from pydantic import BaseModel, Field
-from small_chat_model import ROOT
 from test_thinking import RECORDS, learnt  # noqa: F401 (a fixture: a model that knows RECORDS by heart)
 
+from benchmarks.serving_clients import Server
 from dataset.chat import encode_chat
 from inference.chat_model import ChatModel, Sampling
 from model.generate import generate
@@ -41,29 +38,11 @@ def models(home, learnt, tmp_path_factory):  # noqa: F811
 @pytest.fixture(scope="module")
 def address(models):
     model, adapter, base = models
-    command = [
-        sys.executable,
-        ROOT / "scripts" / "serve_openai_api.py",
-        "--load_from",
-        model,
-        base,
-        "--lora",
-        adapter,
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    ) as server:
-        yield re.search(r"http://\S+", server.stdout.readline())[0]
-        server.terminate()
-        log = server.communicate(timeout=20)[1]
+    with Server("--device", "cpu", "--load_from", model, base, "--lora", adapter) as server:
+        yield server.address
+        server.process.terminate()
+        server.process.wait(20)
+        log = server.log()
     assert "Traceback" not in log and "Hi" not in log.split()  # no word of a prompt
 
 

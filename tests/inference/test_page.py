@@ -1,15 +1,13 @@
 """The web page in a real browser, against a real server: Debian's chromium, driven by Playwright."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.serving_clients import Server
 from dataset.chat import encode_chat
 from model.weights import load_tokenizer
 
@@ -38,14 +36,8 @@ def address(home, tmp_path_factory):
         config = json.loads(path.read_text(encoding="utf-8")) | {"max_position_embeddings": 2 * LONG}
         path.write_text(json.dumps(config), encoding="utf-8")
     models = ["--load_from", folder / "chat", folder / "base", "--lora", folder / "lora_a", folder / "lora_b"]
-    script = ROOT / "scripts" / "serve_openai_api.py"
-    command = [sys.executable, script, "--port", "0", "--device", "cpu", *models]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as server:
-        try:
-            yield re.search(r"http://\S+", server.stdout.readline())[0]
-        finally:
-            server.kill()
+    with Server("--device", "cpu", "--grace_seconds", "0.1", *models) as server:
+        yield server.address
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,13 @@
 """certify.py passes what is the same, and names each of eight planted faults."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.serving_clients import Server
 from common.errors import RunError
 from inference.certificate import Row
 from model import gguf as our_gguf
@@ -180,14 +178,8 @@ def test_a_fault_of_an_adapter_alone_is_named(wrong, home, capsys):
 def address(home):
     for package in ("fastapi", "uvicorn"):
         pytest.importorskip(package, reason=f"the server needs {package} (requirements-serve.txt)")
-    command = [sys.executable, ROOT / "scripts" / "serve_openai_api.py", "--port", "0", "--device", "cpu",
-               "--load_from", home / "base", "--lora", home / "lora"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as server:
-        try:
-            yield re.search(r"http://\S+", server.stdout.readline())[0]
-        finally:
-            server.kill()
+    with Server("--device", "cpu", "--load_from", home / "base", "--lora", home / "lora") as server:
+        yield server.address
 
 
 def test_a_server_that_is_the_same_and_one_that_is_not(home, address, capsys):

@@ -150,3 +150,11 @@ def test_a_grown_model_is_treated_gently_but_answers_stay_in_groups(tmp_path):
                         load_from=tmp_path / "base")
     args = parse_args(parser, [])
     assert (args.batch_size, args.group_size, args.learning_rate, args.micro_batch_size) == (256, 16, 1e-5, 8)
+
+
+def test_right_answers_that_are_not_there_can_not_be_learnt(workshop, flags, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "2 + 3?", "answers": ["5"]}\n' * 4, encoding="utf-8")
+    ended = workshop.run("grpo", *flags(tmp_path, data_path=prompts, sft_weight=1, eval_interval=0))
+    assert ended.code == 2
+    assert "--sft_weight has no effect: no prompt comes with its right answer" in ended.error
