@@ -19,6 +19,7 @@ from common.cli import ROOT
 from common.device import choose_decoding_dtype, choose_device
 from common.errors import ModelError
 from common.files import read_json_if_there
+from common.threads import wait_as_others_allow
 from dataset.chat import assistant_text, encode_continuation, encode_pieces, ensure_template, write_chat
 from dataset.foreign_chat import MODEL_WRITES
 from dataset.replies import MARKS, Reply, ends_in_thought, mark_ids
@@ -77,6 +78,7 @@ class ChatModel:
         if quantize == "int8":
             quantize_int8(self.model)
         prepare_to_decode(self.model)
+        wait_as_others_allow()
         self.num_parameters = count_parameters(self.model)
         self.tokenizer = load_tokenizer(tokenizer or self.path)
         check_vocabulary(self.tokenizer, self.model.config.vocab_size, path)

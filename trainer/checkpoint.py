@@ -11,6 +11,7 @@ has changed.
 """
 
 import hashlib
+import os
 import pickle
 import re
 import shutil
@@ -36,7 +37,7 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-VERSION = 3  # of what a checkpoint holds; a run is resumed by code of the same version
+VERSION = 4  # of what a checkpoint holds; a run is resumed by code of the same version
 # Flags that may differ between the first part of a run and its continuation. The last three change the result
 # by float rounding alone, or by the elements that --lora_dropout draws.
 FLAGS_FREE_TO_CHANGE = (
@@ -121,7 +122,7 @@ def training_state(model: nn.Module, optimizers: list, scaler, batches, run: Pro
                    settings: dict) -> dict:
     """The content of state.pt. The tensors of a sharded model lie beside it, see sharded_state."""
     state = {"version": VERSION, "parameters": None, "optimizers": None, "scaler": scaler.state_dict(),
-             "batches": batches.state(), "settings": settings}
+             "batches": batches.state(), "settings": settings, "threads": torch.get_num_threads()}
     if not is_sharded(model):
         state["parameters"] = trained_state(model)
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
@@ -242,10 +243,24 @@ def resume_or_begin(run_dir: Path, resume: bool, settings: dict, model, optimize
         raise UsageError(f"--resume: hosts see different checkpoints in {run_dir}, which must be shared")
     if state:
         batches.load_state(state["batches"])
+        keep_number_of_threads(state["threads"], ranks)
         return restore(state, model, optimizers, scaler, run_dir, ranks)
     if ranks.is_main:
         begin_anew(run_dir)
     return Progress()
+
+
+def keep_number_of_threads(before: int, ranks: Ranks) -> None:
+    """Goes on with as many threads as before: a sum that is cut into other parts is rounded in another way.
+
+    OMP_NUM_THREADS, which torchrun sets, too, goes before. Then a line says that bits may differ.
+    """
+    if ranks.device.type == "cpu" and before != torch.get_num_threads():
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(before)
+        elif ranks.is_main:
+            print(f"this run began with {before} threads and goes on with {torch.get_num_threads()}, as "
+                  "OMP_NUM_THREADS says: the last bits of its weights may differ")
 
 
 def folder_of(run_dir: Path, step: int) -> Path:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.device import choose_device, keep_freed_memory
 from common.errors import UsageError
+from common.threads import wait_as_others_allow
 from trainer.interrupt import end_with_torchrun
 
 TIMEOUT = timedelta(minutes=10)  # of most exchanges: a host that vanished would otherwise never be missed
@@ -99,6 +100,7 @@ def join_ranks(device_flag: str) -> Ranks:
         raise UsageError(f"--device {device_flag}: torchrun's processes can't share a GPU; {hint}")
     device = choose_device(device_flag, int(os.environ.get("LOCAL_RANK", 0)))
     keep_freed_memory()
+    wait_as_others_allow()
     end_with_torchrun()
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -590,3 +590,18 @@ def test_lora_checkpoint_holds_the_adapters_alone(workshop, tmp_path):
     assert len(optimizer["state"]) == len(state["parameters"])
     shapes = sorted(tuple(moments["exp_avg"].shape) for moments in optimizer["state"].values())
     assert shapes == sorted(tuple(tensor.shape) for tensor in state["parameters"].values())
+
+
+@pytest.mark.parametrize(("chosen", "expected", "says"), [(None, 3, ""), ("1", 1, "the last bits")])
+def test_a_run_goes_on_with_its_number_of_threads(chosen, expected, says, monkeypatch, capsys):
+    now = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    try:
+        torch.set_num_threads(1)
+        trainer.checkpoint.keep_number_of_threads(3, ALONE)
+        assert torch.get_num_threads() == expected
+        assert (says in capsys.readouterr().out) if says else not capsys.readouterr().out
+    finally:
+        torch.set_num_threads(now)
