@@ -1,10 +1,10 @@
 """How the threads of PyTorch wait for each other on a busy machine. A reader may skip this file.
 
 On a CPU an operation is cut into parts, one for each thread, and the threads that are ready wait for the last
-one. GNU's OpenMP, which PyTorch uses on Linux, lets them look again and again for some milliseconds before
-they sleep. On an idle machine that is the fastest way: nobody has to be woken. But where other programs run,
-a thread that looks again and again holds a core, and the thread that it waits for may need that core. Then a
-small model trains at a quarter of its speed, while threads that sleep at once would keep more than half.
+one. OpenMP, which starts them, lets them look again and again for some milliseconds before they sleep. On an
+idle machine that is the fastest way: nobody has to be woken. But where other programs run, a thread that
+looks again and again holds a core, and the thread that it waits for may need that core. Then a small model
+trains at a quarter of its speed, while threads that sleep at once would keep more than half.
 
 So a watcher looks four times a second how much of the cores other programs use, and lets the threads wait
 in the way that suits. Their number stays the same, and so does every result.
@@ -15,35 +15,41 @@ import os
 import sys
 import threading
 import time
-from pathlib import Path
 
+import psutil
 import torch
 
-SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # a person who sets one of them has chosen already
+SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # who sets one of them has chosen already
 INTERVAL = 0.25  # seconds between two looks
 CROWDED, FREE = 0.3, 0.15  # cores that are missing: from CROWDED on threads sleep, below FREE they stay awake
+MILLISECONDS_AWAKE = 200  # how long LLVM's OpenMP looks before a thread sleeps, unless it is told otherwise
 
 _watcher = None  # one for the whole process
 
 
 def wait_as_others_allow() -> None:
-    """Starts the watcher, once in a process.
-
-    It does nothing where there is one thread only, where the person has chosen how threads wait, and on
-    systems other than Linux, which have another OpenMP.
-    """
+    """Starts the watcher, once in a process. It does nothing where there is one thread only, or where the
+    person has chosen how threads wait. Call it in the main thread."""
     global _watcher
-    if _watcher or sys.platform != "linux" or torch.get_num_threads() == 1 or set(SETTINGS) & set(os.environ):
+    if _watcher or torch.get_num_threads() == 1 or set(SETTINGS) & set(os.environ):
         return
-    openmp = ctypes.CDLL(None)  # the functions of all libraries that this process has loaded
-    if hasattr(openmp, "GOMP_parallel") and not hasattr(openmp, "kmp_set_blocktime"):  # GNU's, and not LLVM's
-        watched = (Waiting(openmp), torch.get_num_threads())
-        _watcher = threading.Thread(target=watch, args=watched, daemon=True)
-        _watcher.start()
+    try:
+        # None: the functions of all libraries that this process has loaded. Windows must be told which one.
+        openmp = ctypes.CDLL("libiomp5md.dll" if sys.platform == "win32" else None)
+    except OSError:
+        return
+    if hasattr(openmp, "kmp_set_blocktime"):
+        waiting = WaitingOfLLVM(openmp)
+    elif hasattr(openmp, "GOMP_parallel"):
+        waiting = WaitingOfGNU(openmp)
+    else:
+        return
+    _watcher = threading.Thread(target=watch, args=(waiting, torch.get_num_threads()), daemon=True)
+    _watcher.start()
 
 
-class Waiting:
-    """Switches between waiting awake and asleep, for which GNU's OpenMP has no function.
+class WaitingOfGNU:
+    """Switches between waiting awake and asleep in GNU's OpenMP (Linux), which has no function for it.
 
     It looks 300,000 times before a thread sleeps, but 100 times only as soon as it manages more threads than
     there are cores. So an idle team of as many threads as there are cores makes all others sleep at once.
@@ -69,9 +75,30 @@ class Waiting:
         end.wait()
 
 
-def watch(waiting: Waiting, threads: int) -> None:
+class WaitingOfLLVM:
+    """The same in LLVM's and Intel's OpenMP (macOS, Windows), which has a function for it.
+
+    The function counts for the thread that calls it alone. So Python is asked to call it in the main thread,
+    which trains.
+    """
+
+    def __init__(self, openmp: ctypes.CDLL):
+        self.set_blocktime, self.is_asleep = openmp.kmp_set_blocktime, False
+        self.call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(self.apply)  # kept, since C has no copy
+
+    def asleep(self, yes: bool) -> None:
+        if yes != self.is_asleep:
+            self.is_asleep = yes
+            ctypes.pythonapi.Py_AddPendingCall(self.call, None)
+
+    def apply(self, _) -> int:
+        self.set_blocktime(0 if self.is_asleep else MILLISECONDS_AWAKE)
+        return 0
+
+
+def watch(waiting: WaitingOfGNU | WaitingOfLLVM, threads: int) -> None:
     """Runs as long as the process does. threads: how many of ours compute."""
-    cores = os.sched_getaffinity(0)
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count()))
     mean, others, now = 0.0, seconds_of_others(cores), time.monotonic()
     while True:
         time.sleep(INTERVAL)
@@ -85,10 +112,7 @@ def watch(waiting: Waiting, threads: int) -> None:
 
 def seconds_of_others(cores: set[int]) -> float:
     """The time for which all programs but this one have used these cores since the system started."""
-    ticks = 0
-    for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
-        name, *numbers = line.split()
-        if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores:
-            user, nice, system, _, _, interrupts, soft_interrupts, *_ = map(int, numbers)
-            ticks += user + nice + system + interrupts + soft_interrupts
-    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+    of_each = psutil.cpu_times(percpu=True)
+    used = sum(times.user + getattr(times, "nice", 0) + times.system
+               for core, times in enumerate(of_each) if core in cores)
+    return used - time.process_time()

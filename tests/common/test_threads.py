@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -10,16 +11,14 @@ import pytest
 from common import threads
 from common.cli import ROOT
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
-
 # Prints the processor time that threads spend on waiting: asleep, awake, asleep again. It prints also whether
 # a product has the same bits.
 SWITCH = """
 import ctypes, time, torch
-from common.threads import Waiting
+from common.threads import WaitingOfGNU
 torch.set_num_threads(2)
 x = torch.randn(512, 512)
-waiting, products = Waiting(ctypes.CDLL(None)), []
+waiting, products = WaitingOfGNU(ctypes.CDLL(None)), []
 for yes in (True, False, True):
     waiting.asleep(yes)
     time.sleep(0.2)
@@ -41,7 +40,7 @@ def run(code, **environment):
                           capture_output=True, check=True).stdout.split()
 
 
-@pytest.mark.skipif(os.cpu_count() < 2, reason="one core")
+@pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() < 2, reason="GNU's OpenMP, two cores")
 def test_a_waiting_thread_takes_time_when_awake_and_none_asleep():
     asleep, awake, asleep_again, same = run(SWITCH)
     assert float(awake) > 5 * float(asleep) and float(awake) > 5 * float(asleep_again)
@@ -68,6 +67,22 @@ def test_others_are_counted_and_we_are_not():
     other.wait()
     assert threads.seconds_of_others(cores) - before > 0.2
     assert threads.seconds_of_others(set()) == pytest.approx(-time.process_time(), abs=0.1)
+
+
+def test_llvm_is_told_in_the_main_thread():
+    told = []
+
+    class OpenMP:
+        def kmp_set_blocktime(milliseconds):
+            told.append((milliseconds, threading.current_thread() is threading.main_thread()))
+
+    waiting = threads.WaitingOfLLVM(OpenMP)
+    for yes in (True, True, False):
+        thread = threading.Thread(target=waiting.asleep, args=(yes,))
+        thread.start()
+        thread.join()
+        time.sleep(0.01)
+    assert told == [(0, True), (threads.MILLISECONDS_AWAKE, True)]
 
 
 class Ended(Exception):
