@@ -11,6 +11,7 @@ Shapes: B rows, L layers, C width, H heads, K key/value heads, D head dim, S tok
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,13 @@ from torch import nn
 
 from model.attention import one_block, visible_keys
 from model.generate import KVCache
-from model.int8 import KERNEL_WIDTH_MULTIPLE, MAX_KERNEL_ROWS, Int8Linear
+from model.int8 import (
+    KERNEL_WIDTH_MULTIPLE,
+    MAX_KERNEL_ROWS,
+    MULTIPLIES_WHOLE_NUMBERS,
+    Int8Linear,
+    multiply_int8,
+)
 from model.transformer import Block, CausalLM, RMSNorm, rotate, token_positions
 
 MAX_FLOAT32_ROWS = 64  # with more rows of x, PyTorch's own product is faster than a float32 `Product`
@@ -46,7 +53,9 @@ class Product:
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.data = part
             self.joined[name] = joined
-        self.max_rows = MAX_KERNEL_ROWS if "codes" in self.joined else MAX_FLOAT32_ROWS
+        self.max_rows = MAX_FLOAT32_ROWS
+        if "codes" in self.joined:
+            self.max_rows = math.inf if MULTIPLIES_WHOLE_NUMBERS else MAX_KERNEL_ROWS
         self.addresses = self.find_addresses()
 
     def find_addresses(self) -> list[int]:
@@ -71,7 +80,7 @@ class Product:
 
     def __call__(self, x):
         if "codes" in self.joined:
-            y = torch._weight_int8pack_mm(x.bfloat16(), self.joined["codes"], self.joined["scale"]).float()
+            y = multiply_int8(x, self.joined["codes"], self.joined["scale"])
         else:
             rows = x.view(len(x), len(self.columns), -1).transpose(0, 1)  # (parts, B, in / parts)
             y = torch.bmm(rows, self.columns).sum(0)
@@ -104,7 +113,7 @@ class OneBlock:
     def __call__(self, x, config, rope, bias, keys, values, new_key, new_value):
         """x (B, C) -> (B, C). keys, values (B * K, S, D): those of this layer in the cache.
 
-        new_key, new_value (B, K, D): the last of them, which are written here. bias: as `one_block` makes it.
+        new_key, new_value (B, K, 1, D): the last of them, which are written here. bias: as `one_block` makes it.
         """
         kv_heads = config.num_key_value_heads
         y = self.qkv(norm(self.block.input_layernorm, x)).view(len(x), -1, config.head_dim)  # (B, H + 2 K, D)
@@ -114,8 +123,8 @@ class OneBlock:
             attention = self.block.self_attn
             qk = torch.cat([norm(attention.q_norm, q), norm(attention.k_norm, k)], dim=1)
         qk = rotate(qk, *rope)
-        new_key.copy_(qk[:, -kv_heads:])
-        new_value.copy_(y[:, -kv_heads:])
+        new_key.copy_(qk[:, -kv_heads:, None])
+        new_value.copy_(y[:, -kv_heads:, None])
         q = qk[:, :-kv_heads].reshape(len(keys), -1, config.head_dim)  # (B * K, H / K, D)
         scores = torch.baddbmm(bias, q, keys.mT, alpha=config.head_dim ** -0.5)  # (B * K, H / K, S)
         x = x + self.o(torch.bmm(scores.softmax(dim=-1), values).view(len(x), -1))
@@ -148,17 +157,20 @@ class OneToken:
         # bias (1 or B * K, 1, S)
         [(_, bias)] = one_block(config, visible_keys(config, ids[:, None], cache=cache), torch.float32)
         positions = token_positions(ids[:, None], cache=cache)[:, 0]  # (B or 1,)
-        rope = [table[positions] for table in cache.rope]  # cos and sin, (B or 1, 1, D) each
-        # The cache is cut for all layers at once: L views of each kind. The new token has the last place.
-        end = cache.length + 1
-        keys = cache.k[..., :end, :].flatten(1, 2).unbind()  # (B * K, S, D)
-        values = cache.v[..., :end, :].flatten(1, 2).unbind()
-        new_keys = cache.k[..., end - 1, :].unbind()  # (B, K, D)
-        new_values = cache.v[..., end - 1, :].unbind()
+        cos, sin = (table[positions] for table in cache.rope)  # (B or 1, 1, D) each
+        cache.length += 1
+        return self.logits(ids, cos, sin, bias, cache.k, cache.v, cache.length)
+
+    def logits(self, ids, cos, sin, bias, k, v, end: int):
+        """k, v (L, B, K, S at least, D): the memory of the cache. The new token has the place end - 1."""
+        # The cache is cut for all layers at once: L views of each kind.
+        keys = k[..., :end, :].flatten(1, 2).unbind()  # (B * K, S, D)
+        values = v[..., :end, :].flatten(1, 2).unbind()
+        new_keys = k[..., end - 1:end, :].unbind()  # (B, K, 1, D)
+        new_values = v[..., end - 1:end, :].unbind()
         x = self.model.model.embed_tokens(ids)  # (B, C)
         for block, *of_layer in zip(self.blocks, keys, values, new_keys, new_values, strict=True):
-            x = block(x, config, rope, bias, *of_layer)
-        cache.length = end
+            x = block(x, self.model.config, (cos, sin), bias, *of_layer)
         return self.head(norm(self.model.model.norm, x))
 
 

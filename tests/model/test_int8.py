@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import ModelError
+from model import int8
 from model.adapters import remove_lora
 from model.generate import KVCache
 from model.int8 import Int8Linear, quantize_int8
@@ -52,6 +53,29 @@ def test_int8_products_are_those_of_the_dequantized_weight(out, width, bias, row
     assert y.shape == expected.shape and y.dtype == torch.float32
     torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
     assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not int8.MULTIPLIES_WHOLE_NUMBERS, reason="this CPU multiplies no whole numbers")
+def test_many_rows_are_as_exact_as_float32_and_independent():
+    """Also where one value of x is a thousand times as large as the others, which 8 bits of x would lose."""
+    layer = Int8Linear(torch.randn(33, 64))
+    x = torch.randn(40, 64)
+    x[:, 5] = 1000
+    y = layer(x)
+    exact = x.double() @ layer.dequantize().double().T
+    step = 1000 / 127 / 254  # of the second part
+    assert ((y - exact).abs() <= 64 * 127 * layer.scale.double() * step / 2).all()
+    assert (layer(x[:2]) - exact[:2]).abs().mean() > 10 * (y - exact).abs().mean()  # the kernel of a few rows
+    assert torch.equal(layer(x[9:20]), y[9:20])
+    x[3] = torch.nan
+    assert layer(x)[3].isnan().all() and torch.equal(layer(x)[4:], y[4:])
+
+
+@pytest.mark.parametrize("whole_numbers", [True, False])
+def test_a_cpu_without_products_of_whole_numbers_gives_the_same(whole_numbers, monkeypatch):
+    layer, x = Int8Linear(torch.randn(33, 64)), torch.randn(40, 64)
+    monkeypatch.setattr(int8, "MULTIPLIES_WHOLE_NUMBERS", whole_numbers)
+    torch.testing.assert_close(layer(x), x @ layer.dequantize().T, rtol=1e-3, atol=2e-3)
 
 
 def test_int8_takes_every_linear_layer_and_leaves_the_embedding():
