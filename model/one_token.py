@@ -113,7 +113,7 @@ class OneBlock:
     def __call__(self, x, config, rope, bias, keys, values, new_key, new_value):
         """x (B, C) -> (B, C). keys, values (B * K, S, D): those of this layer in the cache.
 
-        new_key, new_value (B, K, 1, D): the last of them, which are written here. bias: as `one_block` makes it.
+        new_key, new_value (B, K, D): the last of them, which are written here. bias: as `one_block` makes it.
         """
         kv_heads = config.num_key_value_heads
         y = self.qkv(norm(self.block.input_layernorm, x)).view(len(x), -1, config.head_dim)  # (B, H + 2 K, D)
@@ -123,8 +123,8 @@ class OneBlock:
             attention = self.block.self_attn
             qk = torch.cat([norm(attention.q_norm, q), norm(attention.k_norm, k)], dim=1)
         qk = rotate(qk, *rope)
-        new_key.copy_(qk[:, -kv_heads:, None])
-        new_value.copy_(y[:, -kv_heads:, None])
+        new_key.copy_(qk[:, -kv_heads:])
+        new_value.copy_(y[:, -kv_heads:])
         q = qk[:, :-kv_heads].reshape(len(keys), -1, config.head_dim)  # (B * K, H / K, D)
         scores = torch.baddbmm(bias, q, keys.mT, alpha=config.head_dim ** -0.5)  # (B * K, H / K, S)
         x = x + self.o(torch.bmm(scores.softmax(dim=-1), values).view(len(x), -1))
@@ -157,20 +157,17 @@ class OneToken:
         # bias (1 or B * K, 1, S)
         [(_, bias)] = one_block(config, visible_keys(config, ids[:, None], cache=cache), torch.float32)
         positions = token_positions(ids[:, None], cache=cache)[:, 0]  # (B or 1,)
-        cos, sin = (table[positions] for table in cache.rope)  # (B or 1, 1, D) each
-        cache.length += 1
-        return self.logits(ids, cos, sin, bias, cache.k, cache.v, cache.length)
-
-    def logits(self, ids, cos, sin, bias, k, v, end: int):
-        """k, v (L, B, K, S at least, D): the memory of the cache. The new token has the place end - 1."""
-        # The cache is cut for all layers at once: L views of each kind.
-        keys = k[..., :end, :].flatten(1, 2).unbind()  # (B * K, S, D)
-        values = v[..., :end, :].flatten(1, 2).unbind()
-        new_keys = k[..., end - 1:end, :].unbind()  # (B, K, 1, D)
-        new_values = v[..., end - 1:end, :].unbind()
+        rope = [table[positions] for table in cache.rope]  # cos and sin, (B or 1, 1, D) each
+        # The cache is cut for all layers at once: L views of each kind. The new token has the last place.
+        end = cache.length + 1
+        keys = cache.k[..., :end, :].flatten(1, 2).unbind()  # (B * K, S, D)
+        values = cache.v[..., :end, :].flatten(1, 2).unbind()
+        new_keys = cache.k[..., end - 1, :].unbind()  # (B, K, D)
+        new_values = cache.v[..., end - 1, :].unbind()
         x = self.model.model.embed_tokens(ids)  # (B, C)
         for block, *of_layer in zip(self.blocks, keys, values, new_keys, new_values, strict=True):
-            x = block(x, self.model.config, (cos, sin), bias, *of_layer)
+            x = block(x, config, rope, bias, *of_layer)
+        cache.length = end
         return self.head(norm(self.model.model.norm, x))
 
 
