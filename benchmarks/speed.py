@@ -10,7 +10,8 @@ memory that the others use again. The contenders take turns, round after round, 
 machine does slows all of them alike. The first round warms up and is not counted. Figures are medians over
 rounds, with quartiles. A ratio compares two contenders within the same round. The last column is the share of
 a ceiling that is measured first: bfloat16 matrix products for training, and reading memory for decoding. For
-the jobs start and save the last contender is the ceiling. Rows of PEFT need peft.
+the jobs start and save the last contender is the ceiling. Rows of PEFT need peft, those of llama.cpp
+llama-cpp-python.
 """
 
 import argparse
@@ -24,14 +25,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import shared
+from benchmarks import decoding, shared
 from common.cli import ROOT, Parser, run_script
 from common.errors import UsageError
 from common.files import json_text, write_whole
 
 Q_AND_O, ALL_LINEAR = ["q_proj", "o_proj"], "all-linear"
-OURS, OURS_NF4 = "Seedling", "Seedling, NF4"
-THEIRS, THEIRS_FLOAT32 = "transformers", "transformers, float32"
+OURS, OURS_NF4 = decoding.OURS, "Seedling, NF4"
+THEIRS, THEIRS_FLOAT32 = decoding.THEIRS, "transformers, float32"
 
 TRAINING = {  # contender: (whose code, the layers with adapters or None, the type of matrix products)
     "pretrain": {OURS: (OURS, None, "bfloat16"), THEIRS: (THEIRS, None, "bfloat16"),
@@ -49,7 +50,7 @@ JOBS = {  # what the rate counts, and the contenders: the others are compared wi
     "pretrain": ("tokens", list(TRAINING["pretrain"])),
     "sft": ("supervised tokens", list(TRAINING["sft"])),
     "lora": ("tokens", list(TRAINING["lora"])),
-    **{job: ("new tokens", [OURS, "Seedling, int8", THEIRS]) for job in DECODING},
+    **{job: ("new tokens", list(decoding.CONTENDERS)) for job in DECODING},
     "tokenise": ("bytes", [OURS, "transformers, one text at a time"]),
     "start": ("starts", [OURS, "import torch"]),
     "save": ("bytes", [OURS, "write and fsync"]),
@@ -107,6 +108,8 @@ def measure(job: str, args) -> list[dict]:
 
 def package_of(job: str, contender: str) -> str | None:
     """The package that a contender needs beyond requirements.txt."""
+    if job in DECODING:
+        return decoding.PACKAGES.get(decoding.CONTENDERS[contender][0])
     code, targets, _ = TRAINING.get(job, {}).get(contender, (OURS, None, ""))
     return "peft" if code == THEIRS and targets is not None else None
 
@@ -117,6 +120,8 @@ def start_worker(job: str, contender: str, args) -> subprocess.Popen:
         command += [f"--{flag}", str(getattr(args, flag))]
     if args.data_path:
         command += ["--data_path", *map(str, args.data_path)]
+    if args.load_from:
+        command += ["--load_from", str(args.load_from)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -258,42 +263,8 @@ def chat_files(args) -> list[Path]:
 
 
 def decode(args):
-    """Greedy decoding of new_tokens after a random prompt, in float32 or int8.
-
-    The least that has to be read from memory is every weight, once for each step.
-    """
-    import torch
-
-    from model.config import preset
-    from model.generate import generate
-    from model.int8 import quantize_int8
-    from model.one_token import prepare_to_decode
-    from model.transformer import CausalLM
-
-    config = preset(args.preset)
-    batch_size, prompt = DECODING[args.job]
-    ids = torch.randint(config.vocab_size, (batch_size, prompt), device=args.device)
-    is_ours, in_8_bits = args.contender != THEIRS, "int8" in args.contender
-    model = (CausalLM(config) if is_ours else transformers_model(config)).to(args.device).eval()
-    if in_8_bits:
-        quantize_int8(model)
-    if is_ours:
-        prepare_to_decode(model)
-    size = sum(p.nbytes for p in model.parameters())
-    if in_8_bits:  # its head is a copy of the embedding, of which only one row is read
-        size -= model.model.embed_tokens.weight.nbytes
-
-    @torch.no_grad()
-    def turn():
-        if is_ours:
-            for _ in generate(model, ids, args.new_tokens, temperature=0):
-                pass
-        else:
-            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-                           min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens)
-        return {"amount": batch_size * args.new_tokens, "bytes": size * args.new_tokens}
-
-    return turn
+    """Greedy decoding of new_tokens after a random prompt: benchmarks/decoding.py."""
+    return decoding.prepare(args.contender, *DECODING[args.job], args)
 
 
 def tokenise(args):
@@ -467,6 +438,8 @@ if __name__ == "__main__":
                         help="what to measure: " + ", ".join(groups))
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these rows (default: all)")
     parser.add_argument("--preset", default="26m", help="shape of the model")
+    parser.add_argument("--load_from", type=Path, metavar="DIR",
+                        help="decode: a model in place of a shape with weights at random")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--batch_size", type=int, default=8, help="rows of a training step")
     parser.add_argument("--seq_len", type=int, default=512, help="tokens of a row")
