@@ -279,7 +279,9 @@ def quickstart(run: Run):
     process = subprocess.Popen([sys.executable, script, "--minutes", minutes, "--out_dir", out],
                                env=environment, stdout=subprocess.DEVNULL)
     try:
-        process.wait(timeout=max(1, run.seconds_left - 15))
+        code = process.wait(timeout=max(1, run.seconds_left - 15))
+        if code:
+            yield {"what": f"the quickstart ended with exit code {code}", "verdict": "FAILED"}
     except subprocess.TimeoutExpired:
         process.terminate()  # it asks its stage to stop, and ends
         with suppress(subprocess.TimeoutExpired):

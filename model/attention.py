@@ -215,4 +215,6 @@ def flex_kernel(device: torch.device):
         torch.compile(F.silu)(torch.ones(1, device=device))
     except Exception:
         return None
-    return torch.compile(flex_attention)
+    # dynamic: rows of all lengths share a kernel. PyTorch gives up on a function after compiling it eight
+    # times, and would then compute all T x T scores.
+    return torch.compile(flex_attention, dynamic=True)

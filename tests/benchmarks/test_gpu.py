@@ -51,7 +51,7 @@ def test_a_cpu_is_refused_for_real_shapes(refused):
     refused(gpu, ["--device", "cpu"], "needs --smoke")
 
 
-# --- a part that fails, hangs or ends its process ------------------------------------------------------------
+# --- a part that fails, hangs or ends its process -----------------------------------------------------------
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_an_error_is_a_line_and_the_next_part_begins(fake_parts, monkeypatch, ca
     assert said[5]["verdict"] == "right"
 
 
-# --- what the verdicts mean ----------------------------------------------------------------------------------
+# --- what the verdicts mean --------------------------------------------------------------------------------
 
 
 def test_a_difference_is_seen():

@@ -1,6 +1,7 @@
 """Every way to compute attention gives what the definition gives: softmax(Q K^T / sqrt(D)) V."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -161,6 +162,26 @@ def test_a_compiled_model_has_flex_attention_in_its_one_graph():
         compiled = torch.compile(packed, backend="eager", fullgraph=True)
         exact = A.plain_attention(*inputs, A.visible_keys(FLEX, torch.zeros(2, 300), long_documents()))
         torch.testing.assert_close(compiled(long_documents(), *inputs), exact)
+
+
+def test_rows_of_all_lengths_share_a_kernel(monkeypatch):
+    """PyTorch compiles a function eight times at most. This backend compiles nothing and counts."""
+    compilations, of_pytorch = [], torch.compile
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(of_pytorch, backend=backend))
+    kernel = A.flex_kernel.__wrapped__(torch.device("cpu"))
+    compilations.clear()
+    for rows, length in ((2, 300), (2, 290), (2, 511), (1, 300), (2, 384), (3, 400), (4, 256), (1, 257)):
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        mask = A.flex_mask(FLEX, ids, torch.arange(length).expand(rows, -1) // 100)
+        with torch.no_grad():
+            inputs = [x.repeat(1, 1, 1, 2) for x in heads(length, batch=rows)]
+            kernel(*inputs, block_mask=mask, enable_gqa=True)
+    assert len(compilations) <= 3  # two rows, one row, any number of rows; as many again without gradients
 
 
 def test_blocks_between_two_documents_are_skipped():
