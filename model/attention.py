@@ -158,7 +158,7 @@ def one_block(config, visible, dtype):
     """The `blocks` for one new token over a cache: this way is faster for batches and for long texts."""
     if visible is None:
         return [(slice(None), torch.zeros(1, 1, 1, dtype=dtype))]
-    bias = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -math.inf)[:, 0]  # (B or 1, 1, S)
+    bias = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -math.inf)[:, 0]  # (B or 1, 1, S)
     rows = config.num_key_value_heads if len(visible) > 1 else 1
     return [(slice(None), bias.repeat_interleave(rows, dim=0))]
 

@@ -1,12 +1,13 @@
 """The step that a CUDA graph records, run unrecorded on a CPU, against the ordinary forward pass."""
 
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
 import pytest
 import torch
 
 from common.errors import ModelError
-from model.cuda_graph import RecordedStep, record_decoding
+from model.cuda_graph import STEPS_BEFORE, RecordedStep, record_decoding
 from model.generate import KVCache, generate
 from model.lora import apply_lora, lora_parameters
 from model.transformer import CausalLM, ModelConfig
@@ -86,6 +87,41 @@ def test_an_adapter_that_comes_later_is_seen():
     assert not torch.allclose(before, after, atol=1e-3)
     with torch.no_grad():
         torch.testing.assert_close(after, model(ids()).logits[:, 6:], rtol=1e-5, atol=2e-5)
+
+
+def test_recording_and_replaying(monkeypatch):
+    """CUDA is played by objects that note what is called. Their replay computes the step that was recorded."""
+    model, called, caches = recorded(small()), [], []
+    expected = step_by_step(model, ids())
+    step = model.one_token
+
+    def watched(cache):
+        caches.append(cache)
+        return RecordedStep.step(step, cache)
+
+    class Stream:
+        def wait_stream(self, other):
+            called.append("wait")
+
+    class Graph:
+        def replay(self):
+            called.append("replay")
+            step.logits.copy_(RecordedStep.step(step, caches[0]))
+
+    @contextmanager
+    def record(graph):
+        called.append("record")
+        yield
+
+    monkeypatch.setattr(step, "step", watched)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for name, value in {"Stream": Stream, "current_stream": Stream, "stream": nullcontext,
+                        "CUDAGraph": Graph, "graph": record}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    found = step_by_step(model, ids())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    assert called == ["wait", "wait", "record", *["replay"] * 8]  # one recording for eight tokens
+    assert len(caches) == STEPS_BEFORE + 1
 
 
 def test_a_full_cache_is_refused():
