@@ -90,7 +90,7 @@ def test_an_adapter_that_comes_later_is_seen():
 
 
 def test_recording_and_replaying(monkeypatch):
-    """CUDA is played by objects that note what is called. Their replay computes the step that was recorded."""
+    """CUDA is played by objects that note what is called, and whose replay computes the recorded step."""
     model, called, caches = recorded(small()), [], []
     expected = step_by_step(model, ids())
     step = model.one_token
