@@ -404,10 +404,12 @@ def test_gradient_checkpointing_reaches_a_layer_over_a_frozen_base():
     assert gradients(model)["model.layers.0.mlp.up_proj.weight"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiles_to_one_graph(autocast, packed):
+@pytest.mark.parametrize("autocast, packed, keeps_logits", [
+    (False, False, True), (False, True, False), (True, False, False), (True, True, True)])
+def test_compiles_to_one_graph(autocast, packed, keeps_logits, monkeypatch):
     torch._dynamo.reset()
+    if not keeps_logits:
+        monkeypatch.setattr(transformer, "MAX_KEPT_LOGITS", 0)
     model, ids = small(qk_norm=True).train(), tokens()
     labels = ids.clone()
     labels[:, :4] = -100
