@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
     lines, ends = Lines(args.out_dir), time.monotonic() + 60 * args.minutes
     left = [name for name in PARTS if name in args.parts]
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             while left and time.monotonic() < ends:
                 left = watch_worker(left, args, folder, ends, lines)
         for part in left:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.formulas import MODELS, flops_per_token
-from benchmarks.gpu_checks import Run, documents, left_out, note
+from benchmarks.gpu_checks import Run, Skip, documents, left_out, note
 from benchmarks.shared import drop_gradients, take_step
 from benchmarks.speed import transformers_model
 from common.cli import ROOT
@@ -273,6 +273,8 @@ def rollouts(run: Run):
 
 def quickstart(run: Run):
     """The quickstart's stages, with fewer steps: how long each takes, and what it answers exactly."""
+    if run.seconds_left < 60:
+        raise Skip(f"only {run.seconds_left:.0f} seconds are left")
     out, minutes = run.folder / "quickstart", "0.02" if run.smoke else "2"
     environment = os.environ | ({} if run.on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
     script = ROOT / "scripts" / "quickstart.py"
