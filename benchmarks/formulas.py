@@ -10,7 +10,7 @@ and of all key/value heads, V the vocabulary, T the tokens of a row.
 from benchmarks.shared import markdown
 from model.attention import MAX_BLOCKED_TOKENS, QUERIES_PER_BLOCK
 from model.config import ModelConfig
-from model.transformer import LOSS_ROWS
+from model.transformer import LOSS_ROWS, MAX_KEPT_LOGITS
 from trainer.optim import MAX_NUMBERS_AT_ONCE
 
 PARTS = ("weights, optimizer", "gradients", "bf16 copies of weights", "activations", "work space")
@@ -116,9 +116,16 @@ def activations(config: ModelConfig, rows: int, length: int, device: str, checkp
     there.
     """
     c, layers, block = config.hidden_size, config.num_hidden_layers, block_activations(config, length, device)
-    head = 6 * c + 4 + 4 * config.vocab_size  # the last norm, and log-probabilities in float32
+    head = 6 * c + 4  # the last norm
+    if keeps_logits(config, rows * length, device):
+        head += 4 * config.vocab_size  # log-probabilities in float32
     kept = layers * 4 * c + max(block, head) if checkpointing else layers * block + head
     return rows * length * kept
+
+
+def keeps_logits(config: ModelConfig, tokens: int, device: str) -> bool:
+    """Whether the backward pass is given the logits of so many tokens, and does not compute them again."""
+    return device == "cpu" or tokens * config.vocab_size <= MAX_KEPT_LOGITS
 
 
 def peak(config: ModelConfig, rows: int, length: int, optimizer: str, device: str, ddp: bool) -> dict:
@@ -196,7 +203,9 @@ def per_gpu(config: ModelConfig, gpus: int, engine: str, rows: int, checkpointin
         within = (2 + 2 + 4) * 2 * kinds["matrices"] / config.num_hidden_layers
         within += (4 + 4) * (kinds["embedding"] + kinds["head"]) + 2 * config.vocab_size * config.hidden_size
     within += activations(config, rows, LENGTH, "cuda", checkpointing)
-    within += 6 * config.vocab_size * min(rows * LENGTH, LOSS_ROWS)
+    # Of one chunk: two gradients, and the log-probabilities where they are computed again.
+    bytes_of_logit = 6 if keeps_logits(config, rows * LENGTH, "cuda") else 6 + 4
+    within += bytes_of_logit * config.vocab_size * min(rows * LENGTH, LOSS_ROWS)
     if gpus == 1 or engine == "FSDP2":  # gradients come when activations go; DDP keeps their memory
         within -= sizes["gradients"] / shards
     return {"state": total, "peak": total + max(0, within)}

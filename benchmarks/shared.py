@@ -66,8 +66,12 @@ def seconds_to_first_step(command: list) -> float:
 # --- a training step ----------------------------------------------------------------------------------------
 
 
-def take_step(model, optimizers: list, batch: dict, dtype) -> None:
-    """A step as trainer/loop.py takes it: forward, backward, clip, optimizers. The gradients stay."""
+def take_step(model, optimizers: list, batch: dict, dtype, waits: bool = False):
+    """A step as trainer/loop.py takes it: forward, backward, clip, optimizers. The gradients stay.
+
+    waits: read the norm of the gradients before the optimizers step. The loop does so in order to leave out a
+    step with gradients that are not finite, and a GPU has nothing to do in the meantime. Returns the norm.
+    """
     import torch
 
     from common.device import autocast, to_device
@@ -77,9 +81,12 @@ def take_step(model, optimizers: list, batch: dict, dtype) -> None:
     with autocast(device, dtype):
         loss = model(**to_device(batch, device)).loss
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    if waits:
+        norm.item()
     for optimizer in optimizers:
         optimizer.step()
+    return norm
 
 
 def drop_gradients(optimizers: list) -> None:

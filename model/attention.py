@@ -8,6 +8,7 @@ ways, and tests compare each of them with the definition.
 Shapes: B batch, T tokens, S keys in sight (T plus what is cached), H heads, K key/value heads, D head dim.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from common.errors import ModelError
 
 MAX_BLOCKED_TOKENS = 1024  # rows up to this length train with `block_attention` on a CPU
 QUERIES_PER_BLOCK = 128
+MIN_FLEX_TOKENS = 1024  # below it a mask of T x T numbers is cheap, and compiling a kernel takes seconds
 
 
 def plain_attention(q, k, v, visible):
@@ -34,16 +36,20 @@ class AttentionMask:
 
     visible: bool (B or 1, 1, T, S). None: each token sees itself and all before it, and nothing else.
     blocks: the same for `block_attention`, where that is the fastest way; None where it is not.
+    flex: a BlockMask of PyTorch, in place of `visible`, for `flex_attention`; None where that is not used.
     """
 
     visible: torch.Tensor | None
     blocks: list[tuple[slice, torch.Tensor]] | None = None
+    flex: object | None = None
 
 
 def attention(q, k, v, mask: AttentionMask):
     """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D): `plain_attention` by the fastest way here."""
     if mask.blocks is not None:
         return block_attention(q, k, v, mask.blocks)
+    if mask.flex is not None:
+        return flex_attention(q, k, v, mask.flex)
     # With one new token PyTorch's own causal mask would show it the first key alone. It may see every key.
     causal = mask.visible is None and q.size(2) > 1
     grouped = k.size(1) < q.size(1)
@@ -61,6 +67,8 @@ def make_mask(config, input_ids, document_ids, cache, dtype) -> AttentionMask:
     document_ids (B, T): in a packed row a token sees only tokens of its own document.
     cache: the keys and values of earlier tokens, which all new tokens see.
     """
+    if takes_flex(config, input_ids, document_ids, cache, dtype):
+        return AttentionMask(None, flex=flex_mask(config, input_ids, document_ids))
     visible = visible_keys(config, input_ids, document_ids, cache)
     batch_size, length = input_ids.shape
     if input_ids.device.type != "cpu":
@@ -150,6 +158,63 @@ def one_block(config, visible, dtype):
     """The `blocks` for one new token over a cache: this way is faster for batches and for long texts."""
     if visible is None:
         return [(slice(None), torch.zeros(1, 1, 1, dtype=dtype))]
-    bias = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -math.inf)[:, 0]  # (B or 1, 1, S)
+    bias = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -math.inf)[:, 0]  # (B or 1, 1, S)
     rows = config.num_key_value_heads if len(visible) > 1 else 1
     return [(slice(None), bias.repeat_interleave(rows, dim=0))]
+
+
+# --- a faster way on CUDA -----------------------------------------------------------------------------------
+#
+# Flash attention takes no mask but the causal one, and every other kernel reads a mask of T x T numbers.
+# PyTorch's flex_attention takes a function in place of the mask, and a kernel is compiled from it. The kernel
+# skips blocks of 128 x 128 in which no query may see a key. In a packed row these are most of the blocks.
+
+
+def takes_flex(config, input_ids, document_ids, cache, dtype) -> bool:
+    """Whether `flex_attention` computes: on CUDA, in half precision, for long rows that need a mask."""
+    needs_mask = document_ids is not None or config.sliding_window is not None
+    is_long = input_ids.size(1) >= MIN_FLEX_TOKENS
+    fits = dtype != torch.float32 and config.head_dim >= 16  # the kernel takes no smaller heads
+    if not (input_ids.is_cuda and cache is None and needs_mask and is_long and fits):
+        return False
+    return torch.compiler.is_compiling() or flex_kernel(input_ids.device) is not None
+
+
+def flex_mask(config, input_ids, document_ids):
+    """What `visible_keys` says of whole rows, as a BlockMask."""
+    from torch.nn.attention.flex_attention import create_block_mask  # here: it imports PyTorch's compiler
+
+    def sees(row, head, query, key):
+        seen = key <= query
+        if config.sliding_window is not None:
+            seen = seen & (key > query - config.sliding_window)
+        if document_ids is not None:
+            seen = seen & (document_ids[row, query] == document_ids[row, key])
+        return seen
+
+    batch_size, length = input_ids.shape
+    return create_block_mask(sees, batch_size, None, length, length, device=input_ids.device)
+
+
+def flex_attention(q, k, v, block_mask):
+    """q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D), for a mask of `flex_mask`."""
+    from torch.nn.attention.flex_attention import flex_attention as compute
+
+    # Within a compiled model PyTorch compiles it with the rest. On a CPU only tests come here.
+    if q.is_cuda and not torch.compiler.is_compiling():
+        compute = flex_kernel(q.device)
+    return compute(q, k, v, block_mask=block_mask, enable_gqa=True)
+
+
+@functools.cache
+def flex_kernel(device: torch.device):
+    """PyTorch's flex_attention, compiled for a GPU. None where PyTorch cannot compile: then masks serve."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    try:  # this needs Triton, which Windows has not, and a C compiler
+        torch.compile(F.silu)(torch.ones(1, device=device))
+    except Exception:
+        return None
+    # dynamic: rows of all lengths share a kernel. PyTorch gives up on a function after compiling it eight
+    # times, and would then compute all T x T scores.
+    return torch.compile(flex_attention, dynamic=True)

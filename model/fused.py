@@ -19,7 +19,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     under autocast that is one cast here, in place of one each in q, k and v.
     """
     dtype = matmul_dtype(x)
-    if not torch.is_grad_enabled():
+    if x.is_cuda or not torch.is_grad_enabled():  # on CUDA PyTorch has one kernel for each direction
         return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
     return _RMSNorm.apply(x, weight, eps, dtype)
 

@@ -14,6 +14,7 @@ D head dim, V vocabulary.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from model.fused import rms_norm
 __all__ = ["PRESETS", "CausalLM", "ModelConfig", "ModelError", "preset"]
 
 LOSS_ROWS = 4096  # tokens that go through the output head at once; bounds the memory of their logits
+MAX_KEPT_LOGITS = 2**28  # on a GPU: numbers kept for the backward pass, 1 GB in float32
 
 
 class RMSNorm(nn.Module):
@@ -284,10 +286,16 @@ class CausalLM(nn.Module):
         if select:
             places = (targets != -100).nonzero().squeeze(1)
             states, targets = states[places], targets[places]
+
+        def losses_of(rows, wanted):
+            logits = self.lm_head(rows).float()
+            return F.cross_entropy(logits, wanted, ignore_index=-100, reduction="none")
+
+        # The backward pass needs the logits. If they are many, it computes those of each chunk once more.
+        if not select and len(states) * self.config.vocab_size > MAX_KEPT_LOGITS:
+            losses_of = partial(checkpoint, losses_of, use_reentrant=False)
         chunks = zip(states.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
-        losses = torch.cat([
-            F.cross_entropy(self.lm_head(rows).float(), wanted, ignore_index=-100, reduction="none")
-            for rows, wanted in chunks])
+        losses = torch.cat([losses_of(rows, wanted) for rows, wanted in chunks])
         if select:
             zeros = losses.new_zeros(labels[:, 1:].numel())
             losses = zeros.index_copy(0, places, losses)  # each loss at its place

@@ -131,6 +131,11 @@ def parallelise(model: nn.Module, kind: str, dtype: torch.dtype, ranks: Ranks) -
     if kind == "ddp":
         return DistributedDataParallel(model.to(ranks.device), gradient_as_bucket_view=True,
                                        forward_sync_buffers=False)  # buffers never change
+    return shard(model, dtype, ranks)
+
+
+def shard(model: nn.Module, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
+    """Cuts the model up over all processes, in place, for FSDP."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, because it imports slowly
 

@@ -1,6 +1,7 @@
 """Every way to compute attention gives what the definition gives: softmax(Q K^T / sqrt(D)) V."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -119,3 +120,93 @@ def test_which_way_is_taken():
     assert A.make_mask(CONFIG, ids[:, :1], None, cache, torch.float32).blocks is not None
     long = torch.zeros(1, A.MAX_BLOCKED_TOKENS + 1, dtype=torch.long)
     assert A.make_mask(CONFIG, long, None, None, torch.bfloat16).blocks is None
+
+
+# --- flex_attention: PyTorch computes no gradient of it on a CPU, so benchmarks/gpu.py compares those -------
+
+
+FLEX = ModelConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+FLEX_WINDOW = ModelConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=40)
+
+
+def long_documents():
+    """Two rows of 300 tokens: one of three documents and padding, one of a single document."""
+    return torch.tensor([[0] * 100 + [1] * 7 + [2] * 150 + [-1] * 43, [0] * 300])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("config", [FLEX, FLEX_WINDOW])
+@pytest.mark.parametrize("documents", [None, long_documents()])
+def test_flex_attention_of_a_gpu(config, documents):
+    from torch.nn.attention.flex_attention import create_mask
+
+    ids = torch.zeros(2, 300, dtype=torch.long)
+    mask = A.flex_mask(config, ids, documents)
+    visible = A.visible_keys(config, ids, documents)
+    visible = everything_before(300) if visible is None else visible
+    said = create_mask(mask.mask_mod, 2, 1, 300, 300, device="cpu")
+    assert torch.equal(said, visible.expand(2, -1, -1, -1))
+    with torch.no_grad():
+        inputs = [x.repeat(1, 1, 1, 2) for x in heads(tokens=300)]  # heads of 16 numbers
+        found = A.attention(*inputs, A.AttentionMask(None, flex=mask))
+        torch.testing.assert_close(found, A.plain_attention(*inputs, visible))
+
+
+def test_a_compiled_model_has_flex_attention_in_its_one_graph():
+    def packed(documents, *inputs):
+        mask = A.flex_mask(FLEX, torch.zeros(2, 300, dtype=torch.long), documents)
+        return A.attention(*inputs, A.AttentionMask(None, flex=mask))
+
+    with torch.no_grad():
+        inputs = [x.repeat(1, 1, 1, 2) for x in heads(tokens=300)]
+        compiled = torch.compile(packed, backend="eager", fullgraph=True)
+        exact = A.plain_attention(*inputs, A.visible_keys(FLEX, torch.zeros(2, 300), long_documents()))
+        torch.testing.assert_close(compiled(long_documents(), *inputs), exact)
+
+
+def test_rows_of_all_lengths_share_a_kernel(monkeypatch):
+    """PyTorch compiles a function eight times at most. This backend compiles nothing and counts."""
+    compilations, of_pytorch = [], torch.compile
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(of_pytorch, backend=backend))
+    kernel = A.flex_kernel.__wrapped__(torch.device("cpu"))
+    compilations.clear()
+    for rows, length in ((2, 300), (2, 290), (2, 511), (1, 300), (2, 384), (3, 400), (4, 256), (1, 257)):
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        mask = A.flex_mask(FLEX, ids, torch.arange(length).expand(rows, -1) // 100)
+        with torch.no_grad():
+            inputs = [x.repeat(1, 1, 1, 2) for x in heads(length, batch=rows)]
+            kernel(*inputs, block_mask=mask, enable_gqa=True)
+    assert len(compilations) <= 3  # two rows, one row, any number of rows; as many again without gradients
+
+
+def test_blocks_between_two_documents_are_skipped():
+    documents = torch.tensor([[0] * 512 + [1] * 512])
+    mask = A.flex_mask(FLEX, torch.zeros(1, 1024, dtype=torch.long), documents)
+    # Of 8 x 8 blocks a causal mask needs 36, two documents of 4 blocks need 10 each.
+    assert mask.sparsity() == pytest.approx(100 * (1 - 20 / 64))
+
+
+def test_when_a_gpu_takes_flex_attention(monkeypatch):
+    ids, documents = torch.zeros(1, A.MIN_FLEX_TOKENS, dtype=torch.long), object()
+    cache, half = KVCache(FLEX, 1, 12), torch.bfloat16
+    assert not A.takes_flex(FLEX, ids, documents, None, half)  # on a CPU
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(A, "flex_kernel", lambda device: "a kernel")
+    assert A.takes_flex(FLEX, ids, documents, None, half)
+    assert A.takes_flex(FLEX_WINDOW, ids, None, None, half)
+    for no in ((FLEX, ids, None, None, half), (FLEX, ids[:, :-1], documents, None, half),
+               (FLEX, ids, documents, None, torch.float32), (FLEX, ids, documents, cache, half),
+               (CONFIG, ids, documents, None, half)):  # heads of 8 are too small
+        assert not A.takes_flex(*no)
+    monkeypatch.setattr(A, "flex_kernel", lambda device: None)  # PyTorch cannot compile here
+    assert not A.takes_flex(FLEX, ids, documents, None, half)
+
+
+def test_a_gpu_without_a_compiler_takes_masks():
+    A.flex_kernel.cache_clear()
+    assert A.flex_kernel(torch.device("cuda")) is None or torch.cuda.is_available()

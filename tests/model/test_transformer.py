@@ -133,6 +133,44 @@ def test_loss_is_the_same_in_chunks(monkeypatch):
     assert_same(gradients(model), expected)
 
 
+def test_many_logits_are_computed_again_on_a_gpu(monkeypatch):
+    """The same losses and gradients, to the bit, though the backward pass is given no logits."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as there, all tokens go to the head
+    monkeypatch.setattr(transformer, "LOSS_ROWS", 5)
+
+    def step(limit):
+        """Shapes of what is kept for the backward pass, losses and gradients."""
+        monkeypatch.setattr(transformer, "MAX_KEPT_LOGITS", limit)
+        model, ids, shapes = small(), tokens(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x,
+                                                      lambda x: x):
+            output = model(ids, ids)
+        output.loss.backward()
+        return shapes, output.token_losses.detach(), gradients(model)
+
+    kept, losses, expected = step(transformer.MAX_KEPT_LOGITS)
+    kept_again, losses_again, again = step(0)
+    logits = (5, small().config.vocab_size)
+    assert logits in kept and logits not in kept_again
+    assert torch.equal(losses, losses_again)
+    assert all(torch.equal(expected[name], again[name]) for name in expected)
+
+
+def test_the_norm_of_a_gpu(monkeypatch):
+    """PyTorch's own function, which a GPU takes, has the same result and gradients as the one by hand."""
+    x, norm = torch.randn(3, 5, 32), transformer.RMSNorm(32, 1e-6)
+    torch.nn.init.normal_(norm.weight)
+    found = []
+    for is_cuda in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
+        x.requires_grad_().grad = norm.weight.grad = None
+        y = norm(x)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad, norm.weight.grad))
+    for by_hand, of_pytorch in zip(*found, strict=True):
+        torch.testing.assert_close(by_hand, of_pytorch)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("length", [1, 12])
 def test_no_target_is_loss_zero_and_zero_gradients(tied, length):
@@ -366,10 +404,12 @@ def test_gradient_checkpointing_reaches_a_layer_over_a_frozen_base():
     assert gradients(model)["model.layers.0.mlp.up_proj.weight"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiles_to_one_graph(autocast, packed):
+@pytest.mark.parametrize("autocast, packed, keeps_logits", [
+    (False, False, True), (False, True, False), (True, False, False), (True, True, True)])
+def test_compiles_to_one_graph(autocast, packed, keeps_logits, monkeypatch):
     torch._dynamo.reset()
+    if not keeps_logits:
+        monkeypatch.setattr(transformer, "MAX_KEPT_LOGITS", 0)
     model, ids = small(qk_norm=True).train(), tokens()
     labels = ids.clone()
     labels[:, :4] = -100
