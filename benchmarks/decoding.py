@@ -1,7 +1,7 @@
 """What the job `decode` of speed.py runs: greedy decoding by us, transformers and llama.cpp, in one shape.
 
-A reader may skip this file. The rows of llama.cpp need llama-cpp-python and what requirements-export.txt names.
-llama.cpp keeps keys and values in float16, as it does unless told otherwise.
+A reader may skip this file. The rows of llama.cpp need llama-cpp-python and requirements-export.txt. It keeps
+keys and values in float16, as it does unless told otherwise.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ PACKAGES = {LLAMA: "llama_cpp"}
 def prepare(contender: str, rows: int, prompt: int, args):
     """A function that decodes args.new_tokens after a random prompt in each row, and returns figures.
 
-    The model is that of args.load_from, or one of args.preset with weights at random. The least that has to be
-    read from memory is every weight, once for each step.
+    The model is that of args.load_from, or one of args.preset with weights at random. The least that has to
+    be read from memory is every weight, once for each step.
     """
     import torch
 
@@ -112,7 +112,7 @@ def llama_cpp(model, ids, contender: str, args):
     batch = library.llama_batch_init(rows * prompt, 0, 1)
 
     def forward(tokens, begin: int) -> np.ndarray:
-        """tokens (rows, T), whose first position is `begin` -> the likeliest next token of each row (rows,)."""
+        """tokens (rows, T), the first of them at position `begin` -> the likeliest next tokens (rows,)."""
         batch.n_tokens, wanted = tokens.size, []
         for number, ((row, place), token) in enumerate(np.ndenumerate(tokens)):
             batch.token[number], batch.pos[number] = int(token), begin + place

@@ -1,4 +1,4 @@
-"""The forward pass for one new token, compiled: for those who decode much on a CPU. A reader may skip this file.
+"""The forward pass for one new token, compiled, to decode faster on a CPU. A reader may skip this file.
 
     model = compile_step(load_model("out/full_sft"))  # or quantize_int8(...) of it; then generate
 
@@ -49,8 +49,8 @@ class CompiledStep:
         return self.run(ids, *angles, bias, cache.k, cache.v, place)
 
     def logits(self, ids, cos, sin, bias, k, v, place):
-        """ids (B, 1), cos and sin (B, 1, 1, D), bias (B * K, 1, S); k and v (L, B, K, S or more, D), where the
-        new token has the place (1,)."""
+        """ids (B, 1), cos and sin (B, 1, 1, D), bias (B * K, 1, S); k and v (L, B, K, S or more, D), in which
+        the new token has the place (1,)."""
         cache, mask = Memory(k, v, place, bias.size(-1)), AttentionMask(None, [(slice(None), bias)])
         x = self.model.model.embed_tokens(ids)  # (B, 1, C)
         for block in self.model.model.layers:
@@ -77,6 +77,7 @@ def compile_step(model: CausalLM) -> CausalLM:
         raise UsageError(f"--compile needs a C++ compiler, one of {', '.join(COMPILERS)}")
     weight = model.model.norm.weight
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
-        raise UsageError(f"--compile is for float32 or int8 on a CPU, not {weight.dtype} on {weight.device.type}")
+        kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+        raise UsageError(f"--compile is for float32 and int8 on a CPU, not for {kind}")
     model.one_token = CompiledStep(model)
     return model
