@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common.cli import ROOT, Parser, any_count, count, number, run_script, seed
+from common.cli import ROOT, Parser, add_rope_scaling, any_count, count, number, run_script, seed
 from common.errors import DataError, ModelError, UsageError
 from common.files import json_text, write_whole
 
@@ -63,6 +63,7 @@ def build_parser() -> Parser:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the weights; auto: float32, on CUDA bfloat16 (old ones float16)")
     add("--quantize", choices=("none", "int8"), default="none", help="int8: in 8 bits, faster on a CPU")
+    add_rope_scaling(add)
     ask = parser.add_argument_group("what to ask (none of these: a conversation)")
     add = ask.add_mutually_exclusive_group().add_argument
     add("--prompt", metavar="TEXT", help="answer this and exit")
@@ -287,7 +288,7 @@ def main(args: argparse.Namespace) -> None:
     from inference.chat_model import ChatModel, Sampling
 
     chat_model = ChatModel(args.load_from, args.lora, args.device, args.dtype, args.quantize, args.plain,
-                           args.tokenizer, args.thinking)
+                           args.tokenizer, args.thinking, args.rope_scaling)
     for report in chat_model.reports:
         note(report)
     typed = {name: value for name, value in vars(args).items()

@@ -30,7 +30,7 @@ def plain_attention(q, k, v, visible):
 
 @dataclass
 class AttentionMask:
-    """Which keys each query may see. `make_mask` makes it once in a forward pass, for all layers.
+    """Which keys each query may see. `make_mask` makes it once in a forward pass for all layers of a kind.
 
     visible: bool (B or 1, 1, T, S). None: each token sees itself and all before it, and nothing else.
     blocks: the same for `block_attention`, where that is the fastest way; None where it is not.
@@ -55,13 +55,14 @@ def attention(q, k, v, mask: AttentionMask):
     return F.scaled_dot_product_attention(q, k, v, mask.visible, is_causal=causal, enable_gqa=grouped)
 
 
-def make_mask(config, input_ids, document_ids, cache, dtype) -> AttentionMask:
+def make_mask(config, window, input_ids, document_ids, cache, dtype) -> AttentionMask:
     """The mask for input_ids (B, T), in a forward pass whose matrix products have that dtype.
 
+    window: a token sees itself and the window - 1 tokens before it; None: all tokens before it.
     document_ids (B, T): in a packed row a token sees only tokens of its own document.
     cache: the keys and values of earlier tokens, which all new tokens see.
     """
-    visible = visible_keys(config, input_ids, document_ids, cache)
+    visible = visible_keys(window, input_ids, document_ids, cache)
     batch_size, length = input_ids.shape
     if input_ids.device.type != "cpu":
         return AttentionMask(visible)
@@ -73,7 +74,7 @@ def make_mask(config, input_ids, document_ids, cache, dtype) -> AttentionMask:
     return AttentionMask(visible)
 
 
-def visible_keys(config, input_ids, document_ids=None, cache=None) -> torch.Tensor | None:
+def visible_keys(window, input_ids, document_ids=None, cache=None) -> torch.Tensor | None:
     """Which keys each query sees, as `AttentionMask.visible` has it.
 
         a row of two documents     7 7 7 9 9         the first token of document 9 sees itself alone
@@ -89,13 +90,13 @@ def visible_keys(config, input_ids, document_ids=None, cache=None) -> torch.Tens
     # PyTorch's causal mask assumes that queries and keys begin at the same token, which is so where the cache
     # is empty. One new token needs no mask at all.
     in_order = past == 0 or length == 1
-    if document_ids is None and pads is None and config.sliding_window is None and in_order:
+    if document_ids is None and pads is None and window is None and in_order:
         return None
     keys = torch.arange(past + length, device=input_ids.device)
     queries = torch.arange(past, past + length, device=input_ids.device)[:, None]  # (T, 1)
     visible = (keys <= queries)[None]  # (1, T, S)
-    if config.sliding_window is not None:
-        visible = visible & (keys > queries - config.sliding_window)
+    if window is not None:
+        visible = visible & (keys > queries - window)
     if document_ids is not None:
         visible = visible & (document_ids[:, :, None] == document_ids[:, None, :])  # (B, T, T)
     if pads is not None:

@@ -59,7 +59,8 @@ def test_neighbouring_query_heads_share_a_key_value_head():
 @pytest.mark.parametrize("documents", [None, TWO_DOCUMENTS])
 def test_the_ordinary_way(config, documents):
     inputs, ids = heads(), torch.zeros(2, 9, dtype=torch.long)
-    visible = A.visible_keys(config, ids, None if documents is None else torch.tensor(documents))
+    documents = None if documents is None else torch.tensor(documents)
+    visible = A.visible_keys(config.sliding_window, ids, documents)
     exact = A.plain_attention(*inputs, everything_before() if visible is None else visible)
     assert_same(A.attention(*inputs, A.AttentionMask(visible)), exact, inputs)
 
@@ -70,7 +71,8 @@ def test_the_ordinary_way(config, documents):
 def test_blocks_of_queries(monkeypatch, documents, config, first):
     monkeypatch.setattr(A, "QUERIES_PER_BLOCK", 4)
     inputs, ids = heads(), torch.zeros(2, 9, dtype=torch.long)
-    visible = A.visible_keys(config, ids, None if documents is None else torch.tensor(documents))
+    documents = None if documents is None else torch.tensor(documents)
+    visible = A.visible_keys(config.sliding_window, ids, documents)
     blocks = A.causal_blocks(config, visible, 2, 9, torch.float32)
     exact = A.plain_attention(*inputs, everything_before() if visible is None else visible)
     assert_same(A.attention(*inputs, A.AttentionMask(visible, blocks)), exact, inputs)
@@ -83,7 +85,7 @@ def test_one_new_token_over_a_cache(start, config):
     inputs, cache = heads(tokens=1, keys=9), KVCache(config, 2, 12, start=start)
     cache.length = 8
     ids = torch.zeros(2, 1, dtype=torch.long)
-    mask = A.make_mask(config, ids, None, cache, torch.float32)
+    mask = A.make_mask(config, config.sliding_window, ids, None, cache, torch.float32)
     assert mask.blocks is not None
     visible = torch.ones(1, 1, 1, 9, dtype=torch.bool) if mask.visible is None else mask.visible
     for way in (mask, A.AttentionMask(mask.visible)):
@@ -94,7 +96,7 @@ def test_one_new_token_over_a_cache(start, config):
 def test_repeated_heads_for_cuda(documents, monkeypatch):
     """The way of a GPU, taken on a CPU: each query head with a copy of its keys and values."""
     inputs, ids = heads(), torch.zeros(2, 9, dtype=torch.long)
-    visible = A.visible_keys(CONFIG, ids, None if documents is None else torch.tensor(documents))
+    visible = A.visible_keys(None, ids, None if documents is None else torch.tensor(documents))
     asked, pytorchs = [], F.scaled_dot_product_attention
 
     def watch(q, k, v, *rest, enable_gqa, **named):
@@ -111,11 +113,11 @@ def test_repeated_heads_for_cuda(documents, monkeypatch):
 def test_which_way_is_taken():
     """On a CPU: blocks for training in half precision, and for one new token over a cache."""
     ids, cache = torch.zeros(2, 9, dtype=torch.long), KVCache(CONFIG, 2, 12)
-    assert A.make_mask(CONFIG, ids, None, None, torch.bfloat16).blocks is not None
-    assert A.make_mask(CONFIG, ids, None, None, torch.float32).blocks is None
+    assert A.make_mask(CONFIG, None, ids, None, None, torch.bfloat16).blocks is not None
+    assert A.make_mask(CONFIG, None, ids, None, None, torch.float32).blocks is None
     with torch.no_grad():
-        assert A.make_mask(CONFIG, ids, None, None, torch.bfloat16).blocks is None
-    assert A.make_mask(CONFIG, ids[:, :3], None, cache, torch.bfloat16).blocks is None
-    assert A.make_mask(CONFIG, ids[:, :1], None, cache, torch.float32).blocks is not None
+        assert A.make_mask(CONFIG, None, ids, None, None, torch.bfloat16).blocks is None
+    assert A.make_mask(CONFIG, None, ids[:, :3], None, cache, torch.bfloat16).blocks is None
+    assert A.make_mask(CONFIG, None, ids[:, :1], None, cache, torch.float32).blocks is not None
     long = torch.zeros(1, A.MAX_BLOCKED_TOKENS + 1, dtype=torch.long)
-    assert A.make_mask(CONFIG, long, None, None, torch.bfloat16).blocks is None
+    assert A.make_mask(CONFIG, None, long, None, None, torch.bfloat16).blocks is None
