@@ -85,8 +85,8 @@ def rope_scaling(text: str) -> str:
         split_rope_scaling(text)
     except (ValueError, IndexError):
         raise argparse.ArgumentTypeError(
-            f"must be none or KIND:FACTOR, as in yarn:4, linear:4 or llama3:8, not {text}; the factor is above "
-            "1, and yarn and llama3 take a third part, the tokens of a text in training: yarn:4:512") from None
+            f"must be KIND:FACTOR, as in yarn:4, linear:4 or llama3:8, or none, not {text}; a factor is "
+            "above 1, and yarn and llama3 may name the tokens of a text in training: yarn:4:512") from None
     return text
 
 

@@ -30,10 +30,12 @@ PLACES = 32  # into which the positions of these are grouped
 
 
 @torch.inference_mode()
-def measure(chat_model: ChatModel, lengths: list[int], count: int = 200) -> dict:
-    """{"found": {length: {depth: share of right answers}}, "answers", "perplexity"}, see `perplexity_by_place`.
+def measure(chat_model: ChatModel, lengths: list[int], count: int = 200, batch_size: int = 32) -> dict:
+    """{"found": {length: {depth: share of right answers}}, "answers": [each answer], "perplexity": ...}
 
-    count: needles of each length. Raises UsageError where the model has fewer positions than a length.
+    perplexity: as `perplexity_by_place` gives it, for texts of the longest length. count: needles of each
+    length. batch_size: how many answers are decoded together, at most. Raises UsageError where the model has
+    fewer positions than a length.
     """
     if max(lengths) > chat_model.max_positions:
         raise UsageError(f"--needle {max(lengths)}: the model has only {chat_model.max_positions} positions")
@@ -43,7 +45,7 @@ def measure(chat_model: ChatModel, lengths: list[int], count: int = 200) -> dict
         asked = [(depth, *ask(chat_model, world, length, depth))
                  for depth in (DEPTHS * math.ceil(count / len(DEPTHS)))[:count]]
         right = {depth: [] for depth in DEPTHS}
-        at_once = max(1, TOKENS_AT_ONCE // length)
+        at_once = max(1, min(batch_size, TOKENS_AT_ONCE // length))
         for i in range(0, count, at_once):
             batch = asked[i:i + at_once]
             for (depth, prompt, needle), answer in zip(batch, answer_all(chat_model, batch), strict=True):
@@ -127,6 +129,7 @@ def draw(result: dict, path: Path) -> None:
     grid.set(xticks=range(len(found)), xticklabels=list(found), yticks=range(len(DEPTHS)), yticklabels=DEPTHS,
              xlabel="tokens of the text", ylabel="depth of the needle", title="needles found")
     curve.plot(*zip(*result["perplexity"], strict=True), linewidth=1.5)
-    curve.set(xlabel="position in the text", ylabel="perplexity", title="perplexity by position", yscale="log")
+    curve.set(xlabel="position in the text", ylabel="perplexity", title="perplexity by position")
+    curve.set_yscale("log")
     curve.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
