@@ -84,9 +84,14 @@ def check_same_scaling(scaling: dict | None, config: ModelConfig) -> None:
 
 
 def reach(path: Path, config: ModelConfig, text: str | None) -> int:
-    """How many tokens the model should be shown. config: as `scale` made it; text: the scaling, or None."""
-    length = trained_length(path, config)
-    if text and length:
-        original = (config.rope_scaling or {}).get("original_max_position_embeddings") or length
-        length = int(original * split_rope_scaling(text)[1])
-    return min(length or config.max_position_embeddings, config.max_position_embeddings)
+    """How many tokens the model should be shown: those of its training, or what its scaling makes of them.
+
+    config: as `scale` made it. text: the scaling, or None. A linear scaling does not say what it was scaled
+    from, so without `text` the training decides.
+    """
+    scaling = config.rope_scaling or {}
+    original = scaling.get("original_max_position_embeddings")
+    length = trained_length(path, config) or config.max_position_embeddings
+    if original or text:
+        length = max(length, int((original or length) * (scaling.get("factor") or 1)))
+    return min(length, config.max_position_embeddings)

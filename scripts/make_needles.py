@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import ROOT, Parser, count, run_script, seed
 from common.files import write_whole
 
-SHORTEST, AROUND = 40, 28  # tokens of a question, at least, and of the answer and the marks of a chat, at most
+SHORTEST, AROUND = 40, 28  # tokens of a question at least; of the answer and the marks of a chat at most
 
 
 def main(args):
@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_tokens", type=count, default=128, metavar="T", help="of a chat")
     parser.add_argument("--count", type=count, default=24_000, metavar="N", help="chats")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: out/needle_T.jsonl)")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="that counts the tokens (default: our own)")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="that counts tokens (default: our own)")
     parser.add_argument("--seed", type=seed, default=1, metavar="N", help="other texts, other codes")
     args = parser.parse_args(argv)
     if args.max_tokens < SHORTEST + AROUND:

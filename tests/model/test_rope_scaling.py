@@ -81,7 +81,10 @@ def test_what_no_file_says_must_be_said(folder, tmp_path):
         with pytest.raises(ModelError, match="name the tokens: yarn:4:512"):
             load_model(path, rope_scaling="yarn:4")
         assert load_model(path, rope_scaling="yarn:4:16").config.rope_scaling["factor"] == 4
-        assert load_model(path, rope_scaling="linear:4").config.rope_scaling["factor"] == 4
+        config = load_model(path, rope_scaling="linear:4").config
+        assert (config.rope_scaling["factor"], reach(path, config, "linear:4")) == (4, 32768)
+    config = load_model(folder, rope_scaling="linear:4").config
+    assert (reach(folder, config, "linear:4"), reach(folder, config, None)) == (64, 16)
     with pytest.raises(ModelError, match="a new model was trained"):
         scale(ModelConfig(**SHAPE), "llama3:8")
 
