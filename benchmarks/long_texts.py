@@ -167,7 +167,7 @@ if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "long_texts", metavar="DIR",
                         help="where all results go")
-    parser.add_argument("--steps", type=count, default=1200, metavar="N", help="at 128 tokens, with needles")
+    parser.add_argument("--steps", type=count, default=1500, metavar="N", help="at 128 tokens, with needles")
     parser.add_argument("--threads", type=count, metavar="N", help="of each command (default: all cores)")
     parser.add_argument("--table_only", action="store_true", help="train and ask nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results into this PNG")

@@ -18,6 +18,7 @@ from common.errors import ModelError
 
 MAX_BLOCKED_TOKENS = 1024  # rows up to this length train with `block_attention` on a CPU
 QUERIES_PER_BLOCK = 128
+KINDS = FULL, SLIDING = "full_attention", "sliding_attention"  # of layers, in the words of config.json
 
 
 def plain_attention(q, k, v, visible):
@@ -38,6 +39,24 @@ class AttentionMask:
 
     visible: torch.Tensor | None
     blocks: list[tuple[slice, torch.Tensor]] | None = None
+
+
+def layer_kinds(config, full_attention_every: int | None = None) -> tuple[int | None, list[str] | None]:
+    """The sliding_window and the layer_types of a config, with a list only where layers differ.
+
+    full_attention_every: K, and every K-th layer has no window. Raises ModelError for kinds that are unknown,
+    not one for each layer, or need a window that is not there.
+    """
+    kinds, layers, window = config.layer_types, config.num_hidden_layers, config.sliding_window
+    if full_attention_every is not None:
+        if full_attention_every < 1:
+            raise ModelError(f"full_attention_every must be at least 1, not {full_attention_every}")
+        kinds = [SLIDING if layer % full_attention_every else FULL for layer in range(1, layers + 1)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in KINDS for kind in kinds):
+        raise ModelError(f"layer_types must be {' or '.join(KINDS)} for each of {layers} layers")
+    if SLIDING in kinds and window is None:
+        raise ModelError("layers with a window and layers without one need a sliding_window")
+    return window if SLIDING in kinds else None, kinds if len(set(kinds)) > 1 else None
 
 
 def attention(q, k, v, mask: AttentionMask):

@@ -6,8 +6,7 @@ from dataclasses import InitVar, dataclass
 import torch
 
 from common.errors import ModelError
-
-KINDS = FULL, SLIDING = "full_attention", "sliding_attention"  # of layers, in the words of config.json
+from model.attention import SLIDING, layer_kinds
 
 
 @dataclass
@@ -30,7 +29,7 @@ class ModelConfig:
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
-    layer_types: list[str] | None = None  # which layers have the window (see KINDS); None: all
+    layer_types: list[str] | None = None  # which layers have the window (model/attention.py); None: all
     full_attention_every: InitVar[int | None] = None  # K instead of layer_types: all layers but every K-th
 
     def __post_init__(self, full_attention_every):
@@ -56,28 +55,13 @@ class ModelConfig:
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.qk_norm and self.attention_bias:
             raise ModelError("qk_norm and attention_bias: Hugging Face has no class with both; choose one")
-        self.set_layer_types(full_attention_every)
+        if full_attention_every is not None or self.layer_types is not None:
+            self.sliding_window, self.layer_types = layer_kinds(self, full_attention_every)
         if not isinstance(self.rope_scaling, dict | None):
             raise ModelError(f"rope_scaling must be an object or null, not {self.rope_scaling!r}")
         frequency, scale = rope_frequencies(self, "cpu")  # raises for unknown or incomplete settings
         if not (isinstance(scale, (int, float)) and frequency.mul(scale).isfinite().all()):
             raise ModelError(f"rope_scaling gives angles that are NaN or infinite: {self.rope_scaling}")
-
-    def set_layer_types(self, every: int | None) -> None:
-        """Leaves a list in layer_types only where some layers have the window and some have not."""
-        kinds, layers = self.layer_types, self.num_hidden_layers
-        if every is not None:
-            check_size("full_attention_every", every)
-            kinds = [FULL if layer % every == 0 else SLIDING for layer in range(1, layers + 1)]
-        if kinds is None:
-            return
-        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in KINDS for kind in kinds):
-            raise ModelError(f"layer_types must be {' or '.join(KINDS)} for each of {layers} layers")
-        if SLIDING in kinds and self.sliding_window is None:
-            raise ModelError("layers with a window and layers without one need a sliding_window")
-        if SLIDING not in kinds:
-            self.sliding_window = None
-        self.layer_types = kinds if len(set(kinds)) > 1 else None
 
     @property
     def windows(self) -> list[int | None]:

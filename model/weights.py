@@ -20,7 +20,8 @@ import torch
 from common import files
 from common.errors import ModelError
 from common.fast_start import give_memory, without_initial_values
-from model.config import FULL, SLIDING, ModelConfig, check_size
+from model.attention import FULL, SLIDING
+from model.config import ModelConfig, check_size
 from model.gguf import read_model as read_gguf_model
 from model.gguf_file import is_gguf
 from model.int8 import Int8Linear

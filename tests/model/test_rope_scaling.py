@@ -1,6 +1,8 @@
 """--rope_scaling: equal to transformers, by the length in training, and refused where nobody knows it."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from model.rope_scaling import reach, scale
 from model.transformer import CausalLM
 from model.weights import load_model, save_model
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
          "intermediate_size": 48, "vocab_size": 97, "rope_theta": 1e4, "initializer_range": 0.2}
 TRAINED_ON_16 = {"tokens_seen": 9, "arguments": {"max_seq_len": 16}}
@@ -95,6 +98,15 @@ def test_a_scaled_model_keeps_the_length_that_its_angles_were_made_for(folder, t
     config = load_model(tmp_path / "m", rope_scaling="yarn:8").config
     assert config.rope_scaling["original_max_position_embeddings"] == 16
     assert (reach(tmp_path / "m", config, "yarn:8"), reach(tmp_path / "m", model.config, None)) == (128, 64)
+
+
+def test_every_command_that_loads_a_model_has_the_flag():
+    scripts = [*(ROOT / "scripts").glob("*.py"), *(ROOT / "trainer").glob("train_*.py")]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "eval_model.py", *scripts]}
+    loading = [name for name, text in texts.items()
+               if re.search(r"\b(load_model|load_weights|ChatModel|Engine)\(", text)]
+    assert len(loading) > 12
+    assert [name for name in loading if "rope_scaling" not in texts[name]] == []
 
 
 @pytest.mark.parametrize("text", ["", "yarn", "yarn:", "yarn:1", "yarn:x", "yarn:nan", "yarn:inf", "yarn:4:0",

@@ -161,7 +161,7 @@ def test_layer_types_of_one_kind_are_no_kinds():
             ModelConfig(**SHAPE, sliding_window=4, layer_types=kinds)
     with pytest.raises(ModelError, match="need a sliding_window"):
         ModelConfig(**SHAPE, layer_types=MIXED)
-    with pytest.raises(ModelError, match="full_attention_every must be a positive integer"):
+    with pytest.raises(ModelError, match="full_attention_every must be at least 1"):
         ModelConfig(**SHAPE, sliding_window=4, full_attention_every=0)
 
 
