@@ -6,9 +6,9 @@
     python benchmarks/long_texts.py --plot docs/long_texts.png
 
 A tiny model is pretrained on the world's texts and on such texts joined to 128 tokens. It learns to find
-needles (dataset/world/needles.py) in chats of 128 tokens, and is then asked for needles in 128, 256 and 512.
-The perplexity by position is that of the pretrained model, which has learnt to predict every word: as it is,
-scaled, after 100 steps on texts of 512 tokens, and after such steps with the scaling.
+needles (dataset/world/needles.py) in chats of 68 tokens and then of 128, and is asked for needles in 128, 256
+and 512. The perplexity by position is that of the pretrained model, which has learnt to predict every word:
+as it is, scaled, after 100 steps on texts of 512 tokens, and after such steps with the scaling.
 
 Every step is a command of Seedling's own, which is printed first. All results go to out/long_texts.
 """
@@ -29,8 +29,6 @@ from common.files import read_json, write_whole
 
 YARN = ("--rope_scaling", "yarn:4")
 LENGTHS = ("128", "256", "512")
-SHORT = ("--max_seq_len", "128", "--batch_size", "16", "--optimizer", "muon")
-LONG = ("--max_seq_len", "512", "--batch_size", "16", "--optimizer", "muon", "--max_steps", "100")
 # (what was done, the model that is asked, flags with which it is asked)
 SETTINGS = (("neither", "at_128", ()), ("YaRN x4 alone", "at_128", YARN),
             ("100 steps at 512 alone", "at_512", ()), ("both", "at_512_yarn", ()))
@@ -68,10 +66,9 @@ def make_data(out: Path, args) -> None:
     """The needles to train on, and plain texts of 512 tokens; the world itself comes with the first stage."""
     if not (out / "world" / "world.json").is_file():
         run("dataset/synthetic.py", "--out_dir", out / "world", args=args)
-    for length, chats, texts in ((128, 24_000, 10_000), (512, 6_000, 1_700)):
-        file = out / f"needle_{length}.jsonl"
-        if not file.is_file():
-            run("scripts/make_needles.py", "--max_tokens", length, "--count", chats, "--out", file, args=args)
+    if not (out / "needle_512.jsonl").is_file():
+        run("scripts/make_needles.py", "--max_tokens", 68, 128, 512, "--out_dir", out, args=args)
+    for length, texts in ((128, 10_000), (512, 1_700)):
         if not (out / f"text_{length}.jsonl").is_file():
             write_whole(out / f"text_{length}.jsonl", long_texts(texts, length))
 
@@ -100,22 +97,24 @@ def long_texts(number: int, length: int) -> str:
 
 
 def train(out: Path, args) -> None:
-    """All models. --resume makes a stage go on that was stopped, and one line of a stage that is finished."""
-    def stage(script: str, name: str, data: list[str], *flags, parent: str | None = None) -> None:
+    """All models. With --resume a stage that was stopped goes on, and a finished one says so and ends."""
+    def stage(kind: str, length: int, steps: int, rate: str, files: list[str], parent=None, name=None, *more):
+        script = "train_pretrain" if kind == "text" else "train_full_sft"
         begun = ("--load_from", out / parent) if parent else ()
-        data = [out / file for file in data]
-        run(f"trainer/{script}.py", "--data_path", *data, *begun, "--out_dir", out, "--name", name,
-            *flags, "--eval_interval", "0", "--log_interval", "50", "--save_interval", "200", "--resume",
-            args=args)
+        files = [out / file for file in files]
+        run(f"trainer/{script}.py", "--data_path", *files, *begun, "--out_dir", out, "--name",
+            name or f"{kind}_at_{length}", "--max_seq_len", length, "--max_steps", steps, "--batch_size",
+            max(16, 2048 // length), "--optimizer", "muon", "--learning_rate", rate, "--lr_schedule", "wsd",
+            *more, "--eval_interval", 0, "--log_interval", 50, "--save_interval", 200, "--resume", args=args)
 
-    stage("train_pretrain", "text_at_128", ["world/pretrain.jsonl", "text_128.jsonl"], "--max_steps", "600",
-          "--learning_rate", "1e-2", "--lr_schedule", "cosine", *SHORT)
-    stage("train_full_sft", "needle_at_128", ["needle_128.jsonl"], "--max_steps", str(args.steps),
-          "--learning_rate", "7e-3", *SHORT, parent="text_at_128")
-    for kind, script, rate in (("text", "train_pretrain", "3e-3"), ("needle", "train_full_sft", "3e-3")):
-        for name, flags in ((f"{kind}_at_512", ()), (f"{kind}_at_512_yarn", YARN)):
-            stage(script, name, [f"{kind}_512.jsonl"], *LONG, "--learning_rate", rate, *flags,
-                  parent=f"{kind}_at_128")
+    stage("text", 128, 600, "7e-3", ["world/pretrain.jsonl", "text_128.jsonl"])
+    # A small model finds out what to look for where there is little to look through.
+    stage("needle", 68, 500, "7e-3", ["needle_68.jsonl"], "text_at_128")
+    stage("needle", 128, 800, "5e-3", ["needle_128.jsonl"], "needle_at_68")
+    for kind in ("text", "needle"):
+        long = (kind, 512, 100, "3e-3", [f"{kind}_512.jsonl"], f"{kind}_at_128")
+        stage(*long)
+        stage(*long, f"{kind}_at_512_yarn", *YARN)
 
 
 def result_file(out: Path, model: str, flags: tuple) -> Path:
@@ -167,7 +166,6 @@ if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "long_texts", metavar="DIR",
                         help="where all results go")
-    parser.add_argument("--steps", type=count, default=1500, metavar="N", help="at 128 tokens, with needles")
     parser.add_argument("--threads", type=count, metavar="N", help="of each command (default: all cores)")
     parser.add_argument("--table_only", action="store_true", help="train and ask nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results into this PNG")

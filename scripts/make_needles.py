@@ -1,9 +1,11 @@
 """Writes chats that teach a model to find a fact in a text: each asks for a code that its text holds.
 
-    python scripts/make_needles.py --max_tokens 128                     # writes out/needle_128.jsonl
-    python trainer/train_full_sft.py --data_path out/needle_128.jsonl --max_seq_len 128 --name needle
-    python eval_model.py --load_from out/needle --needle 64 128 256
+    python scripts/make_needles.py --max_tokens 68 128         # out/needle_68.jsonl and out/needle_128.jsonl
+    python trainer/train_full_sft.py --data_path out/needle_68.jsonl --max_seq_len 68 --name short
+    python trainer/train_full_sft.py --data_path out/needle_128.jsonl --load_from out/short --max_seq_len 128
+    python eval_model.py --needle 64 128 256
 
+A small model finds out what to look for where there is little to look through, so it begins with short texts.
 The names of eval_model.py's test are in none of the chats, and every code is drawn anew. docs/long_texts.md.
 """
 
@@ -17,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import ROOT, Parser, count, run_script, seed
 from common.files import write_whole
 
-SHORTEST, AROUND = 40, 28  # tokens of a question at least; of the answer and the marks of a chat at most
+SHORTEST, AROUND = 28, 28  # tokens of a question at least; of the answer and the marks of a chat at most
 
 
 def main(args):
@@ -29,26 +31,28 @@ def main(args):
     from model.tokenizer_files import OWN_TOKENIZER, load_tokenizer
 
     tokenizer, world = load_tokenizer(args.tokenizer or OWN_TOKENIZER), World(0)  # the World of the test
-    world.rng = random.Random(args.seed)
-    chats = make_chats(world, args.count, SHORTEST, args.max_tokens - AROUND,
-                       lambda text: len(encode_text(tokenizer, text)))
-    write_whole(args.out, "".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats))
-    print(f"wrote {args.out}: {len(chats):,} chats of at most {args.max_tokens} tokens")
+    for length in args.max_tokens:
+        world.rng = random.Random(args.seed)
+        chats = make_chats(world, args.count, SHORTEST, length - AROUND,
+                           lambda text: len(encode_text(tokenizer, text)))
+        file = args.out_dir / f"needle_{length}.jsonl"
+        write_whole(file, "".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats))
+        print(f"wrote {file}: {len(chats):,} chats of at most {length} tokens")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--max_tokens", type=count, default=128, metavar="T", help="of a chat")
-    parser.add_argument("--count", type=count, default=24_000, metavar="N", help="chats")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: out/needle_T.jsonl)")
+    parser.add_argument("--max_tokens", type=count, nargs="+", default=[68, 128], metavar="T",
+                        help="of a chat; each makes a file, needle_T.jsonl")
+    parser.add_argument("--count", type=count, default=12_000, metavar="N", help="chats in a file")
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where they go")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="that counts tokens (default: our own)")
     parser.add_argument("--seed", type=seed, default=1, metavar="N", help="other texts, other codes")
     args = parser.parse_args(argv)
-    if args.max_tokens < SHORTEST + AROUND:
-        parser.error(f"--max_tokens {args.max_tokens}: a text, a question and an answer need at least "
+    if min(args.max_tokens) < SHORTEST + AROUND:
+        parser.error(f"--max_tokens {min(args.max_tokens)}: a text, a question and an answer need at least "
                      f"{SHORTEST + AROUND}")
-    args.out = args.out or ROOT / "out" / f"needle_{args.max_tokens}.jsonl"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     return args
 
 

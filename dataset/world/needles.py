@@ -57,15 +57,10 @@ def make_needle(world, sentences, room: int, depth: float, length_of, for_test=F
 
 
 def make_chats(world, count: int, shortest: int, longest: int, length_of) -> list[dict]:
-    """Chats to train on, whose prompts have from `shortest` to `longest` tokens; the needle lies anywhere.
-
-    Half of them fill less than a quarter of the way from shortest to longest: a model finds out what to look
-    for where there is little to look through. With equally many of each length a tiny model has learnt
-    nothing after 600 steps, and with these it finds nearly every needle after 500.
-    """
+    """Chats to train on, whose prompts have from `shortest` to `longest` tokens; the needle lies anywhere."""
     sentences, records = hay(world, length_of), []
     for _ in range(count):
-        room = shortest + round((longest - shortest) * world.rng.random() ** 2)
+        room = world.rng.randint(shortest, longest)
         needle = make_needle(world, sentences, room, world.rng.random(), length_of)
         records.append({"conversations": [
             {"role": "user", "content": f"{needle.text}\n{needle.question}"},
