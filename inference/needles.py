@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 
 from common.errors import UsageError
-from dataset.chat import encode_text
+from dataset.chat import encode_continuation, encode_text
 from dataset.synthetic import World
 from dataset.world.needles import Needle, hay, make_needle
 from inference.chat_model import ChatModel, Sampling
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the needle: 0 is the beginning of the text
+TOKENS_OF_ANSWER = 24  # at most; "The code of Ruth is 4821." has 12 of ours
 TOKENS_AT_ONCE = 8192  # of prompts that are read together
 TEXTS_WITHOUT_NEEDLE = 16  # for the perplexity
 PLACES = 32  # into which the positions of these are grouped
@@ -66,8 +67,8 @@ def ask(chat_model: ChatModel, world: World, length: int, depth: float) -> tuple
     def prompt_of(content: str) -> list[int]:
         return chat_model.encode([{"role": "user", "content": content}])
 
-    room = length - len(prompt_of(""))
-    needle = make_needle(world, hay(world, length_of), room - 16, depth, length_of, for_test=True)
+    room = length - len(prompt_of("")) - TOKENS_OF_ANSWER
+    needle = make_needle(world, hay(world, length_of), room, depth, length_of, for_test=True)
     if chat_model.plain:  # a base model knows no questions, and goes on with the fact
         return prompt_of(f"{needle.text} {needle.begun}"), needle
     return prompt_of(f"{needle.text}\n{needle.question}"), needle
@@ -75,7 +76,7 @@ def ask(chat_model: ChatModel, world: World, length: int, depth: float) -> tuple
 
 def answer_all(chat_model: ChatModel, batch: list[tuple]) -> list[str]:
     """The greedy answers to prompts, (depth, prompt, needle) each."""
-    sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=16)
+    sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=TOKENS_OF_ANSWER)
     steps = list(chat_model.generate([prompt for _, prompt, _ in batch], sampling))
     rows = torch.stack(steps, dim=1).tolist()  # (B, steps)
     ends = [next((place for place, token in enumerate(row) if token in chat_model.stop_ids), len(row))
@@ -88,7 +89,7 @@ def perplexity_by_place(chat_model: ChatModel, world: World, length: int) -> lis
     sentences = hay(world, len)
     total = torch.zeros(length, dtype=torch.float64)
     for _ in range(TEXTS_WITHOUT_NEEDLE):
-        ids = []
+        ids, _ = encode_continuation(chat_model.tokenizer, "")  # what begins every text, or nothing
         while len(ids) < length:
             ids += encode_text(chat_model.tokenizer, " " + next(sentences)[0])
         ids = torch.tensor([ids[:length]], device=chat_model.device)  # (1, T)

@@ -68,14 +68,14 @@ def test_prompts_fill_the_length_and_end_with_the_question(stage, home, world, l
     world.rng = random.Random(2)
     for length in (64, 100):
         prompt, needle = needles.ask(model, world, length, 0.5)
-        assert length - 30 <= len(prompt) <= length - 8  # there is room for the answer
+        assert length - 40 <= len(prompt) <= length - 18  # there is room for the answer
         text = model.decode(prompt)
         assert needle.fact in text
         assert text.rstrip().endswith(f"{needle.question}\nassistant" if stage == "chat" else needle.begun)
 
 
 def test_right_answers_are_counted_by_length_and_depth(chat, world, monkeypatch):
-    """A model that finds every needle in the first half of a text shorter than 96 tokens, and no other."""
+    """A model that finds every needle in the first half of a text of 64 tokens, and no other."""
     def answers(model, batch):
         return [needle.fact if depth <= 0.5 and len(prompt) < 90 else f"It is {int(needle.code) + 1}."
                 for depth, prompt, needle in batch]
