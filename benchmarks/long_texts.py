@@ -157,7 +157,9 @@ def draw(results: dict, path: Path) -> None:
              ylabel="found, %", title="needles in 512 tokens")
     curves.axvline(128, color="black", linewidth=0.8, linestyle=":")
     curves.set(xlabel="position in the text", ylabel="perplexity", yscale="log", xlim=(0, 512),
-               title="perplexity by position")
+               title="perplexity by position", yticks=(2, 3, 5, 10))
+    curves.yaxis.set_major_formatter("{x:g}")
+    curves.minorticks_off()
     curves.legend(frameon=False, fontsize=8)
     save_picture(figure, path)
 

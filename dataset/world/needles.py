@@ -61,7 +61,8 @@ def make_chats(world, count: int, shortest: int, longest: int, length_of) -> lis
     sentences, records = hay(world, length_of), []
     for _ in range(count):
         room = world.rng.randint(shortest, longest)
-        needle = make_needle(world, sentences, room, world.rng.random(), length_of)
+        depth = min(1.0, max(0.0, 1.2 * world.rng.random() - 0.1))  # one in twelve at either end of the text
+        needle = make_needle(world, sentences, room, depth, length_of)
         records.append({"conversations": [
             {"role": "user", "content": f"{needle.text}\n{needle.question}"},
             {"role": "assistant", "content": needle.fact}], "family": "needle"})
