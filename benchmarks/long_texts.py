@@ -111,8 +111,8 @@ def train(out: Path, args) -> None:
     # A small model finds out what to look for where there is little to look through.
     stage("needle", 68, 500, "7e-3", ["needle_68.jsonl"], "text_at_128")
     stage("needle", 128, 800, "5e-3", ["needle_128.jsonl"], "needle_at_68")
-    for kind in ("text", "needle"):
-        long = (kind, 512, 100, "3e-3", [f"{kind}_512.jsonl"], f"{kind}_at_128")
+    for kind, rate in (("text", "3e-3"), ("needle", "7e-3")):
+        long = (kind, 512, 100, rate, [f"{kind}_512.jsonl"], f"{kind}_at_128")
         stage(*long)
         stage(*long, f"{kind}_at_512_yarn", *YARN)
 
