@@ -7,6 +7,7 @@
     python eval_model.py --prompts                                 # a list of built-in prompts
     python eval_model.py --data_path out/world/sft_test.jsonl      # loss, bits per byte, exact match
     python eval_model.py --tasks arc piqa ceval --download         # tasks that others publish, by lm-eval
+    python eval_model.py --needle 128 256 512 --json needle.json   # a fact in a long text: is it found?
     python eval_model.py --quantize int8                           # weights in 8 bits: faster on a CPU
 
 --load_from also takes the folder of any Llama, Mistral, Qwen2 or Qwen3 model. --lora takes folders, or names
@@ -24,13 +25,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common.cli import ROOT, Parser, any_count, count, number, run_script, seed
+from common.cli import ROOT, Parser, add_rope_scaling, any_count, count, number, run_script, seed
 from common.errors import DataError, ModelError, UsageError
 from common.files import json_text, write_whole
 
 PROMPTS = ["Who are you?", "What sound does a frog make?", "What is 27 + 15?", "What is the opposite of hot?",
            "Tell me a short story about a fox in the forest.", "Who is the king of the moon?", "你是谁？",
            "猫怎么叫？", "38 减 19 等于多少？", "“苹果”用英语怎么说？", "讲一个关于猫在磨坊里的故事。"]
+SHORTEST_TEXT = 64  # tokens around a needle and its question
 COMMANDS = """/help            this list
 /reset           forget the conversation
 /system TEXT     set the system message (without TEXT: none) and forget the conversation
@@ -63,6 +65,7 @@ def build_parser() -> Parser:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the weights; auto: float32, on CUDA bfloat16 (old ones float16)")
     add("--quantize", choices=("none", "int8"), default="none", help="int8: in 8 bits, faster on a CPU")
+    add_rope_scaling(add)
     ask = parser.add_argument_group("what to ask (none of these: a conversation)")
     add = ask.add_mutually_exclusive_group().add_argument
     add("--prompt", metavar="TEXT", help="answer this and exit")
@@ -71,12 +74,16 @@ def build_parser() -> Parser:
     add("--tasks", nargs="+", metavar="NAME",
         help="score published tasks and exit: ceval, cmmlu, mmlu, arc, piqa, hellaswag, winogrande, gsm8k, "
              "or any other name of lm-eval's")
+    add("--needle", nargs="+", type=count, metavar="TOKENS",
+        help="look for a fact in texts of so many tokens, and exit: docs/long_texts.md")
     ask.add_argument("--system", metavar="TEXT", help="system message")
-    add = parser.add_argument_group("scoring, with --data_path or --tasks").add_argument
+    add = parser.add_argument_group("scoring, with --data_path, --tasks or --needle").add_argument
     add("--limit", type=count, metavar="N",
-        help="only N records of each file, evenly spread; of a task the first N")
+        help="only N records of each file, evenly spread; of a task the first N; N needles of each length "
+             "(default: all records, 200 needles)")
     add("--batch_size", type=count, default=32, metavar="N", help="answers decoded together")
-    add("--json", type=Path, metavar="FILE", help="write the scores and every answer here")
+    add("--json", type=Path, metavar="FILE",
+        help="write the scores and every answer here; of needles a picture beside it, too")
     add("--num_fewshot", type=any_count, metavar="N",
         help="examples before each question of a task (default: what the task says)")
     add("--task_data", type=Path, metavar="DIR",
@@ -98,20 +105,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags. Impossible values and combinations are refused here, before anything is loaded."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if len(args.lora) > 1 and (args.prompt is not None or args.prompts or args.data_path or args.tasks):
+    scores = args.data_path or args.tasks or args.needle
+    if len(args.lora) > 1 and (args.prompt is not None or args.prompts or scores):
         parser.error("several --lora are for a conversation, which can switch between them; give one")
-    if (args.limit or args.json) and not args.data_path and not args.tasks:
-        parser.error("--limit and --json belong to --data_path or --tasks")
+    if (args.limit or args.json) and not scores:
+        parser.error("--limit and --json belong to --data_path, --tasks or --needle")
     if (args.num_fewshot is not None or args.task_data or args.download) and not args.tasks:
         parser.error("--num_fewshot, --task_data and --download belong to --tasks")
-    if args.tasks and {args.temperature, args.top_p, args.top_k, args.max_new_tokens, args.seed} != {None}:
-        parser.error("a task says itself how answers are chosen, and how long they are")
+    chooses = {args.temperature, args.top_p, args.top_k, args.max_new_tokens, args.seed} != {None}
+    if chooses and (args.tasks or args.needle):
+        parser.error("a task says itself how answers are chosen, and how long they are; so does --needle")
+    if args.needle and min(args.needle) < SHORTEST_TEXT:
+        parser.error(f"--needle: {min(args.needle)} tokens are too few for a fact and a question; give at "
+                     f"least {SHORTEST_TEXT}")
+    if args.needle and args.json and args.json.suffix == ".png":
+        parser.error("--json: the picture gets the name with .png; name a file that ends in .json")
     if args.task_data and not args.task_data.is_dir():
         parser.error(f"--task_data: {args.task_data} is no folder")
-    if args.thinking and (args.plain or args.data_path or args.tasks):
-        parser.error("--thinking has no effect with --plain, or with --data_path and --tasks, which decide")
-    if args.system is not None and (args.plain or args.data_path or args.tasks):
-        parser.error("--system has no effect with --plain, --data_path or --tasks")
+    if args.thinking and (args.plain or scores):
+        parser.error("--thinking has no effect with --plain, or with --data_path, --tasks and --needle")
+    if args.system is not None and (args.plain or scores):
+        parser.error("--system has no effect with --plain, --data_path, --tasks or --needle")
     if args.max_new_tokens is None and not args.data_path:  # scoring knows how long right answers are
         args.max_new_tokens = 256
     if "" in args.lora:
@@ -287,7 +301,7 @@ def main(args: argparse.Namespace) -> None:
     from inference.chat_model import ChatModel, Sampling
 
     chat_model = ChatModel(args.load_from, args.lora, args.device, args.dtype, args.quantize, args.plain,
-                           args.tokenizer, args.thinking)
+                           args.tokenizer, args.thinking, args.rope_scaling)
     for report in chat_model.reports:
         note(report)
     typed = {name: value for name, value in vars(args).items()
@@ -310,6 +324,15 @@ def main(args: argparse.Namespace) -> None:
         print(table_of(result["scores"]))
         if args.json:
             write_whole(args.json, json_text({"model": str(args.load_from), "lora": args.lora, **result}))
+    elif args.needle:
+        from inference.needles import draw, measure, table_of
+
+        result = measure(chat_model, sorted(set(args.needle)), args.limit or 200, args.batch_size)
+        print(table_of(result))
+        if args.json:
+            write_whole(args.json, json_text({"model": str(args.load_from), "lora": args.lora,
+                                              "rope_scaling": args.rope_scaling, **result}))
+            draw(result, args.json.with_suffix(".png"))
     elif args.prompts or args.prompt is not None:
         for prompt in PROMPTS if args.prompts else [args.prompt]:
             if args.prompts:

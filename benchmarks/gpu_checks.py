@@ -213,8 +213,9 @@ def masked(run: Run, name: str, config: ModelConfig, ids, packed):
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     exact = [torch.randn(len(ids), count, ids.size(1), config.head_dim, device=run.device) for count in heads]
     half = [x.bfloat16() for x in exact]
-    weight, visible = torch.randn_like(exact[0]), A.visible_keys(config, ids, packed)
-    mask, dense = A.make_mask(config, ids, packed, None, torch.bfloat16), A.AttentionMask(visible)
+    weight, visible = torch.randn_like(exact[0]), A.visible_keys(config.sliding_window, ids, packed)
+    mask = A.make_mask(config, config.sliding_window, ids, packed, None, torch.bfloat16)
+    dense = A.AttentionMask(visible)
 
     def results(way, inputs, mask):
         inputs = [x.detach().requires_grad_() for x in inputs]

@@ -64,6 +64,39 @@ fraction = number(float, lambda x: 0 <= x < 1, "a part of the whole, from 0 to b
 seed = number(int, lambda n: 0 <= n < 2**32, "from 0 to 2^32 - 1")
 
 
+def split_rope_scaling(text: str) -> tuple[str, float, int | None]:
+    """"yarn:4:512" -> ("yarn", 4.0, 512): kind, factor, and the tokens of a text in training, or None.
+
+    Raises ValueError for what is no scaling.
+    """
+    kind, *numbers = text.split(":")
+    if text == "none":
+        return kind, 1.0, None
+    factor, length = float(numbers[0]), int(numbers[1]) if len(numbers) > 1 else None
+    is_length = length is None or (kind != "linear" and 1 < length < 2**31)
+    if kind not in ("linear", "llama3", "yarn") or len(numbers) > 2 or not 1 < factor < 1e6 or not is_length:
+        raise ValueError(text)
+    return kind, factor, length
+
+
+def rope_scaling(text: str) -> str:
+    """A type for add_argument: the text, if it is a scaling."""
+    try:
+        split_rope_scaling(text)
+    except (ValueError, IndexError):
+        raise argparse.ArgumentTypeError(
+            f"must be KIND:FACTOR, as in yarn:4, linear:4 or llama3:8, or none, not {text}; a factor is "
+            "above 1, and yarn and llama3 may name the tokens of a text in training: yarn:4:512") from None
+    return text
+
+
+def add_rope_scaling(add: Callable) -> None:
+    """The flag of every command that loads a model. add: the add_argument of a parser or a group."""
+    add("--rope_scaling", type=rope_scaling, metavar="KIND:FACTOR",
+        help="read texts FACTOR times as long as in training: yarn:4, linear:4, llama3:8; none: without the "
+             "model's own scaling (default: as its config says)")
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the commands at the top of each script as they are written, and shows every default."""
 

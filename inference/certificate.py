@@ -60,10 +60,11 @@ class Reference:
     """Our model, with the adapter beside it and not merged, and what it says to all prompts."""
 
     def __init__(self, path: Path, loras: dict[Path, float], data_path: list[Path], limit: int,
-                 max_new_tokens: int):
+                 max_new_tokens: int, rope_scaling: str | None = None):
         """loras: adapters and how much of each. limit: records of each file. Raises ModelError, DataError."""
         # Weights of 4 bits become plain ones, which are the same numbers.
-        self.model, self.tokenizer = dequantize_model(load_model(path)), load_tokenizer(path)
+        self.model = dequantize_model(load_model(path, rope_scaling=rope_scaling))
+        self.tokenizer = load_tokenizer(path)
         check_vocabulary(self.tokenizer, self.model.config.vocab_size, path)
         if loras:
             adapters = Adapters(self.model)

@@ -29,6 +29,7 @@ from model.generate import generate
 from model.int8 import quantize_int8
 from model.one_token import prepare_to_decode
 from model.quantize import count_parameters
+from model.rope_scaling import reach
 from model.tokenizer_files import OWN_IS_TAKEN, check_vocabulary, gets_our_own, load_tokenizer
 from model.weights import end_tokens, load_model
 
@@ -65,16 +66,17 @@ class ChatModel:
     """
 
     def __init__(self, path, adapters=(), device="auto", dtype="auto", quantize="none", plain=False,
-                 tokenizer=None, thinking=False):
+                 tokenizer=None, thinking=False, rope_scaling=None):
         """Loads the model in the folder or .pth file `path`, and the adapters: folders, files or names, see
         `find`. The first adapter is in use at the start. device, dtype: a name, or auto. quantize: none or
         int8. tokenizer: the folder of another tokenizer than the model's own. thinking: whether a template
-        that has a switch for it lets each answer begin with a thought.
+        that has a switch for it lets each answer begin with a thought. rope_scaling: as load_model takes it.
 
         Raises ModelError for unusable weights, tokenizers and adapters, UsageError for a missing device.
         """
         self.path, self.device, self.thinking = Path(path), choose_device(device), thinking
-        self.model = load_model(self.path, self.device, choose_decoding_dtype(dtype, self.device)).eval()
+        dtype = choose_decoding_dtype(dtype, self.device)
+        self.model = load_model(self.path, self.device, dtype, rope_scaling).eval()
         if quantize == "int8":
             quantize_int8(self.model)
         prepare_to_decode(self.model)
@@ -91,13 +93,8 @@ class ChatModel:
         self.marks = {} if self.plain else mark_ids(self.tokenizer)  # token -> <think> and such
         self.stop_ids = checked_end_tokens(self.model, self.tokenizer, self.path)
         self.sampling = own_sampling(self.model.generation_config or {}, self.path)
-        arguments = training.get("arguments")
-        trained_length = arguments.get("max_seq_len") if isinstance(arguments, dict) else None
-        self.context = self.max_positions = self.model.config.max_position_embeddings
-        is_from_elsewhere = "tokens_seen" in training and training["tokens_seen"] is None
-        # A model from elsewhere saw longer texts there than in the rows of our fine-tuning.
-        if isinstance(trained_length, int) and trained_length > 0 and not is_from_elsewhere:
-            self.context = min(trained_length, self.max_positions)
+        self.max_positions = self.model.config.max_position_embeddings
+        self.context = reach(self.path, self.model.config, rope_scaling)
 
         self.given_adapters = [Path(name) for name in adapters]
         self.adapter_folders = [self.path.resolve().parent, ROOT / "out"]

@@ -20,6 +20,7 @@ from common.errors import ModelError
 MAX_BLOCKED_TOKENS = 1024  # rows up to this length train with `block_attention` on a CPU
 QUERIES_PER_BLOCK = 128
 MIN_FLEX_TOKENS = 1024  # below it a mask of T x T numbers is cheap, and compiling a kernel takes seconds
+KINDS = FULL, SLIDING = "full_attention", "sliding_attention"  # of layers, in the words of config.json
 
 
 def plain_attention(q, k, v, visible):
@@ -32,7 +33,7 @@ def plain_attention(q, k, v, visible):
 
 @dataclass
 class AttentionMask:
-    """Which keys each query may see. `make_mask` makes it once in a forward pass, for all layers.
+    """Which keys each query may see. `make_mask` makes it once in a forward pass for all layers of a kind.
 
     visible: bool (B or 1, 1, T, S). None: each token sees itself and all before it, and nothing else.
     blocks: the same for `block_attention`, where that is the fastest way; None where it is not.
@@ -42,6 +43,24 @@ class AttentionMask:
     visible: torch.Tensor | None
     blocks: list[tuple[slice, torch.Tensor]] | None = None
     flex: object | None = None
+
+
+def layer_kinds(config, full_attention_every: int | None = None) -> tuple[int | None, list[str] | None]:
+    """The sliding_window and the layer_types of a config, with a list only where layers differ.
+
+    full_attention_every: K, and every K-th layer has no window. Raises ModelError for kinds that are unknown,
+    not one for each layer, or need a window that is not there.
+    """
+    kinds, layers, window = config.layer_types, config.num_hidden_layers, config.sliding_window
+    if full_attention_every is not None:
+        if full_attention_every < 1:
+            raise ModelError(f"full_attention_every must be at least 1, not {full_attention_every}")
+        kinds = [SLIDING if layer % full_attention_every else FULL for layer in range(1, layers + 1)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in KINDS for kind in kinds):
+        raise ModelError(f"layer_types must be {' or '.join(KINDS)} for each of {layers} layers")
+    if SLIDING in kinds and window is None:
+        raise ModelError("layers with a window and layers without one need a sliding_window")
+    return window if SLIDING in kinds else None, kinds if len(set(kinds)) > 1 else None
 
 
 def attention(q, k, v, mask: AttentionMask):
@@ -61,15 +80,16 @@ def attention(q, k, v, mask: AttentionMask):
     return F.scaled_dot_product_attention(q, k, v, mask.visible, is_causal=causal, enable_gqa=grouped)
 
 
-def make_mask(config, input_ids, document_ids, cache, dtype) -> AttentionMask:
+def make_mask(config, window, input_ids, document_ids, cache, dtype) -> AttentionMask:
     """The mask for input_ids (B, T), in a forward pass whose matrix products have that dtype.
 
+    window: a token sees itself and the window - 1 tokens before it; None: all tokens before it.
     document_ids (B, T): in a packed row a token sees only tokens of its own document.
     cache: the keys and values of earlier tokens, which all new tokens see.
     """
-    if takes_flex(config, input_ids, document_ids, cache, dtype):
-        return AttentionMask(None, flex=flex_mask(config, input_ids, document_ids))
-    visible = visible_keys(config, input_ids, document_ids, cache)
+    if takes_flex(config, window, input_ids, document_ids, cache, dtype):
+        return AttentionMask(None, flex=flex_mask(window, input_ids, document_ids))
+    visible = visible_keys(window, input_ids, document_ids, cache)
     batch_size, length = input_ids.shape
     if input_ids.device.type != "cpu":
         return AttentionMask(visible)
@@ -81,7 +101,7 @@ def make_mask(config, input_ids, document_ids, cache, dtype) -> AttentionMask:
     return AttentionMask(visible)
 
 
-def visible_keys(config, input_ids, document_ids=None, cache=None) -> torch.Tensor | None:
+def visible_keys(window, input_ids, document_ids=None, cache=None) -> torch.Tensor | None:
     """Which keys each query sees, as `AttentionMask.visible` has it.
 
         a row of two documents     7 7 7 9 9         the first token of document 9 sees itself alone
@@ -97,13 +117,13 @@ def visible_keys(config, input_ids, document_ids=None, cache=None) -> torch.Tens
     # PyTorch's causal mask assumes that queries and keys begin at the same token, which is so where the cache
     # is empty. One new token needs no mask at all.
     in_order = past == 0 or length == 1
-    if document_ids is None and pads is None and config.sliding_window is None and in_order:
+    if document_ids is None and pads is None and window is None and in_order:
         return None
     keys = torch.arange(past + length, device=input_ids.device)
     queries = torch.arange(past, past + length, device=input_ids.device)[:, None]  # (T, 1)
     visible = (keys <= queries)[None]  # (1, T, S)
-    if config.sliding_window is not None:
-        visible = visible & (keys > queries - config.sliding_window)
+    if window is not None:
+        visible = visible & (keys > queries - window)
     if document_ids is not None:
         visible = visible & (document_ids[:, :, None] == document_ids[:, None, :])  # (B, T, T)
     if pads is not None:
@@ -170,9 +190,9 @@ def one_block(config, visible, dtype):
 # skips blocks of 128 x 128 in which no query may see a key. In a packed row these are most of the blocks.
 
 
-def takes_flex(config, input_ids, document_ids, cache, dtype) -> bool:
+def takes_flex(config, window, input_ids, document_ids, cache, dtype) -> bool:
     """Whether `flex_attention` computes: on CUDA, in half precision, for long rows that need a mask."""
-    needs_mask = document_ids is not None or config.sliding_window is not None
+    needs_mask = document_ids is not None or window is not None
     is_long = input_ids.size(1) >= MIN_FLEX_TOKENS
     fits = dtype != torch.float32 and config.head_dim >= 16  # the kernel takes no smaller heads
     if not (input_ids.is_cuda and cache is None and needs_mask and is_long and fits):
@@ -180,14 +200,14 @@ def takes_flex(config, input_ids, document_ids, cache, dtype) -> bool:
     return torch.compiler.is_compiling() or flex_kernel(input_ids.device) is not None
 
 
-def flex_mask(config, input_ids, document_ids):
+def flex_mask(window, input_ids, document_ids):
     """What `visible_keys` says of whole rows, as a BlockMask."""
     from torch.nn.attention.flex_attention import create_block_mask  # here: it imports PyTorch's compiler
 
     def sees(row, head, query, key):
         seen = key <= query
-        if config.sliding_window is not None:
-            seen = seen & (key > query - config.sliding_window)
+        if window is not None:
+            seen = seen & (key > query - window)
         if document_ids is not None:
             seen = seen & (document_ids[row, query] == document_ids[row, key])
         return seen

@@ -37,25 +37,29 @@ class CompiledStep:
     @torch.inference_mode()
     def __call__(self, ids, cache: KVCache):
         """The logits (B, V) after ids (B,), which are appended to the cache."""
-        config, ids, rows = self.model.config, ids[:, None], len(ids)
-        [(_, bias)] = one_block(config, visible_keys(config, ids, cache=cache), torch.float32)
-        # Each row gets a bias and angles of its own, also where all are equal: other shapes would be another
-        # program.
-        bias = bias.expand(rows * config.num_key_value_heads, 1, cache.length + 1).contiguous()
+        config, ids, rows, end = self.model.config, ids[:, None], len(ids), cache.length + 1
+        # Each row gets a bias and angles of its own, also where all are equal: tensors of other shapes would
+        # need another program.
+        biases = {}
+        for window in dict.fromkeys(config.windows):
+            [(_, bias)] = one_block(config, visible_keys(window, ids, cache=cache), torch.float32)
+            biases[window] = bias.expand(rows * config.num_key_value_heads, 1, end).contiguous()
         angles = [table.expand(rows, -1, -1, -1).contiguous()
                   for table in cache.rope_at(token_positions(ids, cache=cache), torch.float32)]
         place = torch.tensor([cache.length])
-        cache.length += 1
-        return self.run(ids, *angles, bias, cache.k, cache.v, place)
+        cache.length = end
+        return self.run(ids, *angles, biases, cache.k, cache.v, place)
 
-    def logits(self, ids, cos, sin, bias, k, v, place):
-        """ids (B, 1), cos and sin (B, 1, 1, D), bias (B * K, 1, S); k and v (L, B, K, S or more, D), in which
-        the new token has the place (1,)."""
-        cache, mask = Memory(k, v, place, bias.size(-1)), AttentionMask(None, [(slice(None), bias)])
-        x = self.model.model.embed_tokens(ids)  # (B, 1, C)
-        for block in self.model.model.layers:
-            x = block(x, (cos, sin), mask, cache)
-        return self.model.lm_head(self.model.model.norm(x))[:, 0]
+    def logits(self, ids, cos, sin, biases, k, v, place):
+        """ids (B, 1), cos and sin (B, 1, 1, D), a bias (B * K, 1, S) for each window of layers; k and v
+        (L, B, K, S or more, D), in which the new token has the place (1,)."""
+        masks = {window: AttentionMask(None, [(slice(None), bias)]) for window, bias in biases.items()}
+        cache = Memory(k, v, place, next(iter(biases.values())).size(-1))
+        decoder = self.model.model
+        x = decoder.embed_tokens(ids)  # (B, 1, C)
+        for block, window in zip(decoder.layers, self.model.config.windows, strict=True):
+            x = block(x, (cos, sin), masks[window], cache)
+        return self.model.lm_head(decoder.norm(x))[:, 0]
 
 
 class Memory:

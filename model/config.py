@@ -1,11 +1,12 @@
 """The shape of a model: `ModelConfig` and the presets; and the scaling of rotary positions."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 
 from common.errors import ModelError
+from model.attention import SLIDING, layer_kinds
 
 
 @dataclass
@@ -28,8 +29,10 @@ class ModelConfig:
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    layer_types: list[str] | None = None  # which layers have the window (model/attention.py); None: all
+    full_attention_every: InitVar[int | None] = None  # K instead of layer_types: all layers but every K-th
 
-    def __post_init__(self):
+    def __post_init__(self, full_attention_every):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                      "intermediate_size", "vocab_size", "max_position_embeddings"):
             check_size(name, getattr(self, name))
@@ -52,11 +55,19 @@ class ModelConfig:
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.qk_norm and self.attention_bias:
             raise ModelError("qk_norm and attention_bias: Hugging Face has no class with both; choose one")
+        if full_attention_every is not None or self.layer_types is not None:
+            self.sliding_window, self.layer_types = layer_kinds(self, full_attention_every)
         if not isinstance(self.rope_scaling, dict | None):
             raise ModelError(f"rope_scaling must be an object or null, not {self.rope_scaling!r}")
         frequency, scale = rope_frequencies(self, "cpu")  # raises for unknown or incomplete settings
         if not (isinstance(scale, (int, float)) and frequency.mul(scale).isfinite().all()):
             raise ModelError(f"rope_scaling gives angles that are NaN or infinite: {self.rope_scaling}")
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The window of each layer; None where a token sees all tokens before it."""
+        kinds = self.layer_types or [SLIDING] * self.num_hidden_layers
+        return [self.sliding_window if kind == SLIDING else None for kind in kinds]
 
 
 def check_size(name: str, value: int) -> None:

@@ -86,16 +86,17 @@ class RecordedStep:
         decoder, config = self.model.model, self.model.config
         keys = torch.arange(cache.max_length, device=self.ids.device)[None]
         visible, positions = keys <= self.place, self.place[None]  # (1, S), (1, 1)
-        if config.sliding_window is not None:
-            visible = visible & (keys > self.place - config.sliding_window)
         if cache.start is not None:  # pads on the left of each row
             visible = visible & (keys >= cache.start[:, None])  # (B, S)
             positions = positions - cache.start[:, None]  # (B, 1)
         x = decoder.embed_tokens(self.ids[:, None])  # (B, 1, C)
-        visible, rope = visible[:, None, None], cache.rope_at(positions, x.dtype)  # (B or 1, 1, 1, S)
-        mask, here = AttentionMask(visible, one_block(config, visible, x.dtype)), OnePlace(cache, self.place)
-        for block in decoder.layers:
-            x = block(x, rope, mask, here)
+        masks, rope, here = {}, cache.rope_at(positions, x.dtype), OnePlace(cache, self.place)
+        for window in dict.fromkeys(config.windows):
+            seen = visible if window is None else visible & (keys > self.place - window)
+            seen = seen[:, None, None]  # (B or 1, 1, 1, S)
+            masks[window] = AttentionMask(seen, one_block(config, seen, x.dtype))
+        for block, window in zip(decoder.layers, config.windows, strict=True):
+            x = block(x, rope, masks[window], here)
         return Output(decoder.norm(x), self.model.lm_head).logits[:, 0].float()
 
 

@@ -174,8 +174,12 @@ def store_type(name: str, shape: tuple, wanted: str) -> str:
 
 def add_shape(writer, config: ModelConfig) -> None:
     """The fields of the shape. llama.cpp knows no sliding window in these architectures. So where a model has
-    one, the file asks for texts no longer than the window, on which both compute the same."""
+    one, the file asks for texts no longer than the window, on which both compute the same. Raises ModelError
+    for a window in some layers only: the file could not be read back, and long texts would be lost."""
     window = config.sliding_window
+    if config.layer_types:
+        raise ModelError(f"a sliding window of {window} in some layers only: GGUF has no field for it in "
+                         f"{architecture(config)}; vLLM and transformers read the folder")
     writer.add_context_length(min(window or math.inf, config.max_position_embeddings))
     if window is not None:
         writer.add_sliding_window(window)
@@ -320,6 +324,7 @@ def config_of(fields: dict, tensors: dict) -> ModelConfig:
     if arch not in ARCHITECTURES:
         raise ModelError(f"can't read architecture {str(arch)[:50]}, only {', '.join(ARCHITECTURES)}")
     for key, harmless in (("expert_count", 0), ("attention.clamp_kqv", 0), ("attention.causal", True),
+                          ("attention.sliding_window_pattern", 1),
                           ("logit_scale", 0), ("embedding_scale", 0)):
         if fields.get(f"{arch}.{key}", harmless) != harmless:
             raise ModelError(f"{arch}.{key} is {str(fields[f'{arch}.{key}'])[:50]}: not supported")

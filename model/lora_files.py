@@ -23,6 +23,7 @@ from common.errors import ModelError
 from model.gguf import read_adapter_file
 from model.gguf_file import is_gguf
 from model.low_rank import base_weight
+from model.rope_scaling import check_same_scaling
 from model.tokenizer_files import write_tokenizer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -145,6 +146,8 @@ def write_adapter(path: Path, loras: dict, model: nn.Module, base, tokenizer, tr
     state = _tensors(loras, "base_model.model.{}.lora_{}.weight")
     # The marks lie beside the tensors, because PEFT warns about keys in the config that it does not know.
     metadata = {"format": "pt", "base_fingerprint": json.dumps(base_marks(model))}
+    if scaling := getattr(getattr(model, "config", None), "rope_scaling", None):
+        metadata["rope_scaling"] = json.dumps(scaling)
     if base is not None and Path(base).exists():
         # Two paths, see `base_of`. The config has the absolute one: PEFT looks for a relative path from the
         # folder in which its user happens to stand.
@@ -205,21 +208,22 @@ def read_adapter(path: Path, model: nn.Module, layers: dict[str, nn.Module]) -> 
     """
     marks_here = base_marks(model)
     with files.explained(path):
-        config, marks = {}, {}
+        config, metadata = {}, {}
         if path.is_dir():
             config = files.read_json(path / CONFIG)
             _check_config(config)
             if not (path / WEIGHTS).is_file():
                 raise ModelError(f"{WEIGHTS} is missing (a pickled adapter_model.bin is not read)")
             state, metadata = files.read_safetensors(path / WEIGHTS)
-            marks = json.loads(metadata.get("base_fingerprint", "{}"))
         elif is_gguf(path):
             state = read_adapter_file(path, model.config)
         else:
             state = files.read_state_dict(path)
         parts = _parts(_without_copies(state, layers), config)
         _check_shapes(parts, layers)
-        check_base(marks, marks_here)
+        check_base(json.loads(metadata.get("base_fingerprint", "{}")), marks_here)
+        if "rope_scaling" in metadata:
+            check_same_scaling(json.loads(metadata["rope_scaling"]), model.config)
     return parts
 
 

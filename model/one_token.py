@@ -154,8 +154,11 @@ class OneToken:
     def __call__(self, ids, cache: KVCache):
         """The logits (B, V) after ids (B,), which are appended to the cache."""
         config = self.model.config
-        # bias (1 or B * K, 1, S)
-        [(_, bias)] = one_block(config, visible_keys(config, ids[:, None], cache=cache), torch.float32)
+        # The biases of the layers with each window, (1 or B * K, 1, S)
+        biases = {}
+        for window in dict.fromkeys(config.windows):
+            visible = visible_keys(window, ids[:, None], cache=cache)
+            [(_, biases[window])] = one_block(config, visible, torch.float32)
         positions = token_positions(ids[:, None], cache=cache)[:, 0]  # (B or 1,)
         rope = [table[positions] for table in cache.rope]  # cos and sin, (B or 1, 1, D) each
         # The cache is cut for all layers at once: L views of each kind. The new token has the last place.
@@ -165,8 +168,9 @@ class OneToken:
         new_keys = cache.k[..., end - 1, :].unbind()  # (B, K, D)
         new_values = cache.v[..., end - 1, :].unbind()
         x = self.model.model.embed_tokens(ids)  # (B, C)
-        for block, *of_layer in zip(self.blocks, keys, values, new_keys, new_values, strict=True):
-            x = block(x, config, rope, bias, *of_layer)
+        layers = zip(self.blocks, config.windows, keys, values, new_keys, new_values, strict=True)
+        for block, window, *of_layer in layers:
+            x = block(x, config, rope, biases[window], *of_layer)
         cache.length = end
         return self.head(norm(self.model.model.norm, x))
 

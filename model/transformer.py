@@ -182,21 +182,22 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # blocks add small numbers to x, which 16 bits would round away
-        # Rotation and mask are the same in every block, so they are made once.
+        # Rotations are the same in every block, and masks in all blocks with the same window: made once each.
         dtype = matmul_dtype(x)
         positions = token_positions(input_ids, document_ids, cache)
-        mask = make_mask(self.config, input_ids, document_ids, cache, dtype)
+        masks = {window: make_mask(self.config, window, input_ids, document_ids, cache, dtype)
+                 for window in dict.fromkeys(self.config.windows)}
         if cache is None:
             rope = rope_tables(self.config, positions, dtype)
         else:
             rope = cache.rope_at(positions, dtype)
-        for block in self.layers:
+        for block, window in zip(self.layers, self.config.windows, strict=True):
             if recompute:
                 # use_reentrant=True would train no block whose input needs no gradient. In LoRA
                 # (model/lora.py) the embedding is frozen, so the input of the first block needs none.
-                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+                x = checkpoint(block, x, rope, masks[window], use_reentrant=False)
             else:
-                x = block(x, rope, mask, cache)
+                x = block(x, rope, masks[window], cache)
         if cache is not None:
             cache.length += input_ids.size(1)
         return self.norm(x)

@@ -20,17 +20,20 @@ import torch
 from common import files
 from common.errors import ModelError
 from common.fast_start import give_memory, without_initial_values
+from model.attention import FULL, SLIDING
 from model.config import ModelConfig, check_size
 from model.gguf import read_model as read_gguf_model
 from model.gguf_file import is_gguf
 from model.int8 import Int8Linear
 from model.quantize import from_bitsandbytes, quantization_config, to_bitsandbytes
+from model.rope_scaling import scale
 from model.tokenizer_files import FILES as TOKENIZER_FILES
 from model.tokenizer_files import load_tokenizer as load_tokenizer  # so that others find all three here
 from model.tokenizer_files import write_tokenizer
 from model.transformer import CausalLM
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "MinistralForCausalLM", "Qwen2ForCausalLM",
+                 "Qwen3ForCausalLM")
 MINIMIND_HEADS = 8  # query heads of MiniMind's models without q_norm
 MINIMIND_ROTARY_TABLES = ("freqs_cos", "freqs_sin", "freqs_cis")  # how the names of these tensors end
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -70,6 +73,7 @@ def config_from_dict(raw: dict) -> ModelConfig:
         raise ModelError("partial_rotary_factor is not supported")
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
 
+    window, layer_types = _windows(raw, family)
     # A missing key has the default of its class, such as Qwen3's head_dim and Mistral's window.
     return ModelConfig(
         **{name: raw[name] for name in sizes},
@@ -79,21 +83,24 @@ def config_from_dict(raw: dict) -> ModelConfig:
         rope_theta=float(theta), rope_scaling=None if rope["rope_type"] == "default" else rope,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6), initializer_range=raw.get("initializer_range", 0.02),
         max_position_embeddings=raw.get("max_position_embeddings", 32768),
-        sliding_window=_sliding_window(raw, family))
+        sliding_window=window, layer_types=layer_types)
 
 
-def _sliding_window(raw: dict, family: str) -> int | None:
-    """The window of all layers. Qwen has a switch for it. A window in some layers only raises ModelError."""
-    if family == "Mistral":
-        return raw.get("sliding_window", 4096)
-    if family == "Llama" or not raw.get("use_sliding_window"):
-        return None
-    layers = raw["num_hidden_layers"]
-    first = min(raw.get("max_window_layers", 28), layers)
-    kinds = raw.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    if len(set(kinds)) > 1:
-        raise ModelError("a sliding window in some layers only is not supported")
-    return raw.get("sliding_window", 4096) if kinds[0] == "sliding_attention" else None
+def _windows(raw: dict, family: str) -> tuple[int | None, list[str] | None]:
+    """(sliding_window, layer_types). Qwen has a switch for the window, and may name its first layers without.
+
+    Raises ModelError for a Mistral with layers of two kinds: transformers' class has the window in all.
+    """
+    kinds, layers = raw.get("layer_types"), raw["num_hidden_layers"]
+    if family == "Llama" or (family.startswith("Qwen") and not raw.get("use_sliding_window")):
+        return None, None
+    if family == "Mistral" and isinstance(kinds, list) and len(set(map(str, kinds))) > 1:
+        raise ModelError("layer_types of two kinds: the architecture for them is MinistralForCausalLM")
+    if family.startswith("Qwen") and not kinds:
+        first = min(raw.get("max_window_layers", 28), layers)
+        kinds = [FULL] * first + [SLIDING] * (layers - first)
+    window = raw.get("sliding_window", 4096)
+    return window, None if window is None or family == "Mistral" else kinds
 
 
 def config_to_dict(config: ModelConfig) -> dict:
@@ -105,10 +112,12 @@ def config_to_dict(config: ModelConfig) -> dict:
         raw["use_sliding_window"] = window is not None
         raw["max_window_layers"] = config.num_hidden_layers if window is None else 0  # the layers without it
     elif window is not None:
-        family = "Mistral"
+        family = "Ministral" if config.layer_types else "Mistral"
     else:
         family = "Llama"
         raw.pop("sliding_window")
+    if not config.layer_types:
+        raw.pop("layer_types")  # all layers are of one kind
     scaling = dict(config.rope_scaling or {"rope_type": "default"})
     scaling["rope_type"] = scaling.pop("rope_type", None) or scaling.pop("type", "default")
     if scaling["rope_type"] in ("llama3", "yarn"):
@@ -122,12 +131,14 @@ def config_to_dict(config: ModelConfig) -> dict:
 # --- reading --------------------------------------------------------------------------------------------
 
 
-def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM:
+def load_model(path, device="cpu", dtype: torch.dtype | None = None,
+               rope_scaling: str | None = None) -> CausalLM:
     """Reads a Hugging Face directory, a .pth file of MiniMind or a GGUF file into a CausalLM, in eval mode.
 
     dtype None is float32, whatever the file holds. Training needs float32, because small updates are lost in
-    bfloat16. Raises ModelError, one line, for tensors that are missing, unknown or of the wrong shape, for
-    files that are cut off, and for other architectures.
+    bfloat16. rope_scaling: as in "yarn:4", for longer texts (model/rope_scaling.py). Raises ModelError, one
+    line, for tensors that are missing, unknown or of the wrong shape, for files that are cut off, and for
+    other architectures.
     """
     path = Path(path)
     readers = {}  # the name of each tensor that is read late -> the function that reads it
@@ -152,6 +163,7 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM
             config = _infer_config(tensors)
         else:
             raise ModelError(f"no model at {path}: neither a folder with config.json, nor .pth, nor .gguf")
+        config = scale(config, rope_scaling, path)
         if config.num_hidden_layers > len(tensors):
             raise ModelError(f"{config.num_hidden_layers} layers in the config, but {len(tensors)} tensors")
         model = _without_memory(config).to(dtype or torch.float32)  # so that a wrong file costs no memory

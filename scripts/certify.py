@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import Parser, count, run_script
+from common.cli import Parser, add_rope_scaling, count, run_script
 from common.errors import ModelError, RunError
 from common.files import json_text, one_line, write_whole
 
@@ -74,12 +74,17 @@ def transformers_row(args, reference):
     if row.skipped:
         return row
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from model.weights import config_to_dict
+
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(str(args.model), dtype=torch.float32, local_files_only=True,
-                                                 trust_remote_code=False)
+    config = AutoConfig.from_pretrained(str(args.model), local_files_only=True, trust_remote_code=False)
+    if args.rope_scaling:
+        config.rope_parameters = config_to_dict(reference.model.config)["rope_parameters"]
+    model = AutoModelForCausalLM.from_pretrained(str(args.model), config=config, dtype=torch.float32,
+                                                 local_files_only=True, trust_remote_code=False)
     if args.lora:
         from peft import PeftModel
 
@@ -144,7 +149,8 @@ def adapter_row(args, row, path: Path, reference, has_llama: bool):
     from model.quantize import dequantize_model
     from model.weights import load_model
 
-    kind, base = coarsest(read_gguf(path)[1]), dequantize_model(load_model(args.model))
+    kind = coarsest(read_gguf(path)[1])
+    base = dequantize_model(load_model(args.model, rope_scaling=args.rope_scaling))
     if has_llama:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "base.gguf"
@@ -360,7 +366,7 @@ def main(args):
     from inference.certificate import LIMITS, Reference, Row
 
     reference = Reference(args.model, dict(zip(args.lora, args.weights, strict=True)), args.data_path,
-                          args.limit, args.max_new_tokens)
+                          args.limit, args.max_new_tokens, args.rope_scaling)
     ways = [("transformers", lambda: transformers_row(args, reference))]
     ways += [(f"{path}", lambda path=path: gguf_row(args, path, reference)) for path in args.gguf]
     if args.lora:
@@ -406,6 +412,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("model", type=Path, metavar="DIR", help="the model: a folder, a .pth or a .gguf file")
     parser.add_argument("--lora", type=Path, nargs="+", default=[], metavar="DIR", help="adapter(s) on it")
+    add_rope_scaling(parser.add_argument)
     parser.add_argument("--weights", type=float, nargs="+", metavar="W",
                         help="how much of each adapter; needed where there are several (default: 1)")
     parser.add_argument("--gguf", type=Path, nargs="+", default=[], metavar="FILE", help="GGUF files that "

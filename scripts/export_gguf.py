@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ROOT, Parser, run_script
+from common.cli import ROOT, Parser, add_rope_scaling, run_script
 from common.errors import ModelError, RunError, UsageError
 from common.files import read_json_if_there, write_whole
 
@@ -38,7 +38,7 @@ def main(args):
     from model.weights import end_tokens, load_model
 
     package()  # so that a missing package is known before anything is loaded
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    model, tokenizer = load_model(args.model, rope_scaling=args.rope_scaling), load_tokenizer(args.model)
     check_vocabulary(tokenizer, model.config.vocab_size, args.model)
     written = []
     if args.adapter:
@@ -144,10 +144,10 @@ def modelfile(args, model, tokenizer, out: Path, ends: list[int]) -> str:
         lines.append(f'TEMPLATE """{{{{ range .Messages }}}}{"".join(cases)}{{{{ end }}}}{before_answer}"""')
         lines += [f'SYSTEM """{system}"""'] if system else []
     lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(end)}"' for end in ends]
-    arguments = read_json_if_there(args.model / "training.json").get("arguments")
-    trained = arguments.get("max_seq_len") if isinstance(arguments, dict) else None
-    lengths = (trained, model.config.max_position_embeddings, model.config.sliding_window)
-    lines.append(f"PARAMETER num_ctx {min(length for length in lengths if length)}")
+    from model.rope_scaling import reach
+
+    length = reach(args.model, model.config, args.rope_scaling)
+    lines.append(f"PARAMETER num_ctx {min(length, model.config.sliding_window or length)}")
     sampling = model.generation_config or {}
     for key in ("temperature", "top_p", "top_k"):
         if isinstance(sampling.get(key), (int, float)) and sampling[key] > 0:
@@ -199,6 +199,8 @@ def certify(args, written: list[Path]) -> None:
                *map(str, written)]
     if args.lora:
         command += ["--lora", *map(str, args.lora), "--weights", *map(str, args.weights)]
+    if args.rope_scaling:
+        command += ["--rope_scaling", args.rope_scaling]
     sys.stdout.flush()
     if subprocess.run(command).returncode:
         raise RunError("written, but not certified, for the reasons above (--no-certify leaves this out)")
@@ -211,6 +213,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="adapter(s), which are merged in")
     parser.add_argument("--weights", type=float, nargs="+", metavar="W",
                         help="how much of each adapter; needed where there are several (default: 1)")
+    add_rope_scaling(parser.add_argument)
     parser.add_argument("--adapter", action="store_true", help="write the one adapter alone, and no model")
     parser.add_argument("--type", choices=TYPES, nargs="+", metavar="TYPE",
                         help=f"of the numbers: {', '.join(TYPES)}; several write several files "

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import Parser, run_script
+from common.cli import Parser, add_rope_scaling, run_script
 from common.errors import ModelError
 from common.files import write_whole
 
@@ -38,7 +38,8 @@ def main(args):
         raise ModelError(f"--out_dir {args.out_dir} must be a folder, new or empty")
     if args.out_dir.is_dir() and any(args.out_dir.iterdir()) and not args.overwrite:
         raise ModelError(f"--out_dir {args.out_dir} holds something; name another folder, or add --overwrite")
-    base, tuned = (dequantize_model(load_model(path)) for path in (args.base, args.tuned))
+    base = dequantize_model(load_model(args.base, rope_scaling=args.rope_scaling))
+    tuned = dequantize_model(load_model(args.tuned))
     check_same_shape(base, tuned, args)
     names = apply_lora(base, 1 if args.rank is None else args.rank, target_modules=args.target_modules)
     rows = [fill(base.get_submodule(name), tuned.get_submodule(name).weight, args) for name in names]
@@ -60,7 +61,7 @@ def check_same_shape(base, tuned, args):
         if here.get(name) != there.get(name):
             raise ModelError(f"not the same shape: {name} is {here.get(name, 'missing')} in {args.base}, "
                              f"{there.get(name, 'missing')} in {args.tuned}")
-    for name in ("rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window"):
+    for name in ("rope_theta", "rope_scaling", "rms_norm_eps", "windows"):
         a, b = getattr(base.config, name), getattr(tuned.config, name)
         if a != b:
             raise ModelError(f"not the same model: {name} is {a} in {args.base}, {b} in {args.tuned}")
@@ -132,6 +133,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target_modules", nargs="+", default="all-linear", metavar="NAME",
                         help="all-linear (all but the head), square, name suffixes such as q_proj o_proj, "
                              "or a regular expression")
+    add_rope_scaling(parser.add_argument)  # of the base: the tuned model's config names its own
     parser.add_argument("--out_dir", type=Path, required=True, metavar="DIR", help="the adapter")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds something")
     args = parser.parse_args(argv)

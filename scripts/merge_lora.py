@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import Parser, run_script
+from common.cli import Parser, add_rope_scaling, run_script
 from common.errors import ModelError
 from common.files import read_json_if_there
 from trainer.defaults import tokens_seen
@@ -39,7 +39,7 @@ def main(args):
     if args.load_from is None:
         raise ModelError(f"{args.lora[0]} does not say where its base is now: name it with --load_from")
     check_out_dir(args)
-    model = load_model(args.load_from)
+    model = load_model(args.load_from, rope_scaling=args.rope_scaling)
     dtype = getattr(torch, stored_dtype(args.load_from) if args.dtype == "auto" else args.dtype)
     if gets_our_own(args.load_from) and not args.tokenizer:
         print(OWN_IS_TAKEN.format(args.load_from))
@@ -204,6 +204,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="the base's tokenizer (default: that of --load_from; for .pth files our own)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                         help="to store the weights in; auto: as the base")
+    add_rope_scaling(parser.add_argument)
     parser.add_argument("--out_dir", type=Path, required=True, metavar="DIR", help="the merged model")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds something")
     args = parser.parse_args(argv)

@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ROOT, Parser, run_script
 from common.errors import DataError, ModelError, RunError, UsageError
+from trainer.args import SHAPE
 
 MAX_RECORDS = 2000  # of a file are read: a page about a large run should not take as long as the run
 RECORDS_OF_LOSS = 200  # of these, evenly spread, the loss is measured
 PROMPTS, SHOWN_PROMPTS = 16, 6  # answered, and shown
 MAX_NEW_TOKENS = 96
 LONGEST_UNIT, UNITS = 32, 4  # an answer loops if it ends with a phrase of up to 32 tokens, 4 times
-SHAPE = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size".split()
 MISTAKES = (DataError, ModelError, RunError, UsageError, OSError)
 
 
@@ -40,6 +40,7 @@ class Asked:
     name: str  # before, step 500, after
     path: Path
     adapters: list[Path] = field(default_factory=list)
+    rope_scaling: str | None = None
     answers: list[tuple[list[int], str]] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)  # whether each answer came to its own end
     losses: dict[str, float] = field(default_factory=dict)
@@ -264,6 +265,9 @@ def models_of(run, folder: Path, notes: list[str]) -> list[Asked]:
             found.append(Asked("after", parent, [run.folder]))
         else:
             notes.append("the base model of the adapter is gone")
+    for asked in found:
+        if asked.adapters:  # they know the base under the scaling with which they were trained
+            asked.rope_scaling = run.arguments.get("rope_scaling")
     return found
 
 
@@ -276,6 +280,7 @@ def unpack(run, checkpoint: Path, parent: Path | None, folder: Path) -> tuple[Pa
     from common.files import explained
     from dataset.chat import ensure_template
     from model.lora import apply_lora, save_lora
+    from model.rope_scaling import scale
     from model.tokenizer_files import OWN_TOKENIZER, load_tokenizer, vocabulary_size
     from model.transformer import CausalLM, preset
     from model.weights import load_model, save_model
@@ -289,10 +294,11 @@ def unpack(run, checkpoint: Path, parent: Path | None, folder: Path) -> tuple[Pa
             raise ModelError("the model that the run began with is gone")
         tokenizer = load_tokenizer(flags.get("tokenizer") or parent or OWN_TOKENIZER)
         if parent:
-            model = load_model(parent)
+            model = load_model(parent, rope_scaling=flags.get("rope_scaling"))
         else:
             shape = {name: flags[name] for name in SHAPE if flags.get(name) is not None}
-            model = CausalLM(replace(preset(flags["preset"]), vocab_size=vocabulary_size(tokenizer), **shape))
+            config = replace(preset(flags["preset"]), vocab_size=vocabulary_size(tokenizer), **shape)
+            model = CausalLM(scale(config, flags.get("rope_scaling")))
         if flags.get("lora_rank"):
             apply_lora(model, flags["lora_rank"], flags["lora_alpha"], 0.0, flags["target_modules"],
                        flags["lora_rslora"])
@@ -316,7 +322,8 @@ def ask(asked: Asked, prompts: list, records: dict[str, list[dict]], folder: Pat
     from inference.chat_model import ChatModel, Sampling
     from inference.scoring import forced_loss, parse_question
 
-    model = ChatModel(asked.path, adapters=[str(path) for path in asked.adapters])
+    adapters = [str(path) for path in asked.adapters]
+    model = ChatModel(asked.path, adapters=adapters, rope_scaling=asked.rope_scaling)
     asked_ids = [model.encode(messages) for messages, _ in prompts]
     fits = [len(ids) + MAX_NEW_TOKENS <= model.max_positions for ids in asked_ids]
     with torch.inference_mode():

@@ -19,6 +19,11 @@ LORA_FLAGS = ("lora_alpha", "lora_rslora", "lora_dropout", "lora_init", "lora_pl
               "quantize")
 REWARD_FLAGS = {"answers": None, "format": "reward_format", "length": "max_reward_tokens",  # part: its flag
                 "file": "reward_file", "model": "reward_model"}
+# What train_pretrain.py may change of a preset: the flag, and its help
+SHAPE = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                       "intermediate_size"), "instead of the preset's")
+SHAPE |= {"sliding_window": "tokens that a token sees: itself and those before it (default: all)",
+          "full_attention_every": "every N-th layer has no --sliding_window (default: all layers have it)"}
 part = number(float, lambda x: 0 <= x <= 1, "a part of the whole, from 0 to 1")
 row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
 
@@ -45,6 +50,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     add("--load_from", type=Path, metavar="DIR", help="the weights to start from: a folder, or a .pth file")
     add("--tokenizer", type=Path, metavar="DIR",
         help="the model's tokenizer (default: that of --load_from; for new models and .pth files our own)")
+    cli.add_rope_scaling(add)
     add("--out_dir", type=Path, default=ROOT / "out", metavar="DIR", help="where runs are kept")
     add("--name", metavar="NAME", help="the run's folder below --out_dir")
     add("--resume", action="store_true", help="continue this run from its newest checkpoint")

@@ -48,12 +48,13 @@ def is_finished(run_dir: Path, resume: bool, overwrite: bool, ranks: Ranks) -> b
     return finished
 
 
-def load_weights(path: Path, ranks: Ranks, tokenizer_path: Path | None = None, flag: str = "--load_from"):
+def load_weights(path: Path, ranks: Ranks, tokenizer_path: Path | None = None,
+                 rope_scaling: str | None = None, flag: str = "--load_from"):
     """(model, tokenizer) of a folder that another stage left, or of a .pth file of MiniMind.
 
-    A .pth file has no tokenizer; tokenizer_path names one, and without it Seedling's own is taken. flag: with
-    which the path was given. Raises UsageError where there is no such path, ModelError where weights and
-    tokenizer do not fit.
+    A .pth file has no tokenizer; tokenizer_path names one, and without it Seedling's own is taken.
+    rope_scaling: None, or as in "yarn:4", for longer texts. flag: with which the path was given. Raises
+    UsageError where there is no such path, ModelError where weights and tokenizer do not fit.
     """
     if not path.exists():
         script = f"trainer/train_{path.name}.py"  # a stage writes to the folder with its own name
@@ -62,7 +63,7 @@ def load_weights(path: Path, ranks: Ranks, tokenizer_path: Path | None = None, f
                          + (f"; make it first: python {script}" if is_ours else ""))
     if gets_our_own(path) and not tokenizer_path and ranks.is_main:
         print(OWN_IS_TAKEN.format(path))
-    tokenizer, model = load_tokenizer(tokenizer_path or path), load_model(path)
+    tokenizer, model = load_tokenizer(tokenizer_path or path), load_model(path, rope_scaling=rope_scaling)
     check_vocabulary(tokenizer, model.config.vocab_size, path)
     return model, tokenizer
 

@@ -33,7 +33,8 @@ def load_teacher(ranks: Ranks, *, teacher, load_from, tokenizer, dtype, max_seq_
     Raises as stage.load_weights does, and UsageError where the teacher has fewer than max_seq_len positions.
     """
     # Without --load_from the student has the teacher's tokenizer, and --tokenizer is for both.
-    model, its_tokenizer = stage.load_weights(teacher, ranks, None if load_from else tokenizer, "--teacher")
+    its_tokenizer = None if load_from else tokenizer
+    model, its_tokenizer = stage.load_weights(teacher, ranks, its_tokenizer, flag="--teacher")
     if max_seq_len > (positions := model.config.max_position_embeddings):
         raise UsageError(f"--max_seq_len {max_seq_len}: --teacher {teacher} has only {positions} positions")
     model.requires_grad_(False)

@@ -28,6 +28,7 @@ def main(args):
     from common.device import choose_dtype
     from dataset.chat import ensure_template
     from dataset.lm_dataset import SFTDataset
+    from model.rope_scaling import scale
     from model.transformer import CausalLM
     from model.weights import end_tokens
     from trainer import losses, stage
@@ -42,12 +43,12 @@ def main(args):
     # The teacher, which stays as it is, and its student: the model of --load_from, or a new one
     teacher, tokenizer = load_teacher(ranks, **vars(args))
     if args.load_from:
-        model, own_tokenizer = stage.load_weights(args.load_from, ranks, args.tokenizer)
+        model, own_tokenizer = stage.load_weights(args.load_from, ranks, args.tokenizer, args.rope_scaling)
         check_same_vocabulary(args.teacher, tokenizer, own_tokenizer)
         tokenizer = own_tokenizer
     else:
         torch.manual_seed(args.seed)
-        model = CausalLM(student_config(args.preset, teacher))
+        model = CausalLM(scale(student_config(args.preset, teacher), args.rope_scaling))
     ensure_template(tokenizer)  # if a base model has no format for chats, it learns ours
     if args.lora_rank:
         stage.add_lora(model, ranks, **vars(args))  # from here on nothing but the adapters trains

@@ -60,7 +60,8 @@ def test_neighbouring_query_heads_share_a_key_value_head():
 @pytest.mark.parametrize("documents", [None, TWO_DOCUMENTS])
 def test_the_ordinary_way(config, documents):
     inputs, ids = heads(), torch.zeros(2, 9, dtype=torch.long)
-    visible = A.visible_keys(config, ids, None if documents is None else torch.tensor(documents))
+    documents = None if documents is None else torch.tensor(documents)
+    visible = A.visible_keys(config.sliding_window, ids, documents)
     exact = A.plain_attention(*inputs, everything_before() if visible is None else visible)
     assert_same(A.attention(*inputs, A.AttentionMask(visible)), exact, inputs)
 
@@ -71,7 +72,8 @@ def test_the_ordinary_way(config, documents):
 def test_blocks_of_queries(monkeypatch, documents, config, first):
     monkeypatch.setattr(A, "QUERIES_PER_BLOCK", 4)
     inputs, ids = heads(), torch.zeros(2, 9, dtype=torch.long)
-    visible = A.visible_keys(config, ids, None if documents is None else torch.tensor(documents))
+    documents = None if documents is None else torch.tensor(documents)
+    visible = A.visible_keys(config.sliding_window, ids, documents)
     blocks = A.causal_blocks(config, visible, 2, 9, torch.float32)
     exact = A.plain_attention(*inputs, everything_before() if visible is None else visible)
     assert_same(A.attention(*inputs, A.AttentionMask(visible, blocks)), exact, inputs)
@@ -84,7 +86,7 @@ def test_one_new_token_over_a_cache(start, config):
     inputs, cache = heads(tokens=1, keys=9), KVCache(config, 2, 12, start=start)
     cache.length = 8
     ids = torch.zeros(2, 1, dtype=torch.long)
-    mask = A.make_mask(config, ids, None, cache, torch.float32)
+    mask = A.make_mask(config, config.sliding_window, ids, None, cache, torch.float32)
     assert mask.blocks is not None
     visible = torch.ones(1, 1, 1, 9, dtype=torch.bool) if mask.visible is None else mask.visible
     for way in (mask, A.AttentionMask(mask.visible)):
@@ -95,7 +97,7 @@ def test_one_new_token_over_a_cache(start, config):
 def test_repeated_heads_for_cuda(documents, monkeypatch):
     """The way of a GPU, taken on a CPU: each query head with a copy of its keys and values."""
     inputs, ids = heads(), torch.zeros(2, 9, dtype=torch.long)
-    visible = A.visible_keys(CONFIG, ids, None if documents is None else torch.tensor(documents))
+    visible = A.visible_keys(None, ids, None if documents is None else torch.tensor(documents))
     asked, pytorchs = [], F.scaled_dot_product_attention
 
     def watch(q, k, v, *rest, enable_gqa, **named):
@@ -112,21 +114,20 @@ def test_repeated_heads_for_cuda(documents, monkeypatch):
 def test_which_way_is_taken():
     """On a CPU: blocks for training in half precision, and for one new token over a cache."""
     ids, cache = torch.zeros(2, 9, dtype=torch.long), KVCache(CONFIG, 2, 12)
-    assert A.make_mask(CONFIG, ids, None, None, torch.bfloat16).blocks is not None
-    assert A.make_mask(CONFIG, ids, None, None, torch.float32).blocks is None
+    assert A.make_mask(CONFIG, None, ids, None, None, torch.bfloat16).blocks is not None
+    assert A.make_mask(CONFIG, None, ids, None, None, torch.float32).blocks is None
     with torch.no_grad():
-        assert A.make_mask(CONFIG, ids, None, None, torch.bfloat16).blocks is None
-    assert A.make_mask(CONFIG, ids[:, :3], None, cache, torch.bfloat16).blocks is None
-    assert A.make_mask(CONFIG, ids[:, :1], None, cache, torch.float32).blocks is not None
+        assert A.make_mask(CONFIG, None, ids, None, None, torch.bfloat16).blocks is None
+    assert A.make_mask(CONFIG, None, ids[:, :3], None, cache, torch.bfloat16).blocks is None
+    assert A.make_mask(CONFIG, None, ids[:, :1], None, cache, torch.float32).blocks is not None
     long = torch.zeros(1, A.MAX_BLOCKED_TOKENS + 1, dtype=torch.long)
-    assert A.make_mask(CONFIG, long, None, None, torch.bfloat16).blocks is None
+    assert A.make_mask(CONFIG, None, long, None, None, torch.bfloat16).blocks is None
 
 
 # --- flex_attention: PyTorch computes no gradient of it on a CPU, so benchmarks/gpu.py compares those -------
 
 
 FLEX = ModelConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
-FLEX_WINDOW = ModelConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=40)
 
 
 def long_documents():
@@ -135,14 +136,14 @@ def long_documents():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("config", [FLEX, FLEX_WINDOW])
+@pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("documents", [None, long_documents()])
-def test_flex_attention_of_a_gpu(config, documents):
+def test_flex_attention_of_a_gpu(window, documents):
     from torch.nn.attention.flex_attention import create_mask
 
     ids = torch.zeros(2, 300, dtype=torch.long)
-    mask = A.flex_mask(config, ids, documents)
-    visible = A.visible_keys(config, ids, documents)
+    mask = A.flex_mask(window, ids, documents)
+    visible = A.visible_keys(window, ids, documents)
     visible = everything_before(300) if visible is None else visible
     said = create_mask(mask.mask_mod, 2, 1, 300, 300, device="cpu")
     assert torch.equal(said, visible.expand(2, -1, -1, -1))
@@ -154,13 +155,13 @@ def test_flex_attention_of_a_gpu(config, documents):
 
 def test_a_compiled_model_has_flex_attention_in_its_one_graph():
     def packed(documents, *inputs):
-        mask = A.flex_mask(FLEX, torch.zeros(2, 300, dtype=torch.long), documents)
+        mask = A.flex_mask(None, torch.zeros(2, 300, dtype=torch.long), documents)
         return A.attention(*inputs, A.AttentionMask(None, flex=mask))
 
     with torch.no_grad():
         inputs = [x.repeat(1, 1, 1, 2) for x in heads(tokens=300)]
         compiled = torch.compile(packed, backend="eager", fullgraph=True)
-        exact = A.plain_attention(*inputs, A.visible_keys(FLEX, torch.zeros(2, 300), long_documents()))
+        exact = A.plain_attention(*inputs, A.visible_keys(None, torch.zeros(2, 300), long_documents()))
         torch.testing.assert_close(compiled(long_documents(), *inputs), exact)
 
 
@@ -177,7 +178,7 @@ def test_rows_of_all_lengths_share_a_kernel(monkeypatch):
     compilations.clear()
     for rows, length in ((2, 300), (2, 290), (2, 511), (1, 300), (2, 384), (3, 400), (4, 256), (1, 257)):
         ids = torch.zeros(rows, length, dtype=torch.long)
-        mask = A.flex_mask(FLEX, ids, torch.arange(length).expand(rows, -1) // 100)
+        mask = A.flex_mask(None, ids, torch.arange(length).expand(rows, -1) // 100)
         with torch.no_grad():
             inputs = [x.repeat(1, 1, 1, 2) for x in heads(length, batch=rows)]
             kernel(*inputs, block_mask=mask, enable_gqa=True)
@@ -186,7 +187,7 @@ def test_rows_of_all_lengths_share_a_kernel(monkeypatch):
 
 def test_blocks_between_two_documents_are_skipped():
     documents = torch.tensor([[0] * 512 + [1] * 512])
-    mask = A.flex_mask(FLEX, torch.zeros(1, 1024, dtype=torch.long), documents)
+    mask = A.flex_mask(None, torch.zeros(1, 1024, dtype=torch.long), documents)
     # Of 8 x 8 blocks a causal mask needs 36, two documents of 4 blocks need 10 each.
     assert mask.sparsity() == pytest.approx(100 * (1 - 20 / 64))
 
@@ -194,17 +195,17 @@ def test_blocks_between_two_documents_are_skipped():
 def test_when_a_gpu_takes_flex_attention(monkeypatch):
     ids, documents = torch.zeros(1, A.MIN_FLEX_TOKENS, dtype=torch.long), object()
     cache, half = KVCache(FLEX, 1, 12), torch.bfloat16
-    assert not A.takes_flex(FLEX, ids, documents, None, half)  # on a CPU
+    assert not A.takes_flex(FLEX, None, ids, documents, None, half)  # on a CPU
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(A, "flex_kernel", lambda device: "a kernel")
-    assert A.takes_flex(FLEX, ids, documents, None, half)
-    assert A.takes_flex(FLEX_WINDOW, ids, None, None, half)
-    for no in ((FLEX, ids, None, None, half), (FLEX, ids[:, :-1], documents, None, half),
-               (FLEX, ids, documents, None, torch.float32), (FLEX, ids, documents, cache, half),
-               (CONFIG, ids, documents, None, half)):  # heads of 8 are too small
+    assert A.takes_flex(FLEX, None, ids, documents, None, half)
+    assert A.takes_flex(FLEX, 40, ids, None, None, half)
+    for no in ((FLEX, None, ids, None, None, half), (FLEX, None, ids[:, :-1], documents, None, half),
+               (FLEX, None, ids, documents, None, torch.float32), (FLEX, None, ids, documents, cache, half),
+               (CONFIG, None, ids, documents, None, half)):  # heads of 8 are too small
         assert not A.takes_flex(*no)
     monkeypatch.setattr(A, "flex_kernel", lambda device: None)  # PyTorch cannot compile here
-    assert not A.takes_flex(FLEX, ids, documents, None, half)
+    assert not A.takes_flex(FLEX, None, ids, documents, None, half)
 
 
 def test_a_gpu_without_a_compiler_takes_masks():

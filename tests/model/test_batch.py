@@ -111,6 +111,18 @@ def test_whoever_joins_or_leaves_each_row_is_what_it_is_alone(adapters):
     assert {row.finish for row in rows} == {"stop", "length"}
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_window_in_some_layers_moves_along_with_each_row(fast):
+    model, rng = small(sliding_window=6, full_attention_every=2), random.Random(3)
+    if fast:
+        prepare_to_decode(model)
+    adapters = Adapters(model)
+    rows = [Row([rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))], 20, temperature=0.0)
+            for _ in range(12)]  # fmt: skip
+    run(batch_of(adapters, max_rows=4), rows, rng)
+    assert [row.tokens for row in rows] == [alone(adapters, row) for row in rows]
+
+
 def test_a_small_cache_is_moved_and_divided_anew(adapters):
     """Rows of very different lengths share 512 tokens: the cache is moved, and fewer long rows fit."""
     rng = random.Random(2)

@@ -173,6 +173,7 @@ def test_the_factors_of_llama3_are_those_of_its_formula(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("changes, part", [
     ({"rope_scaling": SCALINGS[1], "qk_norm": True}, "llama3"),
+    ({"sliding_window": 8, "full_attention_every": 2}, "sliding window of 8 in some layers only"),
     ({"rope_scaling": SCALINGS[2] | {"beta_fast": 16}}, "beta_fast"),
     ({"rope_scaling": SCALINGS[2] | {"truncate": False}}, "truncate")], ids=str)
 def test_what_the_format_cannot_say_is_refused_by_name(changes, part, tokenizer, tmp_path):

@@ -23,6 +23,7 @@ SHAPES = {
     "biases": {"attention_bias": True},
     "own head": {"tie_word_embeddings": False},
     "window": {"sliding_window": 5},
+    "a window in some layers": {"sliding_window": 5, "full_attention_every": 2},
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
     "head_dim": {"head_dim": 24},
 }

@@ -219,7 +219,7 @@ def seen(mask):
 
 def positions_and_visible(config, ids, document_ids=None, cache=None):
     positions = transformer.token_positions(ids, document_ids, cache)
-    return positions, attention.visible_keys(config, ids, document_ids, cache)
+    return positions, attention.visible_keys(config.sliding_window, ids, document_ids, cache)
 
 
 def test_positions_and_masks_of_packed_documents():
@@ -258,8 +258,9 @@ def test_positions_and_masks_over_a_cache():
 # --- packing ---
 
 
-def test_packed_documents_equal_documents_alone():
-    model = small(qk_norm=True)
+@pytest.mark.parametrize("windows", [{}, {"sliding_window": 3, "full_attention_every": 2}])
+def test_packed_documents_equal_documents_alone(windows):
+    model = small(qk_norm=True, **windows)
     ids = tokens()
     document_ids = torch.tensor([[3] * 5 + [8] * 4 + [-1] * 3, [0] + [1] * 11])
     packed = model(ids, document_ids=document_ids).logits
@@ -337,10 +338,10 @@ def test_logits_asked_for_outside_of_autocast():
 # --- cache ---
 
 
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("window", "every"), [(None, None), (4, None), (4, 2)])
 @pytest.mark.parametrize("steps", [(12,), (1,) * 12, (5, 1, 3, 3), (1, 11)])
-def test_cache_gives_the_logits_of_one_pass(steps, window):
-    model, ids = small(sliding_window=window), tokens()
+def test_cache_gives_the_logits_of_one_pass(steps, window, every):
+    model, ids = small(sliding_window=window, full_attention_every=every), tokens()
     cache, pieces = KVCache(model.config, 2, 12), ids.split(steps, dim=1)
     with torch.no_grad():
         cached = torch.cat([model(piece, cache=cache).logits for piece in pieces], dim=1)

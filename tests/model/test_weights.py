@@ -22,6 +22,7 @@ FAMILIES = {  # what makes our config one of each family, and what transformers 
     "Qwen3": ({"qk_norm": True}, {"head_dim": 8}),
     "Mistral": ({"sliding_window": 4}, {"sliding_window": 4}),
 }
+MIXED = ["sliding_attention", "full_attention"]
 ROPES = {
     "default": None,
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -111,6 +112,57 @@ def test_a_window_over_biases_and_norms(family, tmp_path):
     save_model(model, tmp_path / "m")
     assert_equal_logits(model, open_with_transformers(tmp_path / "m"))
     assert load_model(tmp_path / "m").config == model.config
+
+
+@pytest.mark.parametrize(("family", "switches"), [("Qwen2", {"use_sliding_window": True}), ("Ministral", {}),
+                                                  ("Qwen3", {"use_sliding_window": True})])
+@pytest.mark.parametrize("kinds", [MIXED, MIXED[::-1]])
+def test_a_window_in_some_layers(family, switches, kinds, tmp_path):
+    settings, changes = FAMILIES.get(family, ({}, {"head_dim": 8}))
+    model = ours(**settings, sliding_window=4, layer_types=kinds)
+    save_model(model, tmp_path / "ours")
+    twin = open_with_transformers(tmp_path / "ours")
+    assert type(twin).__name__ == family + "ForCausalLM"
+    assert_equal_logits(model, twin)
+    assert load_model(tmp_path / "ours").config == model.config
+    for other in (MIXED[:1] * 2, MIXED[1:] * 2):  # the test can see which layers have the window
+        model.config.layer_types = other
+        with torch.no_grad():
+            assert (model(ids()).logits - twin(ids()).logits).abs().max() > 0.01
+
+    import transformers
+
+    config = getattr(transformers, family + "Config")(**SHAPE | changes | switches | {
+        "sliding_window": 4, "layer_types": kinds})
+    twin = shake(getattr(transformers, family + "ForCausalLM")(config))
+    twin.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs")
+    assert model.config.windows == [4 if kind == MIXED[0] else None for kind in kinds]
+    assert_equal_logits(model, twin)
+
+
+def test_qwen_names_its_first_layers_without_a_window(tmp_path):
+    twin = theirs("Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    twin.save_pretrained(tmp_path)
+    change_config(tmp_path, layer_types=...)  # as files of older versions
+    model = load_model(tmp_path)
+    assert model.config.windows == [None, 4]
+    assert_equal_logits(model, twin)
+
+
+def test_layer_types_of_one_kind_are_no_kinds():
+    for kinds, window in ((MIXED[:1] * 2, 4), (MIXED[1:] * 2, None), (None, 4)):
+        config = ModelConfig(**SHAPE, sliding_window=4, layer_types=kinds)
+        assert (config.layer_types, config.windows) == (None, [window] * 2)
+    assert ModelConfig(**SHAPE, sliding_window=4, full_attention_every=2).layer_types == MIXED
+    assert ModelConfig(**SHAPE, sliding_window=4, full_attention_every=1).windows == [None] * 2
+    for kinds in (2, MIXED * 2, "full_attention", [["full_attention"], "full_attention"]):
+        with pytest.raises(ModelError, match="layer_types must be"):
+            ModelConfig(**SHAPE, sliding_window=4, layer_types=kinds)
+    with pytest.raises(ModelError, match="need a sliding_window"):
+        ModelConfig(**SHAPE, layer_types=MIXED)
+    with pytest.raises(ModelError, match="full_attention_every must be at least 1"):
+        ModelConfig(**SHAPE, sliding_window=4, full_attention_every=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -274,7 +326,12 @@ def assert_refused(path, words):
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}, "rope_scaling": ...}, "between layers"),
-    ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1}, "window"),
+    ({"architectures": ["MistralForCausalLM"], "layer_types": MIXED}, "MinistralForCausalLM"),
+    ({"architectures": ["MinistralForCausalLM"], "sliding_window": 4, "layer_types": MIXED[:1]},
+     "each of 2 layers"),
+    ({"architectures": ["MinistralForCausalLM"], "sliding_window": 4,
+      "layer_types": ["linear_attention"] * 2}, "full_attention or sliding_attention"),
+    ({"architectures": ["MinistralForCausalLM"], "sliding_window": 4, "layer_types": 10**9}, "layer_types"),
 ])
 def test_configs_that_do_not_fit(folder, changes, words):
     change_config(folder, **changes)

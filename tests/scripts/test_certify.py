@@ -67,6 +67,16 @@ def run(home, *flags):
     certify.main(certify.parse_args([str(flag) for flag in (home / "base", *flags)]))
 
 
+def test_the_same_everywhere_at_a_longer_length(home, capsys):
+    write_model(load_model(home / "base", rope_scaling="yarn:4"), load_tokenizer(home / "base"),
+                home / "scaled.gguf", "F32", "x", ENDS)
+    run(home, "--gguf", home / "scaled.gguf", "--rope_scaling", "yarn:4")
+    assert "OFF" not in capsys.readouterr().out
+    with pytest.raises(RunError):  # without the flag the file has another scaling
+        run(home, "--gguf", home / "scaled.gguf")
+    assert "another rope_scaling" in capsys.readouterr().out
+
+
 def test_the_same_everywhere(home, capsys):
     run(home, "--gguf", home / "base-F32.gguf", home / "base-Q8_0.gguf", "--data_path", home / "chats.jsonl")
     printed = capsys.readouterr().out

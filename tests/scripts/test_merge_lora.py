@@ -10,8 +10,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.errors import ModelError
 from model.lora import LoRA, apply_lora, load_lora, lora_parameters, save_lora
 from model.quantize import NF4Linear, dequantize_model, quantize_model
+from model.rope_scaling import reach
 from model.transformer import CausalLM, ModelConfig
 from model.weights import load_model, load_tokenizer, save_model
 from scripts import merge_lora
@@ -65,6 +67,17 @@ def test_merged_logits_equal_the_adapted_models_here_and_in_transformers(home):
     assert (logits(merged) - expected).abs().max() < 1e-5
     theirs = AutoModelForCausalLM.from_pretrained(home / "merged").eval()
     assert (logits(theirs) - expected).abs().max() < 1e-5
+
+
+def test_an_adapter_of_a_scaled_base_is_merged_into_that_base_alone(home):
+    scaled = load_model(home / "base", rope_scaling="yarn:4")
+    adapter(scaled, home / "long")
+    with pytest.raises(ModelError, match="trained with --rope_scaling yarn:4:48"):
+        merge(home, lora="long")
+    merged = merge(home, "--rope_scaling", "yarn:4", lora="long")
+    assert (logits(merged) - logits(scaled)).abs().max() < 1e-5
+    assert merged.config.rope_scaling == scaled.config.rope_scaling
+    assert reach(home / "merged", merged.config, None) == 4 * 48
 
 
 def test_nothing_of_lora_is_left_and_the_folder_is_complete(home):
