@@ -28,6 +28,14 @@ class ModelConfig:
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    # A mixture of experts (model/moe.py) in the place of the feed-forward layer; 0 experts: none
+    num_experts: int = 0
+    num_experts_per_tok: int = 1
+    moe_intermediate_size: int | None = None  # of one expert; None: intermediate_size
+    norm_topk_prob: bool = False  # what the chosen experts count adds up to 1
+    mlp_only_layers: tuple[int, ...] = ()  # the layers without experts, counted from 0
+    router_aux_loss_coef: float = 0.01  # the weight of the loss that keeps experts equally busy
+    router_z_loss_coef: float = 0.001  # the weight of the loss that keeps the router's scores small
 
     def __post_init__(self):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -52,11 +60,35 @@ class ModelConfig:
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.qk_norm and self.attention_bias:
             raise ModelError("qk_norm and attention_bias: Hugging Face has no class with both; choose one")
+        if self.num_experts:
+            check_experts(self)
         if not isinstance(self.rope_scaling, dict | None):
             raise ModelError(f"rope_scaling must be an object or null, not {self.rope_scaling!r}")
         frequency, scale = rope_frequencies(self, "cpu")  # raises for unknown or incomplete settings
         if not (isinstance(scale, (int, float)) and frequency.mul(scale).isfinite().all()):
             raise ModelError(f"rope_scaling gives angles that are NaN or infinite: {self.rope_scaling}")
+
+
+    def has_experts(self, layer: int) -> bool:
+        return self.num_experts > 0 and layer not in self.mlp_only_layers
+
+
+def check_experts(config: ModelConfig) -> None:
+    """Completes the settings of a mixture of experts. Raises ModelError for one that cannot exist."""
+    config.moe_intermediate_size = config.moe_intermediate_size or config.intermediate_size
+    config.mlp_only_layers = tuple(config.mlp_only_layers)
+    for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        check_size(name, getattr(config, name))
+    if config.num_experts_per_tok > config.num_experts:
+        raise ModelError(f"{config.num_experts_per_tok} experts for each token, but there are only "
+                         f"{config.num_experts}")
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        if not isinstance(getattr(config, name), (int, float)) or not 0 <= getattr(config, name) < math.inf:
+            raise ModelError(f"{name} must be a number from 0 up, not {getattr(config, name)!r}")
+    is_mixtral = config.norm_topk_prob and not config.mlp_only_layers and not config.attention_bias
+    if not config.qk_norm and not is_mixtral:
+        raise ModelError("experts need qk_norm (as Qwen3-MoE has it), or norm_topk_prob and experts in every "
+                         "layer (as Mixtral has it): Hugging Face has no other class for them")
 
 
 def check_size(name: str, value: int) -> None:
@@ -159,6 +191,11 @@ PRESETS: dict[str, ModelConfig] = {
     "26m": ModelConfig(),  # exactly 25,829,888 parameters
     "64m": ModelConfig(hidden_size=768, num_key_value_heads=4, intermediate_size=2432, qk_norm=True),
     "104m": ModelConfig(hidden_size=768, num_hidden_layers=16, intermediate_size=2048),
+    # With experts: as many parameters as tiny and 64m in what one token uses, but more in all
+    "tiny-moe": ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+                            intermediate_size=384, qk_norm=True, rope_theta=1e4, num_experts=4),
+    "198m-a64m": ModelConfig(hidden_size=768, num_key_value_heads=4, intermediate_size=2432, qk_norm=True,
+                             num_experts=4),
 }
 
 
