@@ -76,6 +76,8 @@ class Adapters:
                  else self._get(name) for name in distinct]
         rows = [loras[distinct.index(name)] for name in names]
         layers = dict.fromkeys(layer for row in rows for layer in row)
+        if any(".experts." in layer for layer in layers):  # an expert reads tokens of all rows together
+            raise ModelError("adapters over experts can't differ between the rows of a batch: use one for all")
         self._put({layer: RowLoRA([row.get(layer) for row in rows]) for layer in layers}, list(names))
 
     def combine(self, name: str, weights: dict[str, float], how: str, rank: int | None = None) -> None:

@@ -7,6 +7,9 @@ import torch
 
 from common.errors import ModelError
 
+EXPERT_SETTINGS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+                   "mlp_only_layers", "router_aux_loss_coef", "router_z_loss_coef")
+
 
 @dataclass
 class ModelConfig:
@@ -31,7 +34,7 @@ class ModelConfig:
     # A mixture of experts (model/moe.py) in the place of the feed-forward layer; 0 experts: none
     num_experts: int = 0
     num_experts_per_tok: int = 1
-    moe_intermediate_size: int | None = None  # of one expert; None: intermediate_size
+    moe_intermediate_size: int | None = None  # None: an expert is as large as intermediate_size says
     norm_topk_prob: bool = False  # what the chosen experts count adds up to 1
     mlp_only_layers: tuple[int, ...] = ()  # the layers without experts, counted from 0
     router_aux_loss_coef: float = 0.01  # the weight of the loss that keeps experts equally busy
@@ -72,12 +75,15 @@ class ModelConfig:
     def has_experts(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.mlp_only_layers
 
+    @property
+    def expert_size(self) -> int:
+        return self.moe_intermediate_size or self.intermediate_size
+
 
 def check_experts(config: ModelConfig) -> None:
-    """Completes the settings of a mixture of experts. Raises ModelError for one that cannot exist."""
-    config.moe_intermediate_size = config.moe_intermediate_size or config.intermediate_size
+    """Raises ModelError for a mixture of experts that cannot exist."""
     config.mlp_only_layers = tuple(config.mlp_only_layers)
-    for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+    for name in ("num_experts", "num_experts_per_tok", "expert_size"):
         check_size(name, getattr(config, name))
     if config.num_experts_per_tok > config.num_experts:
         raise ModelError(f"{config.num_experts_per_tok} experts for each token, but there are only "
@@ -192,8 +198,9 @@ PRESETS: dict[str, ModelConfig] = {
     "64m": ModelConfig(hidden_size=768, num_key_value_heads=4, intermediate_size=2432, qk_norm=True),
     "104m": ModelConfig(hidden_size=768, num_hidden_layers=16, intermediate_size=2048),
     # With experts: as many parameters as tiny and 64m in what one token uses, but more in all
-    "tiny-moe": ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
-                            intermediate_size=384, qk_norm=True, rope_theta=1e4, num_experts=4),
+    "tiny-moe": ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=2,
+                            num_key_value_heads=1, intermediate_size=384, qk_norm=True, rope_theta=1e4,
+                            num_experts=4),
     "198m-a64m": ModelConfig(hidden_size=768, num_key_value_heads=4, intermediate_size=2432, qk_norm=True,
                              num_experts=4),
 }

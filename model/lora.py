@@ -154,6 +154,9 @@ def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dro
         raise ModelError("the model has LoRA already: call remove_lora first")
     layers = linear_layers(model)
     names = select_layers(layers, target_modules)
+    if dropout and any(".experts." in name for name in names):
+        raise ModelError("LoRA dropout over experts can't be saved, since PEFT has none there: use 0, or "
+                         "target_modules without experts")
     widths = [min(layers[name].in_features, layers[name].out_features) for name in names]
     # The width of a layer is here its smaller side. No matrix has more singular vectors than that, and PiSSA
     # takes `rank` of them in every layer. The other init works with any rank, but above the largest width no

@@ -1,4 +1,5 @@
-"""A mixture of experts: several feed-forward layers, of which each token uses a few. A reader may skip this file.
+"""A mixture of experts: several feed-forward layers, of which a token uses a few. A reader may skip this
+file.
 
 A model with experts has more weights than one without, but a token passes through as many as before. A
 router, one small matrix, chooses the experts of each token (Shazeer et al. 2017, arXiv:1701.06538). The
@@ -98,7 +99,7 @@ class MixtureOfExperts(nn.Module):
         return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
 
     def can_group(self, rows) -> bool:
-        """Whether a GPU can compute all experts at once: bfloat16, and no adapters and no quantized weights."""
+        """Whether a GPU can compute all experts at once: in bfloat16, with plain weights and no adapters."""
         layers = [layer for expert in self.experts for layer in expert.children()]
         sizes = {size for layer in layers for size in (layer.in_features, layer.out_features)}
         return (rows.device.type == "cuda" and matmul_dtype(rows) == torch.bfloat16
@@ -118,22 +119,24 @@ class MixtureOfExperts(nn.Module):
         return product(F.silu(product(rows, "gate_proj")) * product(rows, "up_proj"), "down_proj")
 
 
-def routing_sums(config, scores, labels, document_ids=None) -> dict[str, torch.Tensor]:
-    """What the routers did in a micro-batch, as sums over its labels: scores (L, B, T, E), labels (B, T).
+def routing_sums(config, scores, labels, document_ids=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the routers must pay in a micro-batch, and what they did, as sums over its labels.
 
-    router_penalty  router_aux_loss_coef * balance + router_z_loss_coef * the mean of logsumexp(r)^2
-    balance         E * sum over experts of f_e P_e   (Switch: Fedus et al. 2021, arXiv:2101.03961).
+    scores (L, B, T, E), labels and document_ids (B, T) -> the penalty, and for the log:
+
+    balance         E * the sum over experts of f_e P_e   (Switch: Fedus et al. 2021, arXiv:2101.03961).
                     f_e is the share of expert e in the choices of a document, P_e the mean of its p. It is 1
                     where all experts are used alike, and E / k where the same k serve every token.
     router_entropy  of p, in nats: log E where the router knows nothing, 0 where it is sure
     router_load     (L, E): f_e
 
-    All of them are means over layers, router_load apart. The z-loss (ST-MoE: Zoph et al. 2022,
-    arXiv:2202.08906) keeps r small. Each value belongs to one document, and counts once for each of the
-    document's labels. So all of it adds up over rows, micro-batches and processes, like the loss of tokens.
+    penalty = router_aux_loss_coef * balance + router_z_loss_coef * logsumexp(r)^2. The second term, the
+    z-loss (ST-MoE: Zoph et al. 2022, arXiv:2202.08906), keeps r small.
 
-    Tokens after the last label of their document do not count, since they have no part in the loss. Padding
-    is among them.
+    All of them are means over layers, router_load apart. Each value belongs to one document, and counts once
+    for each label of the document. So all of it adds up over rows, micro-batches and processes, like the loss
+    of tokens. Tokens after the last label of their document do not count, since they have no part in the
+    loss. Padding is among them.
     """
     if document_ids is None:
         document_ids = torch.zeros_like(labels)
@@ -142,22 +145,24 @@ def routing_sums(config, scores, labels, document_ids=None) -> dict[str, torch.T
     is_label = ((labels != -100) & ~begins).flatten()  # the first token of a document is never predicted
     place = torch.arange(labels.numel(), device=labels.device)
     nowhere = torch.full_like(place, -1)
-    last_label = nowhere.scatter_reduce(0, document, torch.where(is_label, place, nowhere), "amax")  # (D = N,)
+    label_places = torch.where(is_label, place, nowhere)
+    last_label = nowhere.scatter_reduce(0, document, label_places, "amax")  # (N,), for at most N documents
     counts = (place < last_label[document]).float()  # (N,)
 
     def per_document(values):  # (N, ...), whole numbers, whose sums are exact in any order -> (N, ...)
         return torch.zeros_like(values).index_add(0, document, values)[document]
 
     # A token has this share of its document's value, times the document's number of labels.
-    share = counts * per_document(is_label.float()) / per_document(counts).clamp(min=1)  # (N,)
+    num_tokens = per_document(counts).clamp(min=1)  # (N,): in the token's document
+    share = counts * per_document(is_label.float()) / num_tokens  # (N,)
     scores = scores.float().flatten(1, 2).transpose(0, 1)  # (N, L, E)
     p = scores.softmax(dim=-1)
     chosen = scores.detach().topk(config.num_experts_per_tok, dim=-1).indices
     is_chosen = torch.zeros_like(p).scatter(-1, chosen, 1.0) * counts[:, None, None]  # (N, L, E)
-    f = per_document(is_chosen) / (per_document(counts).clamp(min=1) * config.num_experts_per_tok)[:, None, None]
+    f = per_document(is_chosen) / (num_tokens * config.num_experts_per_tok)[:, None, None]
     balance = (share * (f * p).sum(-1).mean(1)).sum() * config.num_experts
     z = (share * scores.logsumexp(dim=-1).square().mean(1)).sum()
     entropy = (share * torch.special.entr(p.detach()).sum(-1).mean(1)).sum()
     load = (share[:, None, None] * is_chosen).sum(0) / config.num_experts_per_tok  # (L, E)
-    return {"router_penalty": config.router_aux_loss_coef * balance + config.router_z_loss_coef * z,
-            "balance": balance.detach(), "router_entropy": entropy, "router_load": load}
+    penalty = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+    return penalty, {"balance": balance.detach(), "router_entropy": entropy, "router_load": load}

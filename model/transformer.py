@@ -162,8 +162,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.has_experts = config.has_experts(layer)
         if self.has_experts:
-            experts = [FeedForward(config.hidden_size, config.moe_intermediate_size)
-                       for _ in range(config.num_experts)]
+            experts = [FeedForward(config.hidden_size, config.expert_size) for _ in range(config.num_experts)]
             self.mlp = MixtureOfExperts(config, experts)
         else:
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
@@ -228,7 +227,7 @@ class Output:
     head: nn.Module
     token_losses: torch.Tensor | None = None  # (B, T), see CausalLM.token_losses
     num_targets: torch.Tensor | None = None  # how many tokens have a label
-    routing: dict | None = None  # in training with experts: see routing_sums in model/moe.py
+    routing: tuple | None = None  # in training with experts: see routing_sums in model/moe.py
 
     @property
     def loss(self) -> torch.Tensor | None:

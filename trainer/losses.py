@@ -29,7 +29,8 @@ def cross_entropy(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Ten
     loss = output.token_losses.sum()
     if output.routing is None:
         return loss, {}
-    return loss + output.routing["router_penalty"], {"cross_entropy": loss} | output.routing
+    penalty, routing = output.routing
+    return loss + penalty, {"cross_entropy": loss} | routing
 
 
 # --- preferences: DPO and its kin ---------------------------------------------------------------------------

@@ -15,13 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer import args as flags
 
-SHAPE = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size".split()
-
 
 def main(args):
     # Imported here and not above, so that --help and the complaint about a mistyped flag come at once.
-    from dataclasses import replace
-
     import torch
 
     from dataset.lm_dataset import PretrainDataset
@@ -41,9 +37,9 @@ def main(args):
         model, tokenizer = stage.load_weights(args.load_from, ranks, args.tokenizer)
     else:
         tokenizer = load_tokenizer(args.tokenizer or OWN_TOKENIZER)
-        shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+        shape = flags.new_shape(args, preset(args.preset), vocabulary_size(tokenizer))
         torch.manual_seed(args.seed)
-        model = CausalLM(replace(preset(args.preset), vocab_size=vocabulary_size(tokenizer), **shape))
+        model = CausalLM(shape)
     # The data: plain text, every token of which is predicted
     batches, eval_batches, _ = stage.load_data(PretrainDataset, tokenizer, ranks, **vars(args))
     if ranks.is_main:
@@ -59,16 +55,13 @@ def main(args):
 if __name__ == "__main__":
     parser = flags.training_parser(__doc__)
     parser.add_argument("--split_documents", action="store_true", help="<|im_start|>..<|im_end|>: a document")
-    shape = parser.add_argument_group("the model's shape (later stages inherit it from the weights)")
-    shape.add_argument("--preset", default="tiny", help="micro, tiny, 26m, 64m or 104m")
-    for name in SHAPE:
-        shape.add_argument(f"--{name}", type=int, metavar="N", help="instead of the preset's")
+    flags.add_shape_flags(parser)
     # With these settings a model learns most from few tokens: docs/speedrun.md compares them with others.
     # world: without --data_path this file of the built-in data, a small world, is read.
     parser.set_defaults(stage="pretrain", world="pretrain", name="pretrain", optimizer="muon",
                         learning_rate=5e-3, lr_schedule="wsd", batch_size=16, max_seq_len=256)
     args = flags.parse_args(parser)
-    for name in ("preset", *SHAPE):
+    for name in ("preset", *flags.SHAPE, *flags.EXPERT_FLAGS):
         if args.load_from and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} has no effect with --load_from: weights bring their shape along")
     flags.run_script(main, args)
