@@ -9,6 +9,7 @@ transformers 5 holds fused tensors in memory, and writes them if save_original_f
 adapters are made for these: see `fuse_adapter` and `split_adapter`.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -61,6 +62,39 @@ def _parts_of_fused(experts: str, kind: str, num_experts: int, rows: int) -> dic
         cuts = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, None)}
     return {f"{experts}.{number}.{matrix}.weight": lambda whole, number=number, cut=cut: whole[number, cut]
             for number in range(num_experts) for matrix, cut in cuts.items()}
+
+
+# --- GGUF: one tensor for each matrix of all experts --------------------------------------------------------
+
+
+def stack_experts(tensors: dict) -> dict:
+    """mlp.experts.0.up_proj.weight (out, in), mlp.experts.1... -> mlp.experts.up_proj.weight (E, out, in)."""
+    stacked, groups = {}, {}
+    for name, tensor in tensors.items():
+        whole = re.sub(r"\.mlp\.experts\.\d+\.", ".mlp.experts.", name)
+        groups.setdefault(whole, []).append(tensor)
+        stacked[whole] = None  # keeps the order
+    return {name: torch.stack(groups[name]) if ".mlp.experts." in name else groups[name][0]
+            for name in stacked}
+
+
+def unstack_experts(shapes: dict[str, tuple], readers: dict[str, Callable]) -> tuple[dict, dict]:
+    """The shapes of tensors, and the functions that read them, in a file with stacked experts -> the same for
+    each expert.
+
+    The experts of a layer are read one after the other, so the layer's last three tensors are kept.
+    """
+    read = functools.lru_cache(maxsize=3)(lambda name: readers[name]())
+    new_shapes, new_readers = {}, {}
+    for name, shape in shapes.items():
+        parts = {name: readers[name]}
+        if ".mlp.experts." in name and len(shape) == 3:
+            shape = shape[1:]
+            parts = {name.replace(".experts.", f".experts.{number}."):
+                     lambda name=name, number=number: read(name)[number] for number in range(shapes[name][0])}
+        new_shapes |= dict.fromkeys(parts, shape)
+        new_readers |= parts
+    return new_shapes, new_readers
 
 
 # --- adapters -----------------------------------------------------------------------------------------------

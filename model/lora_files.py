@@ -32,7 +32,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OBEYED_SETTINGS = {"peft_type", "init_lora_weights", "r", "lora_alpha", "lora_dropout", "use_rslora",
                    "rank_pattern", "alpha_pattern"}
 HARMLESS_SETTINGS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-                     "inference_mode", "target_modules", "target_parameters", "exclude_modules",
+                     "inference_mode", "target_modules", "exclude_modules",
                      "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_config",
                      "megatron_core",
                      "qalora_group_size", "loftq_config", "runtime_config", "ensure_weight_tying"}
@@ -224,7 +224,10 @@ def read_adapter(path: Path, model: nn.Module, layers: dict[str, nn.Module]) -> 
         config, marks = {}, {}
         if path.is_dir():
             config = files.read_json(path / CONFIG)
-            _check_config(config)
+            has_experts = getattr(getattr(model, "config", None), "num_experts", 0) > 0
+            # The names of the tensors say which experts these are for.
+            _check_config({key: value for key, value in config.items()
+                           if key != "target_parameters" or not has_experts})
             if not (path / WEIGHTS).is_file():
                 raise ModelError(f"{WEIGHTS} is missing (a pickled adapter_model.bin is not read)")
             state, metadata = files.read_safetensors(path / WEIGHTS)

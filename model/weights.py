@@ -342,6 +342,9 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     files.check_finite(tensors, f"save {path}")
     tensors = to_bitsandbytes(model, tensors)
+    if model.config.num_experts and quantization_config(model):
+        raise ModelError("experts in 4 bits are not saved, since transformers can't read them: save the "
+                         "model as it is, and quantize it after loading")
     names = {name for name in tensors if ".weight." not in name}  # without the constants of 4-bit weights
     surplus = names ^ _without_memory(model.config).state_dict().keys()
     if surplus:
