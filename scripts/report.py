@@ -29,7 +29,6 @@ RECORDS_OF_LOSS = 200  # of these, evenly spread, the loss is measured
 PROMPTS, SHOWN_PROMPTS = 16, 6  # answered, and shown
 MAX_NEW_TOKENS = 96
 LONGEST_UNIT, UNITS = 32, 4  # an answer loops if it ends with a phrase of up to 32 tokens, 4 times
-SHAPE = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size".split()
 MISTAKES = (DataError, ModelError, RunError, UsageError, OSError)
 
 
@@ -56,7 +55,8 @@ def main(args):
     for path in args.data_path:
         if not is_file(path):
             raise UsageError(f"--data_path {path}: there is no such file")
-    sections = [symptoms_section(run), "<h2>Curves</h2>" + report_page.curves(run), cost_section(run)]
+    sections = [symptoms_section(run), "<h2>Curves</h2>" + report_page.curves(run),
+                report_page.router_section(run), cost_section(run)]
     if not args.no_samples:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             sections += model_sections(run, args.data_path, Path(folder))
@@ -269,7 +269,7 @@ def models_of(run, folder: Path, notes: list[str]) -> list[Asked]:
 
 def unpack(run, checkpoint: Path, parent: Path | None, folder: Path) -> tuple[Path, list[Path]]:
     """Saves the weights of a checkpoint as a model folder, or as an adapter. Returns (model, adapters)."""
-    from dataclasses import replace
+    from argparse import Namespace
 
     import torch
 
@@ -279,6 +279,7 @@ def unpack(run, checkpoint: Path, parent: Path | None, folder: Path) -> tuple[Pa
     from model.tokenizer_files import OWN_TOKENIZER, load_tokenizer, vocabulary_size
     from model.transformer import CausalLM, preset
     from model.weights import load_model, save_model
+    from trainer.args import EXPERT_FLAGS, SHAPE, new_shape
 
     with explained(checkpoint):
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)
@@ -291,8 +292,8 @@ def unpack(run, checkpoint: Path, parent: Path | None, folder: Path) -> tuple[Pa
         if parent:
             model = load_model(parent)
         else:
-            shape = {name: flags[name] for name in SHAPE if flags.get(name) is not None}
-            model = CausalLM(replace(preset(flags["preset"]), vocab_size=vocabulary_size(tokenizer), **shape))
+            shape = Namespace(**dict.fromkeys([*SHAPE, *EXPERT_FLAGS]) | flags)
+            model = CausalLM(new_shape(shape, preset(flags["preset"]), vocabulary_size(tokenizer)))
         if flags.get("lora_rank"):
             apply_lora(model, flags["lora_rank"], flags["lora_alpha"], 0.0, flags["target_modules"],
                        flags["lora_rslora"])
