@@ -180,8 +180,8 @@ def router_section(run: Run) -> str:
             rows.append([f"layer {layer}, expert {expert}", *(
                 Cell(f'<td class="score" style="--share: {min(share / 2, 1):.2f}">{share:.2f}</td>')
                 for share in shares)])
-    said = ("1.00 is the fair share of an expert, and 0 means that no token went there. Each column is a line "
-            "of the log.")
+    said = ("1.00 is the fair share of an expert, and 0 means that no token went there. Each column is a "
+            "line of the log.")
     said += " Of each layer only the least and the most used expert of the end are shown." * too_many
     return (f"<h2>How much each expert is used</h2><p>{said}</p>"
             + table(rows, ["", *(f"step {step:,.0f}" for step, _ in loads)]))
