@@ -14,6 +14,7 @@ from torch import nn
 
 from common.device import matmul_dtype
 
+ROWS_MULTIPLE = 64  # of the matrix that an expert reads
 GROUPED_WIDTH_MULTIPLE = 8  # a grouped product in bfloat16 takes rows of a multiple of 16 bytes
 
 
@@ -82,7 +83,9 @@ class MixtureOfExperts(nn.Module):
         rows = Reorder.apply(copies, order, inverse)
         y = self.grouped(rows, counts) if self.can_group(rows) else self.one_by_one(rows, counts)
         y = Reorder.apply(y, inverse, order).view(*chosen.shape, -1)  # (B, T, k, C)
-        return (y * p[..., None].to(y.dtype)).sum(2), scores
+        weighted = [of_rank * weight[..., None] for of_rank, weight in
+                    zip(y.unbind(2), p.to(y.dtype).unbind(2), strict=True)]
+        return sum(weighted), scores  # (B, T, C), from the likeliest expert of each token to the k-th
 
     def choose(self, scores):
         """(how much each chosen expert counts, which experts these are), (..., k) each, of r (..., E)."""
@@ -94,9 +97,14 @@ class MixtureOfExperts(nn.Module):
 
         An expert without a token computes with a matrix of no rows. So its weights get a gradient of zeros,
         as they must: all processes then exchange the same gradients, and optimizers see every weight.
+
+        Rows of zeros fill a matrix up, so that few sizes occur. A CPU prepares a product in bfloat16 anew for
+        each size that it has not met lately, which takes longer than the product of a small layer.
         """
         parts = rows.split(counts.tolist())  # here a CPU waits for a GPU
-        return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        filled = [F.pad(part, (0, 0, 0, -len(part) % ROWS_MULTIPLE)) for part in parts]
+        return torch.cat([expert(rows)[:len(part)] for expert, rows, part
+                          in zip(self.experts, filled, parts, strict=True)])
 
     def can_group(self, rows) -> bool:
         """Whether a GPU can compute all experts at once: in bfloat16, with plain weights and no adapters."""
