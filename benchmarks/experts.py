@@ -1,6 +1,6 @@
 """What a mixture of experts costs and what it brings, beside a dense model that computes as much for a token.
 
-    python benchmarks/experts.py --jobs speed                   # a step of tiny and 26m, dense and with experts
+    python benchmarks/experts.py --jobs speed                 # a step of tiny and 26m, dense and with experts
     python benchmarks/experts.py --jobs speed --minimind ../minimind --rounds 10       # a clone of MiniMind
     OMP_NUM_THREADS=1 python benchmarks/experts.py --jobs speed --clock cpu    # on a machine that others use
     python benchmarks/experts.py --jobs pays --out_dir out/experts --steps 2000
@@ -84,7 +84,7 @@ def turns_of(preset: str, optimizer: str, args) -> dict[str, list[float]]:
 
 
 def work(args) -> None:
-    """The process of one contender: for each line that it reads it takes a step, and says how long it took."""
+    """The process of one contender: for each line that it reads it takes a step, and says how long it was."""
     import torch
 
     from common.device import keep_freed_memory

@@ -98,13 +98,15 @@ class MixtureOfExperts(nn.Module):
         An expert without a token computes with a matrix of no rows. So its weights get a gradient of zeros,
         as they must: all processes then exchange the same gradients, and optimizers see every weight.
 
-        Rows of zeros fill a matrix up, so that few sizes occur. A CPU prepares a product in bfloat16 anew for
-        each size that it has not met lately, which takes longer than the product of a small layer.
+        Rows of zeros fill a large matrix up, so that few sizes occur. A CPU prepares a product in bfloat16
+        anew for each size that it has not met lately, which takes longer than the product of a small layer.
         """
         parts = rows.split(counts.tolist())  # here a CPU waits for a GPU
-        filled = [F.pad(part, (0, 0, 0, -len(part) % ROWS_MULTIPLE)) for part in parts]
-        return torch.cat([expert(rows)[:len(part)] for expert, rows, part
-                          in zip(self.experts, filled, parts, strict=True)])
+        results = []
+        for expert, part in zip(self.experts, parts, strict=True):
+            zeros = -len(part) % ROWS_MULTIPLE if len(part) > ROWS_MULTIPLE else 0
+            results.append(expert(F.pad(part, (0, 0, 0, zeros)))[:len(part)])
+        return torch.cat(results)
 
     def can_group(self, rows) -> bool:
         """Whether a GPU can compute all experts at once: in bfloat16, with plain weights and no adapters."""
