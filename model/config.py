@@ -1,14 +1,12 @@
 """The shape of a model: `ModelConfig` and the presets; and the scaling of rotary positions."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from common.errors import ModelError
-
-EXPERT_SETTINGS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
-                   "mlp_only_layers", "router_aux_loss_coef", "router_z_loss_coef")
+from model.moe import check_experts
 
 
 @dataclass
@@ -42,7 +40,8 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                     "intermediate_size", "vocab_size", "max_position_embeddings"):
+                     "intermediate_size", "vocab_size", "max_position_embeddings", "num_experts_per_tok",
+                     "expert_size"):
             check_size(name, getattr(self, name))
         for name in ("head_dim", "sliding_window"):
             if getattr(self, name) is not None:
@@ -64,6 +63,7 @@ class ModelConfig:
         if self.qk_norm and self.attention_bias:
             raise ModelError("qk_norm and attention_bias: Hugging Face has no class with both; choose one")
         if self.num_experts:
+            self.mlp_only_layers = tuple(self.mlp_only_layers)
             check_experts(self)
         if not isinstance(self.rope_scaling, dict | None):
             raise ModelError(f"rope_scaling must be an object or null, not {self.rope_scaling!r}")
@@ -78,23 +78,6 @@ class ModelConfig:
     @property
     def expert_size(self) -> int:
         return self.moe_intermediate_size or self.intermediate_size
-
-
-def check_experts(config: ModelConfig) -> None:
-    """Raises ModelError for a mixture of experts that cannot exist."""
-    config.mlp_only_layers = tuple(config.mlp_only_layers)
-    for name in ("num_experts", "num_experts_per_tok", "expert_size"):
-        check_size(name, getattr(config, name))
-    if config.num_experts_per_tok > config.num_experts:
-        raise ModelError(f"{config.num_experts_per_tok} experts for each token, but there are only "
-                         f"{config.num_experts}")
-    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-        if not isinstance(getattr(config, name), (int, float)) or not 0 <= getattr(config, name) < math.inf:
-            raise ModelError(f"{name} must be a number from 0 up, not {getattr(config, name)!r}")
-    is_mixtral = config.norm_topk_prob and not config.mlp_only_layers and not config.attention_bias
-    if not config.qk_norm and not is_mixtral:
-        raise ModelError("experts need qk_norm (as Qwen3-MoE has it), or norm_topk_prob and experts in every "
-                         "layer (as Mixtral has it): Hugging Face has no other class for them")
 
 
 def check_size(name: str, value: int) -> None:
@@ -197,13 +180,10 @@ PRESETS: dict[str, ModelConfig] = {
     "26m": ModelConfig(),  # exactly 25,829,888 parameters
     "64m": ModelConfig(hidden_size=768, num_key_value_heads=4, intermediate_size=2432, qk_norm=True),
     "104m": ModelConfig(hidden_size=768, num_hidden_layers=16, intermediate_size=2048),
-    # With experts: as many parameters as tiny and 64m in what one token uses, but more in all
-    "tiny-moe": ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=2,
-                            num_key_value_heads=1, intermediate_size=384, qk_norm=True, rope_theta=1e4,
-                            num_experts=4),
-    "198m-a64m": ModelConfig(hidden_size=768, num_key_value_heads=4, intermediate_size=2432, qk_norm=True,
-                             num_experts=4),
 }
+# With experts: as many parameters as tiny and 64m in what one token uses, but more in all
+PRESETS |= {"tiny-moe": replace(PRESETS["tiny"], num_experts=4),
+            "198m-a64m": replace(PRESETS["64m"], num_experts=4)}
 
 
 def preset(name: str) -> ModelConfig:

@@ -8,14 +8,37 @@ tensors have the names that Hugging Face's Qwen3MoeForCausalLM has on disk. docs
 Shapes: B batch, T tokens, N = B T, C width, E experts, k experts for each token, L layers that have experts
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common.device import matmul_dtype
+from common.errors import ModelError
 
+SETTINGS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+            "mlp_only_layers", "router_aux_loss_coef", "router_z_loss_coef")  # the fields of ModelConfig
+MAX_EXPERTS = 2**16
 ROWS_MULTIPLE = 64  # of the matrix that an expert reads
 GROUPED_WIDTH_MULTIPLE = 8  # a grouped product in bfloat16 takes rows of a multiple of 16 bytes
+
+
+def check_experts(config) -> None:
+    """Raises ModelError for a mixture of experts that cannot exist. config: a ModelConfig with experts."""
+    if not isinstance(config.num_experts, int) or not 0 < config.num_experts < MAX_EXPERTS:
+        raise ModelError(f"num_experts must be a positive integer below {MAX_EXPERTS:,}, not "
+                         f"{config.num_experts!r}")
+    if config.num_experts_per_tok > config.num_experts:
+        raise ModelError(f"{config.num_experts_per_tok} experts for each token, but there are only "
+                         f"{config.num_experts}")
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        if not isinstance(getattr(config, name), (int, float)) or not 0 <= getattr(config, name) < math.inf:
+            raise ModelError(f"{name} must be a number from 0 up, not {getattr(config, name)!r}")
+    is_mixtral = config.norm_topk_prob and not config.mlp_only_layers and not config.attention_bias
+    if not config.qk_norm and not is_mixtral:
+        raise ModelError("experts need qk_norm (as Qwen3-MoE has it), or norm_topk_prob and experts in every "
+                         "layer (as Mixtral has it): Hugging Face has no other class for them")
 
 
 class Router(nn.Module):
@@ -65,11 +88,12 @@ class MixtureOfExperts(nn.Module):
         expert   0 1 0 0 1         inverse  0 3 1 2 4       expert 0 reads a c d, expert 1 reads b e
     """
 
-    def __init__(self, config, experts: list[nn.Module]):
-        """experts: a feed-forward layer each, FeedForward of model/transformer.py."""
+    def __init__(self, config, make_expert):
+        """make_expert(width, intermediate_size): FeedForward of model/transformer.py."""
         super().__init__()
         self.gate = Router(config.hidden_size, config.num_experts)
-        self.experts = nn.ModuleList(experts)
+        self.experts = nn.ModuleList(make_expert(config.hidden_size, config.expert_size)
+                                     for _ in range(config.num_experts))
         self.experts_per_token, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
 
     def forward(self, x):

@@ -161,11 +161,8 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.has_experts = config.has_experts(layer)
-        if self.has_experts:
-            experts = [FeedForward(config.hidden_size, config.expert_size) for _ in range(config.num_experts)]
-            self.mlp = MixtureOfExperts(config, experts)
-        else:
-            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+        self.mlp = (MixtureOfExperts(config, FeedForward) if self.has_experts
+                    else FeedForward(config.hidden_size, config.intermediate_size))
 
     def forward(self, x, rope, mask, cache=None):
         """x (B, T, C) -> (B, T, C). A block with experts also returns its router's scores, (B, T, E)."""

@@ -21,11 +21,12 @@ import torch
 from common import files
 from common.errors import ModelError
 from common.fast_start import give_memory, without_initial_values
-from model.config import EXPERT_SETTINGS, ModelConfig, check_size
+from model.config import ModelConfig, check_size
 from model.expert_files import mixtral_names, our_names
 from model.gguf import read_model as read_gguf_model
 from model.gguf_file import is_gguf
 from model.int8 import Int8Linear
+from model.moe import SETTINGS as EXPERT_SETTINGS
 from model.quantize import from_bitsandbytes, quantization_config, to_bitsandbytes
 from model.tokenizer_files import FILES as TOKENIZER_FILES
 from model.tokenizer_files import load_tokenizer as load_tokenizer  # so that others find all three here
