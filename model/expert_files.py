@@ -25,7 +25,8 @@ FUSED = re.compile(r"(.{1,200}\.mlp\.experts)\.(gate_up_proj|down_proj)")
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def our_names(tensors: dict, readers: dict[str, Callable]) -> tuple[dict, dict[str, Callable]]:
+def our_names(tensors: dict, readers: dict[str, Callable],
+              num_experts: int) -> tuple[dict, dict[str, Callable]]:
     """The tensors of a file, and the functions that read them, under the names of Qwen3-MoE on disk.
 
     Other names stay. Fused tensors become views of one expert each.
@@ -33,7 +34,7 @@ def our_names(tensors: dict, readers: dict[str, Callable]) -> tuple[dict, dict[s
     new_tensors, new_readers = {}, {}
     for name, tensor in tensors.items():
         parts = {_renamed(name, MIXTRAL): lambda whole: whole}
-        if (found := FUSED.fullmatch(name)) and tensor.ndim == 3:
+        if (found := FUSED.fullmatch(name)) and tensor.ndim == 3 and len(tensor) == num_experts:
             parts = _parts_of_fused(found[1], found[2], *tensor.shape[:2])
         for part, cut in parts.items():
             new_tensors[part] = cut(tensor)

@@ -83,6 +83,9 @@ class MixtureOfExperts(nn.Module):
     norm_topk_prob: the p of the chosen experts are divided by their sum, as in Mixtral. With k = 1 the only p
     is then 1 whatever the router says, so no gradient reaches the router.
 
+    Experts are layers like all others, and no tensors of three dimensions. So adapters, 4 bits and Muon take
+    each of them as they take any layer, and on disk each has its own name.
+
     Tokens are sorted by expert, so that each expert reads its tokens as one matrix. With k = 1 and E = 2:
         token    a b c d e         order    0 2 3 | 1 4     sorted   a c d | b e
         expert   0 1 0 0 1         inverse  0 3 1 2 4       expert 0 reads a c d, expert 1 reads b e

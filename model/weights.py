@@ -191,7 +191,8 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM
                 of_file, _ = files.read_safetensors(file)
                 tensors |= of_file
                 readers |= {name: partial(_read_again, file, name) for name in of_file}
-            tensors, readers = our_names(tensors, readers) if config.num_experts else (tensors, readers)
+            if config.num_experts:
+                tensors, readers = our_names(tensors, readers, config.num_experts)
         elif is_gguf(path):
             config, shapes, readers, generation = read_gguf_model(path)
             tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -201,8 +202,11 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> CausalLM
             config = _infer_config(tensors)
         else:
             raise ModelError(f"no model at {path}: neither a folder with config.json, nor .pth, nor .gguf")
-        if config.num_hidden_layers > len(tensors):
-            raise ModelError(f"{config.num_hidden_layers} layers in the config, but {len(tensors)} tensors")
+        experts = config.num_experts * (config.num_hidden_layers - len(config.mlp_only_layers))
+        if config.num_hidden_layers + experts > len(tensors):
+            of_experts = f" with {experts} experts" if experts else ""
+            raise ModelError(f"{config.num_hidden_layers} layers{of_experts} in the config, but "
+                             f"{len(tensors)} tensors")
         model = _without_memory(config).to(dtype or torch.float32)  # so that a wrong file costs no memory
         # Layers that the file holds in 4 bits become NF4Linear before the names and shapes are compared.
         tensors = _check(from_bitsandbytes(model, tensors), model)

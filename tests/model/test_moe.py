@@ -340,6 +340,7 @@ def test_a_state_dict_of_minimind(tmp_path):
     ({"mlp_only_layers": [0]}, "has no model.layers.0.mlp.down_proj"),
     ({"router_aux_loss_coef": "much"}, "router_aux_loss_coef must be a number"),
     ({"num_local_experts": 5}, "has no model.layers.0.mlp.experts.4"),
+    ({"num_local_experts": 60000, "num_hidden_layers": 9000}, "9000 layers with 540000000 experts"),
     ({"num_local_experts": 0}, "has no model.layers.0.mlp.down_proj"),
 ], ids=str)
 def test_a_config_that_makes_no_sense_or_does_not_fit(changes, complaint, tmp_path):
