@@ -70,13 +70,11 @@ def _parts_of_fused(experts: str, kind: str, num_experts: int, rows: int) -> dic
 
 def stack_experts(tensors: dict) -> dict:
     """mlp.experts.0.up_proj.weight (out, in), mlp.experts.1... -> mlp.experts.up_proj.weight (E, out, in)."""
-    stacked, groups = {}, {}
+    groups = {}
     for name, tensor in tensors.items():
-        whole = re.sub(r"\.mlp\.experts\.\d+\.", ".mlp.experts.", name)
-        groups.setdefault(whole, []).append(tensor)
-        stacked[whole] = None  # keeps the order
-    return {name: torch.stack(groups[name]) if ".mlp.experts." in name else groups[name][0]
-            for name in stacked}
+        groups.setdefault(re.sub(r"\.mlp\.experts\.\d+\.", ".mlp.experts.", name), []).append(tensor)
+    return {name: torch.stack(group) if ".mlp.experts." in name else group[0]
+            for name, group in groups.items()}
 
 
 def unstack_experts(shapes: dict[str, tuple], readers: dict[str, Callable]) -> tuple[dict, dict]:

@@ -229,11 +229,12 @@ def freeze_all_but_lora(model: nn.Module) -> None:
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Holds the frozen matrices in the type that the forward pass computes in, to save memory.
 
-    Training needs float32, because it makes small changes. What never changes does not need it. Norms and
-    biases, which are small, stay as they are, and so do quantized weights.
+    Training needs float32, because it makes small changes. What never changes does not need it. Norms, biases
+    and routers, which are small, stay as they are, and so do quantized weights.
     """
-    for weight in model.parameters():
-        if not weight.requires_grad and weight.is_floating_point() and weight.ndim == 2:
+    for name, weight in model.named_parameters():
+        is_small = weight.ndim != 2 or name.endswith("mlp.gate.weight")  # a router: see model/moe.py
+        if not weight.requires_grad and weight.is_floating_point() and not is_small:
             weight.data = weight.data.to(dtype)  # the same Parameter: embedding and head may share it
 
 

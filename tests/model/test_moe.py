@@ -25,7 +25,16 @@ from model.adapters import Adapters
 from model.generate import generate
 from model.gguf import write_model
 from model.int8 import quantize_int8
-from model.lora import apply_lora, load_lora, lora_parameters, merge_lora, save_lora, unmerge_lora
+from model.lora import (
+    apply_lora,
+    cast_frozen,
+    freeze_all_but_lora,
+    load_lora,
+    lora_parameters,
+    merge_lora,
+    save_lora,
+    unmerge_lora,
+)
 from model.moe import Reorder, routing_sums
 from model.one_token import prepare_to_decode
 from model.quantize import dequantize_model, quantize_model
@@ -447,6 +456,16 @@ def test_an_adapter_of_pefts_gives_the_same_here(settings, tmp_path):
     peft.save_pretrained(tmp_path / "lora")
     load_lora(base, tmp_path / "lora")
     assert distance(logits(peft), logits(base)) < 1e-5
+
+
+def test_a_frozen_router_stays_in_float32():
+    """A rounded one would send some tokens to other experts than the one that is saved."""
+    model = ours()
+    apply_lora(model, 2)
+    freeze_all_but_lora(model)
+    cast_frozen(model, torch.bfloat16)
+    mlp = model.model.layers[0].mlp
+    assert mlp.gate.weight.dtype == torch.float32 and mlp.experts[1].up_proj.weight.dtype == torch.bfloat16
 
 
 def test_adapters_over_experts_that_can_not_be_are_refused(tmp_path):
