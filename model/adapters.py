@@ -76,7 +76,15 @@ class Adapters:
                  else self._get(name) for name in distinct]
         rows = [loras[distinct.index(name)] for name in names]
         layers = dict.fromkeys(layer for row in rows for layer in row)
+        if not self.fit_together(names):
+            raise ModelError("adapters over experts can't differ between the rows of a batch")
         self._put({layer: RowLoRA([row.get(layer) for row in rows]) for layer in layers}, list(names))
+
+    def fit_together(self, names: list) -> bool:
+        """Whether `use_rows` takes these. An expert reads tokens of all rows as one matrix, so where adapters
+        change experts, all rows must have the same one."""
+        over_experts = any(".experts." in layer for loras in self.adapters.values() for layer in loras)
+        return not over_experts or all(name == names[0] for name in names)
 
     def combine(self, name: str, weights: dict[str, float], how: str, rank: int | None = None) -> None:
         """Makes a new adapter, `name`, of others, by PEFT's definitions:

@@ -125,6 +125,8 @@ class Batch:
 
     def fits(self, rows: list[Row]) -> bool:
         """Whether these rows can join those that are there."""
+        if not self.adapters.fit_together([row.adapter for row in [*rows, *self.rows]]):
+            return False
         # All are padded to the longest of them.
         num_prompts = len(set(map(prompt_key, rows)))
         if num_prompts > 1 and num_prompts * max(len(row.prompt) for row in rows) > PROMPT_TOKENS_AT_ONCE:

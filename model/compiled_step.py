@@ -83,5 +83,7 @@ def compile_step(model: CausalLM) -> CausalLM:
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
         raise UsageError(f"--compile is for float32 and int8 on a CPU, not for {kind}")
+    if model.config.num_experts:
+        raise UsageError("--compile is not for experts: each step computes something else")
     model.one_token = CompiledStep(model)
     return model

@@ -1,12 +1,13 @@
 """The shape of a model: `ModelConfig` and the presets; and the scaling of rotary positions."""
 
 import math
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 
 import torch
 
 from common.errors import ModelError
 from model.attention import SLIDING, layer_kinds
+from model.moe import check_experts
 
 
 @dataclass
@@ -31,10 +32,19 @@ class ModelConfig:
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
     layer_types: list[str] | None = None  # which layers have the window (model/attention.py); None: all
     full_attention_every: InitVar[int | None] = None  # K instead of layer_types: all layers but every K-th
+    # A mixture of experts (model/moe.py) in the place of the feed-forward layer; 0 experts: none
+    num_experts: int = 0
+    num_experts_per_tok: int = 1
+    moe_intermediate_size: int | None = None  # None: an expert is as large as intermediate_size says
+    norm_topk_prob: bool = False  # what the chosen experts count adds up to 1
+    mlp_only_layers: tuple[int, ...] = ()  # the layers without experts, counted from 0
+    router_aux_loss_coef: float = 0.01  # the weight of the loss that keeps experts equally busy
+    router_z_loss_coef: float = 0.001  # the weight of the loss that keeps the router's scores small
 
     def __post_init__(self, full_attention_every):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                     "intermediate_size", "vocab_size", "max_position_embeddings"):
+                     "intermediate_size", "vocab_size", "max_position_embeddings", "num_experts_per_tok",
+                     "expert_size"):
             check_size(name, getattr(self, name))
         for name in ("head_dim", "sliding_window"):
             if getattr(self, name) is not None:
@@ -57,6 +67,9 @@ class ModelConfig:
             raise ModelError("qk_norm and attention_bias: Hugging Face has no class with both; choose one")
         if full_attention_every is not None or self.layer_types is not None:
             self.sliding_window, self.layer_types = layer_kinds(self, full_attention_every)
+        if self.num_experts:
+            self.mlp_only_layers = tuple(self.mlp_only_layers)
+            check_experts(self)
         if not isinstance(self.rope_scaling, dict | None):
             raise ModelError(f"rope_scaling must be an object or null, not {self.rope_scaling!r}")
         frequency, scale = rope_frequencies(self, "cpu")  # raises for unknown or incomplete settings
@@ -68,6 +81,14 @@ class ModelConfig:
         """The window of each layer; None where a token sees all tokens before it."""
         kinds = self.layer_types or [SLIDING] * self.num_hidden_layers
         return [self.sliding_window if kind == SLIDING else None for kind in kinds]
+
+
+    def has_experts(self, layer: int) -> bool:
+        return self.num_experts > 0 and layer not in self.mlp_only_layers
+
+    @property
+    def expert_size(self) -> int:
+        return self.moe_intermediate_size or self.intermediate_size
 
 
 def check_size(name: str, value: int) -> None:
@@ -171,6 +192,9 @@ PRESETS: dict[str, ModelConfig] = {
     "64m": ModelConfig(hidden_size=768, num_key_value_heads=4, intermediate_size=2432, qk_norm=True),
     "104m": ModelConfig(hidden_size=768, num_hidden_layers=16, intermediate_size=2048),
 }
+# With experts: as many parameters as tiny and 64m in what one token uses, but more in all
+PRESETS |= {"tiny-moe": replace(PRESETS["tiny"], num_experts=4),
+            "198m-a64m": replace(PRESETS["64m"], num_experts=4)}
 
 
 def preset(name: str) -> ModelConfig:

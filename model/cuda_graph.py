@@ -101,11 +101,12 @@ class RecordedStep:
 
 
 def record_decoding(model: CausalLM) -> CausalLM:
-    """Lets `generate` decode by a recorded step, if the model is on CUDA and not quantized.
+    """Lets `generate` decode by a recorded step, if the model is on CUDA, not quantized and without experts.
 
-    Quantized weights are looked up in tables that come from the CPU, which no recording can hold.
+    Quantized weights are looked up in tables that come from the CPU, which no recording can hold. With
+    experts each step computes something else.
     """
     quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
-    if model.model.norm.weight.is_cuda and not quantized:
+    if model.model.norm.weight.is_cuda and not quantized and not model.config.num_experts:
         model.one_token = RecordedStep(model)
     return model

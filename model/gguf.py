@@ -21,16 +21,19 @@ import torch
 from common import files
 from common.errors import ModelError
 from model.config import ModelConfig, rope_frequencies
+from model.expert_files import stack_experts, unstack_experts
 from model.gguf_file import StoredTensor, package, read_gguf
 from model.gguf_tokenizer import token_ids, tokenizer_fields
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral is `llama`, too
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe")  # Mistral and Mixtral are `llama`, too
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}  # general.file_type
 LAYER = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
          "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
          "self_attn.k_norm": "attn_k_norm",
-         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+         "mlp.gate": "ffn_gate_inp", "mlp.experts.gate_proj": "ffn_gate_exps",  # all experts in one tensor
+         "mlp.experts.up_proj": "ffn_up_exps", "mlp.experts.down_proj": "ffn_down_exps"}
 OTHER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 ROPE_FACTORS = "rope_freqs.weight"  # what llama3's scaling divides the angle of each pair by, (D/2,)
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
@@ -40,7 +43,9 @@ PLAIN = ("F32", "F16", "BF16", "F64")  # types that need no dequantizing
 
 
 def architecture(config: ModelConfig) -> str:
-    return "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
+    if config.qk_norm:
+        return "qwen3moe" if config.num_experts else "qwen3"
+    return "qwen2" if config.attention_bias else "llama"
 
 
 def gguf_name(name: str) -> str:
@@ -106,7 +111,7 @@ def write_model(model, tokenizer, path: Path, kind: str, name: str, ends: list[i
         tokenizer_fields(writer, tokenizer, config.vocab_size, ends)
         if (config.rope_scaling or {}).get("rope_type") == "llama3":
             add_tensor(writer, ROPE_FACTORS, llama3_factors(config), "F32")
-        for tensor_name, tensor in model.state_dict().items():
+        for tensor_name, tensor in stack_experts(model.state_dict()).items():
             if ".lora." in tensor_name or ".weight." in tensor_name:
                 raise ModelError(f"can't export {tensor_name}: merge adapters, and dequantize weights")
             if tensor_name == "lm_head.weight" and config.tie_word_embeddings:
@@ -123,6 +128,9 @@ def write_adapter(model, loras: dict, path: Path, kind: str, name: str) -> None:
     llama.cpp multiplies B A by alpha / rank with one alpha for all layers. Where layers differ, the
     difference goes into B. Raises ModelError for an adapter over a head that is the embedding, too.
     """
+    if any(".experts." in layer for layer in loras):
+        raise ModelError("this adapter changes experts: an adapter file can't say that; merge it first, with "
+                         "scripts/merge_lora.py")
     if "lm_head" in loras and model.config.tie_word_embeddings:
         raise ModelError("this adapter changes the output head, which is the embedding, too: an adapter file "
                          "can't say that; merge it first, with scripts/merge_lora.py")
@@ -163,9 +171,9 @@ def add_tensor(writer, name: str, numbers: torch.Tensor, kind: str) -> None:
 
 
 def store_type(name: str, shape: tuple, wanted: str) -> str:
-    """Norms and biases stay float32. Rows that blocks of 32 don't divide become float16. In a Q4_0 file
-    embedding and head, which a small model feels most, have 8 bits."""
-    if len(shape) == 1:
+    """Norms, biases and routers stay float32. Rows that blocks of 32 don't divide become float16. In a Q4_0
+    file embedding and head, which a small model feels most, have 8 bits."""
+    if len(shape) == 1 or "ffn_gate_inp" in name:
         return "F32"
     if wanted.startswith("Q") and shape[-1] % 32:
         return "F16"
@@ -186,6 +194,7 @@ def add_shape(writer, config: ModelConfig) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
+    add_experts(writer, config)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
@@ -194,6 +203,20 @@ def add_shape(writer, config: ModelConfig) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+
+
+def add_experts(writer, config: ModelConfig) -> None:
+    """The fields of the experts. Raises ModelError for what llama.cpp computes in another way."""
+    if not config.num_experts:
+        return
+    if not config.norm_topk_prob:
+        raise ModelError("norm_topk_prob is false: in llama.cpp what a token's experts count always adds up "
+                         "to 1, so it would answer otherwise; train with --norm_topk_prob for this format")
+    if config.mlp_only_layers:
+        raise ModelError("some layers have no experts: llama.cpp wants them in all layers")
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(config.expert_size)
 
 
 def add_rope(writer, config: ModelConfig) -> None:
@@ -264,6 +287,7 @@ def read_model(path: Path) -> tuple[ModelConfig, dict[str, tuple], dict[str, Cal
             if name != ROPE_FACTORS:
                 shapes[our_name(name)] = tensor.shape
                 readers[our_name(name)] = reader(tensor, heads_to_reorder(our_name(name), config), path)
+        shapes, readers = unstack_experts(shapes, readers)
     bos, ends, pad = token_ids(fields)
     return config, shapes, readers, {"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": pad}
 
@@ -323,7 +347,8 @@ def config_of(fields: dict, tensors: dict) -> ModelConfig:
         raise ModelError(f"this GGUF file is no model but of the kind {str(fields['general.type'])[:50]!r}")
     if arch not in ARCHITECTURES:
         raise ModelError(f"can't read architecture {str(arch)[:50]}, only {', '.join(ARCHITECTURES)}")
-    for key, harmless in (("expert_count", 0), ("attention.clamp_kqv", 0), ("attention.causal", True),
+    for key, harmless in (("expert_shared_count", 0), ("expert_weights_scale", 1),
+                          ("attention.clamp_kqv", 0), ("attention.causal", True),
                           ("attention.sliding_window_pattern", 1),
                           ("logit_scale", 0), ("embedding_scale", 0)):
         if fields.get(f"{arch}.{key}", harmless) != harmless:
@@ -343,16 +368,21 @@ def config_of(fields: dict, tensors: dict) -> ModelConfig:
     if embedding is None:
         raise ModelError("it has no token_embd.weight, the embedding")
     window = of("attention.sliding_window", 0)
+    experts, num_experts = {}, of("expert_count", 0)
+    if num_experts:  # for llama.cpp norm_topk_prob is always true
+        size = of("expert_feed_forward_length", of("feed_forward_length"))
+        experts = {"num_experts": num_experts, "num_experts_per_tok": of("expert_used_count"),
+                   "moe_intermediate_size": size, "norm_topk_prob": True}
     return ModelConfig(
         hidden_size=width, num_hidden_layers=of("block_count"), num_attention_heads=heads,
         num_key_value_heads=of("attention.head_count_kv", heads), head_dim=head_dim,
         intermediate_size=of("feed_forward_length"), vocab_size=embedding.shape[0],
-        qk_norm=arch == "qwen3", attention_bias=arch == "qwen2",
+        qk_norm=arch in ("qwen3", "qwen3moe"), attention_bias=arch == "qwen2",
         tie_word_embeddings="output.weight" not in tensors,
         rope_theta=number(fields, f"{arch}.rope.freq_base", float, 10000.0),
         rope_scaling=rope_scaling_of(fields, tensors, arch, head_dim),
         rms_norm_eps=number(fields, f"{arch}.attention.layer_norm_rms_epsilon", float),
-        max_position_embeddings=of("context_length"), sliding_window=window or None)
+        max_position_embeddings=of("context_length"), sliding_window=window or None, **experts)
 
 
 def rope_scaling_of(fields: dict, tensors: dict, arch: str, head_dim: int) -> dict | None:

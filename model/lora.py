@@ -154,6 +154,9 @@ def apply_lora(model: nn.Module, rank: int = 16, alpha: float | None = None, dro
         raise ModelError("the model has LoRA already: call remove_lora first")
     layers = linear_layers(model)
     names = select_layers(layers, target_modules)
+    if dropout and any(".experts." in name for name in names):
+        raise ModelError("LoRA dropout over experts can't be saved, since PEFT has none there: use 0, or "
+                         "target_modules without experts")
     widths = [min(layers[name].in_features, layers[name].out_features) for name in names]
     # The width of a layer is here its smaller side. No matrix has more singular vectors than that, and PiSSA
     # takes `rank` of them in every layer. The other init works with any rank, but above the largest width no
@@ -226,11 +229,12 @@ def freeze_all_but_lora(model: nn.Module) -> None:
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Holds the frozen matrices in the type that the forward pass computes in, to save memory.
 
-    Training needs float32, because it makes small changes. What never changes does not need it. Norms and
-    biases, which are small, stay as they are, and so do quantized weights.
+    Training needs float32, because it makes small changes. What never changes does not need it. Norms, biases
+    and routers, which are small, stay as they are, and so do quantized weights.
     """
-    for weight in model.parameters():
-        if not weight.requires_grad and weight.is_floating_point() and weight.ndim == 2:
+    for name, weight in model.named_parameters():
+        is_small = weight.ndim != 2 or name.endswith("mlp.gate.weight")  # a router: see model/moe.py
+        if not weight.requires_grad and weight.is_floating_point() and not is_small:
             weight.data = weight.data.to(dtype)  # the same Parameter: embedding and head may share it
 
 

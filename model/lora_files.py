@@ -20,6 +20,7 @@ from torch import nn
 
 from common import files
 from common.errors import ModelError
+from model.expert_files import FusedLoRA, fuse_adapter, peft_names, split_adapter
 from model.gguf import read_adapter_file
 from model.gguf_file import is_gguf
 from model.low_rank import base_weight
@@ -32,8 +33,9 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OBEYED_SETTINGS = {"peft_type", "init_lora_weights", "r", "lora_alpha", "lora_dropout", "use_rslora",
                    "rank_pattern", "alpha_pattern"}
 HARMLESS_SETTINGS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-                     "inference_mode", "target_modules", "exclude_modules", "layers_to_transform",
-                     "layers_pattern", "fan_in_fan_out", "megatron_config", "megatron_core",
+                     "inference_mode", "target_modules", "exclude_modules",
+                     "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_config",
+                     "megatron_core",
                      "qalora_group_size", "loftq_config", "runtime_config", "ensure_weight_tying"}
 BASE_FROM_HERE = "base_from_here"  # in the metadata: the path of the base, seen from the adapter's folder
 RELATIVE_TOLERANCE = 2**-7  # twice the rounding of bfloat16, and far less than what training does to a weight
@@ -143,7 +145,11 @@ def write_adapter(path: Path, loras: dict, model: nn.Module, base, tokenizer, tr
         return
     if path.is_file():
         raise ModelError(f"{path} is a file; an adapter is saved as a folder, or as a file that ends in .pth")
-    state = _tensors(loras, "base_model.model.{}.lora_{}.weight")
+    config = getattr(model, "config", None)
+    loras = fuse_adapter(loras, getattr(config, "num_experts", 0))  # PEFT has one LoRA for all experts
+    peft_name = peft_names(loras)
+    state = _tensors({peft_name[name]: lora for name, lora in loras.items()},
+                     "base_model.model.{}.lora_{}.weight")
     # The marks lie beside the tensors, because PEFT warns about keys in the config that it does not know.
     metadata = {"format": "pt", "base_fingerprint": json.dumps(base_marks(model))}
     if scaling := getattr(getattr(model, "config", None), "rope_scaling", None):
@@ -176,8 +182,15 @@ def _tensors(loras: dict[str, nn.Module], key: str) -> dict[str, torch.Tensor]:
 def _peft_config(loras: dict[str, nn.Module], model: nn.Module, base) -> dict:
     """The content of adapter_config.json. base: the path of the base model, or None."""
     modules = [files.without_wrappers(name) for name, _ in model.named_modules()]
+    # PEFT reaches what is no layer of its model as a parameter: the fused tensors. In a model with experts it
+    # takes the names of their matrices for fused ones everywhere. So dense layers of these names are stored
+    # as parameters, too.
+    parameters = {name: name for name, lora in loras.items() if isinstance(lora, FusedLoRA)}
+    if getattr(getattr(model, "config", None), "num_experts", 0):
+        parameters |= {name: f"{name}.weight" for name in loras if re.search(r"\.mlp\.\w+_proj$", name)}
+    layers = [name for name in loras if name not in parameters]
     first, first_lora = next(iter(loras.items()))
-    ranks = {name: len(lora.factors()[1]) for name, lora in loras.items()}
+    ranks = {name: len(lora.factors()[1]) // getattr(lora, "num_experts", 1) for name, lora in loras.items()}
     # PiSSA's B A - B0 A0 is stored as one product of twice the rank. alpha grows likewise, so that the factor
     # alpha / rank, or alpha / sqrt(rank), stays the same.
     alphas = {name: lora.alpha * (ranks[name] / lora.rank) ** (0.5 if lora.rslora else 1)
@@ -188,10 +201,13 @@ def _peft_config(loras: dict[str, nn.Module], model: nn.Module, base) -> dict:
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
         "r": ranks[first], "lora_alpha": alphas[first], "use_rslora": first_lora.rslora,
         "lora_dropout": first_lora.dropout,
-        "target_modules": sorted({shortest_ending(name, loras, modules) for name in loras}),
+        "target_modules": sorted({shortest_ending(name, layers, modules) for name in layers}),
+        **({"target_parameters": sorted(parameters.values())} if parameters else {}),
         # The layers that are unlike the first one: an adapter from elsewhere may mix ranks.
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != ranks[first]},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
+        "rank_pattern": {parameters.get(name, name): rank for name, rank in ranks.items()
+                         if rank != ranks[first]},
+        "alpha_pattern": {parameters.get(name, name): alpha for name, alpha in alphas.items()
+                          if alpha != alphas[first]},
         "base_model_name_or_path": None if base is None else str(base),
     }
 
@@ -211,7 +227,10 @@ def read_adapter(path: Path, model: nn.Module, layers: dict[str, nn.Module]) -> 
         config, metadata = {}, {}
         if path.is_dir():
             config = files.read_json(path / CONFIG)
-            _check_config(config)
+            has_experts = getattr(getattr(model, "config", None), "num_experts", 0) > 0
+            # The names of the tensors say which experts these are for.
+            _check_config({key: value for key, value in config.items()
+                           if key != "target_parameters" or not has_experts})
             if not (path / WEIGHTS).is_file():
                 raise ModelError(f"{WEIGHTS} is missing (a pickled adapter_model.bin is not read)")
             state, metadata = files.read_safetensors(path / WEIGHTS)
@@ -219,7 +238,7 @@ def read_adapter(path: Path, model: nn.Module, layers: dict[str, nn.Module]) -> 
             state = read_adapter_file(path, model.config)
         else:
             state = files.read_state_dict(path)
-        parts = _parts(_without_copies(state, layers), config)
+        parts = _parts(_without_copies(state, layers), config, getattr(model, "config", None))
         _check_shapes(parts, layers)
         check_base(json.loads(metadata.get("base_fingerprint", "{}")), marks_here)
         if "rope_scaling" in metadata:
@@ -244,8 +263,11 @@ def _without_copies(state: dict[str, torch.Tensor], layers: dict[str, nn.Module]
     return kept
 
 
-def _parts(state: dict[str, torch.Tensor], config: dict) -> dict[str, dict]:
-    """What read_adapter returns, made of the tensors, in float32, and the config. Raises ModelError."""
+def _parts(state: dict[str, torch.Tensor], config: dict, shape=None) -> dict[str, dict]:
+    """What read_adapter returns, made of the tensors, in float32, and the config. Raises ModelError.
+
+    shape: the ModelConfig of the model, for adapters over experts.
+    """
     parts = {}
     for key, tensor in state.items():
         found = re.fullmatch(r"(?:base_model\.model\.)?(.{1,200})\.lora[._]([AB])\.weight", key)
@@ -259,8 +281,20 @@ def _parts(state: dict[str, torch.Tensor], config: dict) -> dict[str, dict]:
     for name, part in parts.items():
         if len(part) < 2:
             raise ModelError(f"{name} lacks its lora {'B' if 'A' in part else 'A'}")
-        part.update(_settings_of_layer(config, name, len(part["A"])))
-    return parts
+    found = {}
+    for name, part in parts.items():
+        if re.search(r"\.mlp\.experts(\.base_layer)?$", name) and getattr(shape, "num_experts", 0):
+            fused, of_experts = split_adapter(name, part["A"], part["B"], shape.num_experts,
+                                              shape.expert_size)
+            rank = len(part["A"]) // shape.num_experts
+            settings = _settings_of_layer(config, fused, rank)
+            for layer, matrices in of_experts.items():
+                # A part of the rank, with the same scaling: alpha / rank, or alpha / sqrt(rank)
+                smaller = (len(matrices["A"]) / rank) ** (0.5 if settings["rslora"] else 1)
+                found[layer] = matrices | settings | {"alpha": settings["alpha"] * smaller}
+        else:
+            found[name] = part | _settings_of_layer(config, name, len(part["A"]))
+    return found
 
 
 def _settings_of_layer(config: dict, name: str, rank: int) -> dict:
@@ -278,7 +312,7 @@ def _settings_of_layer(config: dict, name: str, rank: int) -> dict:
 def _of_layer(config: dict, key: str, name: str, default):
     """The value that rank_pattern or alpha_pattern has for a layer. As in PEFT, the first match counts."""
     for pattern, value in (config.get(key) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+        if re.fullmatch(rf"(.*\.)?({pattern})", name) or re.fullmatch(pattern, f"{name}.weight"):
             return value
     return default
 

@@ -107,8 +107,9 @@ class OneBlock:
         self.block = block
         self.qkv = Product(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
         self.o = Product(block.self_attn.o_proj)
-        self.gate_up = Product(block.mlp.gate_proj, block.mlp.up_proj)
-        self.down = Product(block.mlp.down_proj)
+        layers = block.mlp.experts if block.has_experts else [block.mlp]
+        self.feed_forwards = [(Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)) for mlp in layers]
+        self.products = [self.qkv, self.o, *(product for pair in self.feed_forwards for product in pair)]
 
     def __call__(self, x, config, rope, bias, keys, values, new_key, new_value):
         """x (B, C) -> (B, C). keys, values (B * K, S, D): those of this layer in the cache.
@@ -128,8 +129,24 @@ class OneBlock:
         q = qk[:, :-kv_heads].reshape(len(keys), -1, config.head_dim)  # (B * K, H / K, D)
         scores = torch.baddbmm(bias, q, keys.mT, alpha=config.head_dim ** -0.5)  # (B * K, H / K, S)
         x = x + self.o(torch.bmm(scores.softmax(dim=-1), values).view(len(x), -1))
-        gate, up = self.gate_up(norm(self.block.post_attention_layernorm, x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        y = norm(self.block.post_attention_layernorm, x)
+        return x + (self.mix_experts(y) if self.block.has_experts else self.feed_forward(y, 0))
+
+    def feed_forward(self, x, number):
+        """The feed-forward layer, or the expert of that number: (n, C) -> (n, C)."""
+        gate_up, down = self.feed_forwards[number]
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        return down(F.silu(gate) * up)
+
+    def mix_experts(self, x):
+        """`MixtureOfExperts.forward` (model/moe.py) for one token in each row: (B, C) -> (B, C)."""
+        mlp = self.block.mlp
+        p, chosen = mlp.choose(mlp.gate(x))  # (B, k)
+        y = torch.zeros_like(x)
+        for number in chosen.unique().tolist():
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            y.index_add_(0, rows, self.feed_forward(x[rows], number) * p[rows, places, None])
+        return y
 
 
 class OneToken:
@@ -147,7 +164,7 @@ class OneToken:
         """
         products = [self.head]
         for block in self.blocks:
-            products += [block.qkv, block.o, block.gate_up, block.down]
+            products += block.products
         return all([product.get_ready(batch_size) for product in products])  # a list: no product is left out
 
     @torch.inference_mode()

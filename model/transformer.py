@@ -26,6 +26,7 @@ from common.errors import ModelError
 from model.attention import attention, make_mask
 from model.config import PRESETS, ModelConfig, preset, rope_frequencies
 from model.fused import rms_norm
+from model.moe import MixtureOfExperts, routing_sums
 
 __all__ = ["PRESETS", "CausalLM", "ModelConfig", "ModelError", "preset"]
 
@@ -139,11 +140,11 @@ class FeedForward(nn.Module):
     the same number of weights.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, width: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(width, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(width, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, width, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -161,15 +162,25 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config)
+        self.has_experts = config.has_experts(layer)
+        self.mlp = (MixtureOfExperts(config, FeedForward) if self.has_experts
+                    else FeedForward(config.hidden_size, config.intermediate_size))
 
     def forward(self, x, rope, mask, cache=None):
+        """x (B, T, C) -> (B, T, C). A block with experts also returns its router's scores, (B, T, E)."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.mlp(self.post_attention_layernorm(x))
+        if self.has_experts:
+            y, scores = y
+            return x + y, scores
+        return x + y
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm: input_ids (B, T) -> hidden states (B, T, C)."""
+    """Embedding, blocks, final norm: input_ids (B, T) -> hidden states (B, T, C).
+
+    With experts (model/moe.py) it also returns the scores of the routers, one (B, T, E) for each such layer.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -187,10 +198,9 @@ class Decoder(nn.Module):
         positions = token_positions(input_ids, document_ids, cache)
         masks = {window: make_mask(self.config, window, input_ids, document_ids, cache, dtype)
                  for window in dict.fromkeys(self.config.windows)}
-        if cache is None:
-            rope = rope_tables(self.config, positions, dtype)
-        else:
-            rope = cache.rope_at(positions, dtype)
+        rope = (rope_tables(self.config, positions, dtype) if cache is None
+                else cache.rope_at(positions, dtype))
+        scores = []
         for block, window in zip(self.layers, self.config.windows, strict=True):
             if recompute:
                 # use_reentrant=True would train no block whose input needs no gradient. In LoRA
@@ -198,9 +208,12 @@ class Decoder(nn.Module):
                 x = checkpoint(block, x, rope, masks[window], use_reentrant=False)
             else:
                 x = block(x, rope, masks[window], cache)
+            if block.has_experts:
+                x, of_block = x
+                scores.append(of_block)
         if cache is not None:
             cache.length += input_ids.size(1)
-        return self.norm(x)
+        return self.norm(x), scores
 
 
 @dataclass
@@ -212,6 +225,7 @@ class Output:
     head: nn.Module
     token_losses: torch.Tensor | None = None  # (B, T), see CausalLM.token_losses
     num_targets: torch.Tensor | None = None  # how many tokens have a label
+    routing: tuple | None = None  # in training with experts: see routing_sums in model/moe.py
 
     @property
     def loss(self) -> torch.Tensor | None:
@@ -265,11 +279,13 @@ class CausalLM(nn.Module):
         cache: a KVCache (model/generate.py) of the tokens before input_ids, which are appended to it.
         """
         recompute = self.gradient_checkpointing and self.training and cache is None
-        hidden = self.model(input_ids, document_ids, cache, recompute)
+        hidden, scores = self.model(input_ids, document_ids, cache, recompute)
         if labels is None:
             return Output(hidden, self.lm_head)
-        num_targets = (labels[:, 1:] != -100).sum()
-        return Output(hidden, self.lm_head, self.token_losses(hidden, labels), num_targets)
+        num_targets, routing = (labels[:, 1:] != -100).sum(), None
+        if scores and self.training:
+            routing = routing_sums(self.config, torch.stack(scores), labels, document_ids)
+        return Output(hidden, self.lm_head, self.token_losses(hidden, labels), num_targets, routing)
 
     def token_losses(self, hidden, labels) -> torch.Tensor:
         """-log p(label), natural logarithm, at the place of each label; 0 where there is none: (B, T).

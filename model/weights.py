@@ -1,6 +1,7 @@
 """Models on disk: Hugging Face directories, MiniMind's .pth files, GGUF. A reader may skip this file.
 
-    model = load_model("out/full_sft")         # or a Llama, Mistral, Qwen2 or Qwen3 one; "x.pth"; "x.gguf"
+    model = load_model("out/full_sft")         # or a Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE or Mixtral one;
+                                               # or "x.pth", or "x.gguf"
     save_model(model, "out/mine", tokenizer)   # AutoModelForCausalLM.from_pretrained("out/mine") opens it
 
 Reading is strict: every tensor must be there, have the shape that the config says, and belong somewhere. All
@@ -22,9 +23,11 @@ from common.errors import ModelError
 from common.fast_start import give_memory, without_initial_values
 from model.attention import FULL, SLIDING
 from model.config import ModelConfig, check_size
+from model.expert_files import mixtral_names, our_names
 from model.gguf import read_model as read_gguf_model
 from model.gguf_file import is_gguf
 from model.int8 import Int8Linear
+from model.moe import SETTINGS as EXPERT_SETTINGS
 from model.quantize import from_bitsandbytes, quantization_config, to_bitsandbytes
 from model.rope_scaling import scale
 from model.tokenizer_files import FILES as TOKENIZER_FILES
@@ -33,7 +36,8 @@ from model.tokenizer_files import write_tokenizer
 from model.transformer import CausalLM
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "MinistralForCausalLM", "Qwen2ForCausalLM",
-                 "Qwen3ForCausalLM")
+                 "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM")
+MODEL_TYPES = {"Qwen3Moe": "qwen3_moe"}  # where model_type is not the name of the class in small letters
 MINIMIND_HEADS = 8  # query heads of MiniMind's models without q_norm
 MINIMIND_ROTARY_TABLES = ("freqs_cos", "freqs_sin", "freqs_cis")  # how the names of these tensors end
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,7 +62,7 @@ def config_from_dict(raw: dict) -> ModelConfig:
         check_size(name, raw[name])  # before anything of that size is made
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelError(f"hidden_act {raw['hidden_act']!r} is not supported, only silu")
-    if raw.get("mlp_bias") or (family in ("Llama", "Qwen3") and raw.get("attention_bias")):
+    if raw.get("mlp_bias") or (family in ("Llama", "Qwen3", "Qwen3Moe") and raw.get("attention_bias")):
         raise ModelError("biases on the output projections are not supported")
     quantized = raw.get("quantization_config") or {}
     if quantized and quantized.get("bnb_4bit_quant_type", quantized.get("quant_method")) != "nf4":
@@ -78,36 +82,75 @@ def config_from_dict(raw: dict) -> ModelConfig:
     return ModelConfig(
         **{name: raw[name] for name in sizes},
         num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim", 128 if family == "Qwen3" else None), qk_norm=family == "Qwen3",
+        head_dim=raw.get("head_dim", 128 if family == "Qwen3" else None),
+        qk_norm=family in ("Qwen3", "Qwen3Moe"),
         attention_bias=family == "Qwen2", tie_word_embeddings=raw.get("tie_word_embeddings", False),
         rope_theta=float(theta), rope_scaling=None if rope["rope_type"] == "default" else rope,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6), initializer_range=raw.get("initializer_range", 0.02),
         max_position_embeddings=raw.get("max_position_embeddings", 32768),
-        sliding_window=window, layer_types=layer_types)
+        sliding_window=window, layer_types=layer_types, **_experts(raw, family))
+
+
+def _experts(raw: dict, family: str) -> dict:
+    """The settings of the experts; none for a family without them, or for a model that has 0 experts."""
+    # transformers 5 writes num_local_experts for all families.
+    num_experts = raw.get("num_local_experts", raw.get("num_experts"))
+    if family not in ("Qwen3Moe", "Mixtral") or num_experts == 0:
+        return {}
+    if raw.get("router_jitter_noise"):
+        raise ModelError("router_jitter_noise, noise on what the router reads, is not supported")
+    is_mixtral = family == "Mixtral"
+    names = ("num_experts_per_tok",) if is_mixtral else ("num_experts_per_tok", "moe_intermediate_size")
+    for name, value in (("num_experts", num_experts), *((name, raw.get(name)) for name in names)):
+        check_size(name, value)
+    step, layers = raw.get("decoder_sparse_step", 1), range(raw["num_hidden_layers"])
+    without = raw.get("mlp_only_layers") or []
+    if not isinstance(step, int) or step < 1 or not isinstance(without, list):
+        raise ModelError("decoder_sparse_step must be a number from 1 up, and mlp_only_layers a list")
+    return {"num_experts": num_experts, "num_experts_per_tok": raw["num_experts_per_tok"],
+            "moe_intermediate_size": raw["intermediate_size" if is_mixtral else "moe_intermediate_size"],
+            "norm_topk_prob": is_mixtral or bool(raw.get("norm_topk_prob")),
+            "mlp_only_layers": [i for i in layers if i in without or (i + 1) % step],
+            "router_aux_loss_coef": raw.get("router_aux_loss_coef", 0.001),
+            "router_z_loss_coef": raw.get("router_z_loss_coef", 0.0)}  # a setting of our own
 
 
 def _windows(raw: dict, family: str) -> tuple[int | None, list[str] | None]:
     """(sliding_window, layer_types). Qwen has a switch for the window, and may name its first layers without.
 
-    Raises ModelError for a Mistral with layers of two kinds: transformers' class has the window in all.
+    Raises ModelError for a Mistral with layers of two kinds: transformers' class has the window in all. So
+    have those of Mixtral and Qwen3Moe, which do not read layer_types.
     """
     kinds, layers = raw.get("layer_types"), raw["num_hidden_layers"]
     if family == "Llama" or (family.startswith("Qwen") and not raw.get("use_sliding_window")):
         return None, None
     if family == "Mistral" and isinstance(kinds, list) and len(set(map(str, kinds))) > 1:
         raise ModelError("layer_types of two kinds: the architecture for them is MinistralForCausalLM")
-    if family.startswith("Qwen") and not kinds:
+    if family in ("Qwen2", "Qwen3") and not kinds:
         first = min(raw.get("max_window_layers", 28), layers)
         kinds = [FULL] * first + [SLIDING] * (layers - first)
-    window = raw.get("sliding_window", 4096)
-    return window, None if window is None or family == "Mistral" else kinds
+    window = raw.get("sliding_window", None if family == "Mixtral" else 4096)
+    return window, None if window is None or family in ("Mistral", "Mixtral", "Qwen3Moe") else kinds
 
 
 def config_to_dict(config: ModelConfig) -> dict:
     """config.json in the terms of the standard class that computes the same, with RoPE in both spellings."""
-    raw = {key: value for key, value in asdict(config).items() if key not in ("qk_norm", "attention_bias")}
+    unknown = ("qk_norm", "attention_bias", *(() if config.num_experts else EXPERT_SETTINGS))
+    raw = {key: value for key, value in asdict(config).items() if key not in unknown}
     window = raw["sliding_window"]
-    if config.qk_norm or config.attention_bias:
+    if config.num_experts and config.qk_norm:
+        family = "Qwen3Moe"
+        raw |= {"num_local_experts": config.num_experts, "decoder_sparse_step": 1,
+                "moe_intermediate_size": config.expert_size,
+                "use_sliding_window": window is not None, "mlp_only_layers": list(config.mlp_only_layers)}
+    elif config.num_experts:
+        family = "Mixtral"
+        raw = {key: value for key, value in raw.items() if key not in EXPERT_SETTINGS}
+        raw |= {"num_local_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok,
+                "intermediate_size": config.expert_size,
+                "router_aux_loss_coef": config.router_aux_loss_coef,
+                "router_z_loss_coef": config.router_z_loss_coef}
+    elif config.qk_norm or config.attention_bias:
         family = "Qwen3" if config.qk_norm else "Qwen2"
         raw["use_sliding_window"] = window is not None
         raw["max_window_layers"] = config.num_hidden_layers if window is None else 0  # the layers without it
@@ -122,7 +165,8 @@ def config_to_dict(config: ModelConfig) -> dict:
     scaling["rope_type"] = scaling.pop("rope_type", None) or scaling.pop("type", "default")
     if scaling["rope_type"] in ("llama3", "yarn"):
         scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
-    return {"architectures": [family + "ForCausalLM"], "model_type": family.lower(), **raw,
+    return {"architectures": [family + "ForCausalLM"],
+            "model_type": MODEL_TYPES.get(family, family.lower()), **raw,
             "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
             "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
             "hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True}
@@ -154,6 +198,8 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None,
                 of_file, _ = files.read_safetensors(file)
                 tensors |= of_file
                 readers |= {name: partial(_read_again, file, name) for name in of_file}
+            if config.num_experts:
+                tensors, readers = our_names(tensors, readers, config.num_experts)
         elif is_gguf(path):
             config, shapes, readers, generation = read_gguf_model(path)
             tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -164,8 +210,11 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None,
         else:
             raise ModelError(f"no model at {path}: neither a folder with config.json, nor .pth, nor .gguf")
         config = scale(config, rope_scaling, path)
-        if config.num_hidden_layers > len(tensors):
-            raise ModelError(f"{config.num_hidden_layers} layers in the config, but {len(tensors)} tensors")
+        experts = config.num_experts * (config.num_hidden_layers - len(config.mlp_only_layers))
+        if config.num_hidden_layers + experts > len(tensors):
+            of_experts = f" with {experts} experts" if experts else ""
+            raise ModelError(f"{config.num_hidden_layers} layers{of_experts} in the config, but "
+                             f"{len(tensors)} tensors")
         model = _without_memory(config).to(dtype or torch.float32)  # so that a wrong file costs no memory
         # Layers that the file holds in 4 bits become NF4Linear before the names and shapes are compared.
         tensors = _check(from_bitsandbytes(model, tensors), model)
@@ -264,9 +313,11 @@ def _infer_config(tensors: dict) -> ModelConfig:
         vocab_size, hidden_size = embedding.shape
         q_rows = tensors[f"{first}self_attn.q_proj.weight"].shape[0]
         k_rows = tensors[f"{first}self_attn.k_proj.weight"].shape[0]
-        intermediate_size = tensors[f"{first}mlp.gate_proj.weight"].shape[0]
+        router = tensors.get(f"{first}mlp.gate.weight")  # in a model with experts
+        of_expert = "" if router is None else "experts.0."
+        intermediate_size = tensors[f"{first}mlp.{of_expert}gate_proj.weight"].shape[0]
     except (KeyError, ValueError) as error:
-        raise ModelError(f"not a dense MiniMind state dict: {error} is missing") from None
+        raise ModelError(f"not a MiniMind state dict: {error} is missing") from None
     q_norm = tensors.get(f"{first}self_attn.q_norm.weight")
     head_dim = q_rows // MINIMIND_HEADS if q_norm is None else q_norm.shape[0]
     uneven = q_norm is None and q_rows % MINIMIND_HEADS
@@ -280,7 +331,9 @@ def _infer_config(tensors: dict) -> ModelConfig:
         num_key_value_heads=k_rows // head_dim, head_dim=head_dim,
         qk_norm=q_norm is not None, attention_bias=f"{first}self_attn.q_proj.bias" in tensors,
         tie_word_embeddings=torch.equal(tensors.get("lm_head.weight", embedding).float(), embedding.float()),
-        rope_theta=1e6, rms_norm_eps=1e-5 if q_norm is None else 1e-6)
+        rope_theta=1e6, rms_norm_eps=1e-5 if q_norm is None else 1e-6,
+        # How many experts a token uses cannot be told. MiniMind's models use one, with normalised gates.
+        num_experts=0 if router is None else router.shape[0], norm_topk_prob=router is not None)
 
 
 # --- writing --------------------------------------------------------------------------------------------
@@ -302,12 +355,17 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     files.check_finite(tensors, f"save {path}")
     tensors = to_bitsandbytes(model, tensors)
+    if model.config.num_experts and quantization_config(model):
+        raise ModelError("experts in 4 bits are not saved, since transformers can't read them: save the "
+                         "model as it is, and quantize it after loading")
     names = {name for name in tensors if ".weight." not in name}  # without the constants of 4-bit weights
     surplus = names ^ _without_memory(model.config).state_dict().keys()
     if surplus:
         raise ModelError(f"can't save a model because of {min(surplus)}: merge adapters, or save them alone")
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]  # the config says that this is the embedding
+    if model.config.num_experts and not model.config.qk_norm:
+        tensors = mixtral_names(tensors)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
 
     generation = _generation_to_save(model, tokenizer)

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ROOT, Parser, run_script
 from common.errors import DataError, ModelError, RunError, UsageError
-from trainer.args import SHAPE
 
 MAX_RECORDS = 2000  # of a file are read: a page about a large run should not take as long as the run
 RECORDS_OF_LOSS = 200  # of these, evenly spread, the loss is measured
@@ -57,7 +56,8 @@ def main(args):
     for path in args.data_path:
         if not is_file(path):
             raise UsageError(f"--data_path {path}: there is no such file")
-    sections = [symptoms_section(run), "<h2>Curves</h2>" + report_page.curves(run), cost_section(run)]
+    sections = [symptoms_section(run), "<h2>Curves</h2>" + report_page.curves(run),
+                report_page.router_section(run), cost_section(run)]
     if not args.no_samples:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             sections += model_sections(run, args.data_path, Path(folder))
@@ -273,7 +273,7 @@ def models_of(run, folder: Path, notes: list[str]) -> list[Asked]:
 
 def unpack(run, checkpoint: Path, parent: Path | None, folder: Path) -> tuple[Path, list[Path]]:
     """Saves the weights of a checkpoint as a model folder, or as an adapter. Returns (model, adapters)."""
-    from dataclasses import replace
+    from argparse import Namespace
 
     import torch
 
@@ -284,6 +284,7 @@ def unpack(run, checkpoint: Path, parent: Path | None, folder: Path) -> tuple[Pa
     from model.tokenizer_files import OWN_TOKENIZER, load_tokenizer, vocabulary_size
     from model.transformer import CausalLM, preset
     from model.weights import load_model, save_model
+    from trainer.args import EXPERT_FLAGS, SHAPE, new_shape
 
     with explained(checkpoint):
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)
@@ -296,9 +297,9 @@ def unpack(run, checkpoint: Path, parent: Path | None, folder: Path) -> tuple[Pa
         if parent:
             model = load_model(parent, rope_scaling=flags.get("rope_scaling"))
         else:
-            shape = {name: flags[name] for name in SHAPE if flags.get(name) is not None}
-            config = replace(preset(flags["preset"]), vocab_size=vocabulary_size(tokenizer), **shape)
-            model = CausalLM(scale(config, flags.get("rope_scaling")))
+            asked = Namespace(**dict.fromkeys([*SHAPE, *EXPERT_FLAGS]) | flags)
+            shape = new_shape(asked, preset(flags["preset"]), vocabulary_size(tokenizer))
+            model = CausalLM(scale(shape, flags.get("rope_scaling")))
         if flags.get("lora_rank"):
             apply_lora(model, flags["lora_rank"], flags["lora_alpha"], 0.0, flags["target_modules"],
                        flags["lora_rslora"])

@@ -6,12 +6,13 @@ Nothing heavy is imported here, so that `--help` answers at once. Importing torc
 
 import argparse
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from common import cli
 from common.cli import ROOT, Parser, any_count, count, fraction, not_negative, number, positive, seed
-from common.errors import EXIT_CODES
+from common.errors import EXIT_CODES, UsageError
 from trainer.defaults import gentle_defaults, gentle_values
 from trainer.interrupt import command_to_resume
 
@@ -24,6 +25,9 @@ SHAPE = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"
                        "intermediate_size"), "instead of the preset's")
 SHAPE |= {"sliding_window": "tokens that a token sees: itself and those before it (default: all)",
           "full_attention_every": "every N-th layer has no --sliding_window (default: all layers have it)"}
+EXPERT_FLAGS = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok",  # flag: its setting
+                "moe_intermediate_size": "moe_intermediate_size", "norm_topk_prob": "norm_topk_prob",
+                "router_balance": "router_aux_loss_coef", "router_z_loss": "router_z_loss_coef"}
 part = number(float, lambda x: 0 <= x <= 1, "a part of the whole, from 0 to 1")
 row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
 
@@ -192,6 +196,48 @@ def add_lora_flags(parser: argparse.ArgumentParser, rank: int) -> None:
     add("--target_modules", nargs="+", default="all-linear", metavar="NAME",
         help="all-linear (all but the head), square, suffixes such as q_proj o_proj, or a regular expression")
     add("--quantize", choices=("none", "nf4"), default="none", help="nf4: frozen layers in 4 bits (QLoRA)")
+
+
+def add_shape_flags(parser: argparse.ArgumentParser) -> None:
+    """The shape of a model that is made anew."""
+    shape = parser.add_argument_group("the model's shape (later stages inherit it from the weights)")
+    add = shape.add_argument
+    add("--preset", default="tiny", help="micro, tiny, 26m, 64m, 104m; with experts: tiny-moe, 198m-a64m")
+    for name, meaning in SHAPE.items():
+        add(f"--{name}", type=int, metavar="N", help=meaning)
+    add("--num_experts", type=count, metavar="N",
+        help="feed-forward layers in each block, of which a token uses some (default: the preset's)")
+    add("--experts_per_token", type=count, metavar="K", help="how many it uses (default: the preset's, 1)")
+    add("--moe_intermediate_size", type=count, metavar="N", help="of one expert (default: intermediate_size)")
+    add("--norm_topk_prob", action="store_true", default=None,
+        help="what the experts of a token count adds up to 1; needs two or more for each token")
+    add("--router_balance", type=not_negative, metavar="F",
+        help="weight of the loss that keeps experts equally busy; 0: none (default: the preset's, 0.01)")
+    add("--router_z_loss", type=not_negative, metavar="F",
+        help="weight of the loss that keeps the router's scores small (default: the preset's, 0.001)")
+
+
+def new_shape(args: argparse.Namespace, preset, vocab_size: int):
+    """The ModelConfig that the flags of add_shape_flags ask for. preset: the ModelConfig that they change.
+
+    Experts bring norms of queries and keys with them, since the class that they are saved as has these norms.
+    Raises UsageError for a flag that would have no effect, and for a router that would learn nothing.
+    """
+    changes = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+    of_experts = {flag: getattr(args, flag) for flag in EXPERT_FLAGS if getattr(args, flag) is not None}
+    has_experts = args.num_experts or preset.num_experts
+    if of_experts and not has_experts:
+        raise UsageError(f"--{next(iter(of_experts))} has no effect without experts: add --num_experts, or "
+                         "--preset tiny-moe")
+    if args.intermediate_size and args.moe_intermediate_size:
+        raise UsageError("--intermediate_size has no effect beside --moe_intermediate_size: give one of them")
+    changes |= {EXPERT_FLAGS[flag]: value for flag, value in of_experts.items()}
+    config = replace(preset, vocab_size=vocab_size, qk_norm=preset.qk_norm or has_experts > 0, **changes)
+    if has_experts and config.norm_topk_prob and config.num_experts_per_tok == 1:
+        raise UsageError("--norm_topk_prob with one expert for each token: what that expert counts is then "
+                         "always 1, so no gradient tells the router which one to choose; use "
+                         "--experts_per_token 2 or more, or leave --norm_topk_prob out")
+    return config
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:

@@ -23,9 +23,14 @@ def cross_entropy(model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Ten
     """The sum over the supervised tokens of -log p(token | the tokens before it), in nats.
 
     batch: input_ids, labels and document_ids, (B, T) each, as CausalLM.forward takes them. A batch without a
-    supervised token gives 0.
+    supervised token gives 0. With experts the loss also holds what their routers must pay (model/moe.py).
     """
-    return model(**batch).token_losses.sum(), {}
+    output = model(**batch)
+    loss = output.token_losses.sum()
+    if output.routing is None:
+        return loss, {}
+    penalty, routing = output.routing
+    return loss + penalty, {"cross_entropy": loss} | routing
 
 
 # --- preferences: DPO and its kin ---------------------------------------------------------------------------

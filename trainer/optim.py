@@ -122,7 +122,7 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
                      lora_plus_ratio: float = 1.0, dtype=torch.bfloat16) -> list[torch.optim.Optimizer]:
     """Optimizers over the parameters that train (`requires_grad`), and over no others.
 
-    With "muon" the matrices inside the blocks go to Muon, and the rest to AdamW.
+    With "muon" the matrices inside the blocks go to Muon, each expert's by itself, and the rest to AdamW.
 
     Weight decay pulls matrices towards zero. It leaves out the weights of norms and the biases, which are
     few and must be free to have any size. It also leaves out the embedding, a table in which each word has
@@ -138,7 +138,8 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
     groups: dict[tuple, list[nn.Parameter]] = {}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
-            to_muon = name == "muon" and parameter.ndim == 2 and ".layers." in key
+            is_router = key.endswith("mlp.gate.weight")  # of experts: see model/moe.py
+            to_muon = name == "muon" and parameter.ndim == 2 and ".layers." in key and not is_router
             decay = weight_decay if parameter.ndim >= 2 and "embed" not in key else 0.0
             ratio = lora_plus_ratio if key.endswith(".lora.B.weight") else 1.0
             groups.setdefault((to_muon, decay, ratio), []).append(parameter)

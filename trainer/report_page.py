@@ -48,6 +48,7 @@ TITLES = {
 }
 NO_CURVE = ("step", "max_steps", "skipped", "tokens", "seconds")
 MAX_CURVES = 24  # a damaged log could have thousands of names
+MAX_EXPERTS = 128  # rows of the table of experts
 MAX_POINTS = 200  # of a curve: more cannot be seen on a phone, and make the page large
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 150, 46, 20, 8  # of a curve, in pixels of its own
 
@@ -161,6 +162,29 @@ def curves(run: Run, *only: str) -> str:
     broken = sum(not math.isfinite(value) for line in run.metrics for value in line.values())
     note = f"<p>{broken:,} logged values are not finite, and are not drawn.</p>" if broken else ""
     return f'<div class="curves">{"".join(drawn)}</div>{note}' if drawn else "<p>Nothing was logged.</p>"
+
+
+def router_section(run: Run) -> str:
+    """How much each expert is used, by layer and over time (model/moe.py); "" for a model without experts."""
+    if not run.router_loads:
+        return ""
+    _, last = run.router_loads[-1]
+    fair, size = len(last[0]), (len(last), len(last[0]))
+    loads = [(step, load) for step, load in run.router_loads if (len(load), len(load[0])) == size]
+    loads = [loads[i] for i in sorted({round(i * (len(loads) - 1) / 11) for i in range(12)})]  # at most 12
+    rows, too_many = [], len(last) * fair > MAX_EXPERTS
+    for layer, at_end in enumerate(last[:MAX_EXPERTS]):
+        shown = sorted({at_end.index(min(at_end)), at_end.index(max(at_end))}) if too_many else range(fair)
+        for expert in shown:
+            shares = [load[layer][expert] * fair for _, load in loads]
+            rows.append([f"layer {layer}, expert {expert}", *(
+                Cell(f'<td class="score" style="--share: {min(share / 2, 1):.2f}">{share:.2f}</td>')
+                for share in shares)])
+    said = ("1.00 is the fair share of an expert, and 0 means that no token went there. Each column is a "
+            "line of the log.")
+    said += " Of each layer only the least and the most used expert of the end are shown." * too_many
+    return (f"<h2>How much each expert is used</h2><p>{said}</p>"
+            + table(rows, ["", *(f"step {step:,.0f}" for step, _ in loads)]))
 
 
 def findings(run: Run) -> str:

@@ -34,6 +34,8 @@ class Run:
     checkpoints: list[Path] = field(default_factory=list)
     is_open: bool = False  # the folder "checkpoints" is there, which every run drops at its end
     notes: list[str] = field(default_factory=list)
+    # (step, the share of each expert in the choices of each layer), of a model with experts
+    router_loads: list[tuple[float, list[list[float]]]] = field(default_factory=list)
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of each line that has a finite value of this name."""
@@ -109,6 +111,8 @@ def read_run(folder: Path) -> Run:
              for line in read_metrics(folder / "metrics.jsonl")]
     run.metrics = sorted((line for line in lines if 0 <= line.get("step", -1) <= LARGEST_STEP),
                          key=lambda line: line["step"])
+    run.router_loads = [(line["step"], line["router_load"]) for line in read_metrics(folder / "metrics.jsonl")
+                        if is_load(line.get("router_load")) and 0 <= line["step"] <= LARGEST_STEP]
     try:
         run.training = read_json_if_there(folder / "training.json")
     except (ModelError, OSError) as error:
@@ -150,6 +154,13 @@ def number(value) -> float | None:
         with suppress(OverflowError):  # an integer of hundreds of digits
             return float(value)
     return None
+
+
+def is_load(value) -> bool:
+    """Whether a value of the log is the load of each expert in each layer: equally long lists of shares."""
+    return (isinstance(value, list) and len(value) > 0
+            and all(isinstance(layer, list) and layer and len(layer) == len(value[0]) for layer in value)
+            and all(number(share) is not None and 0 <= share <= 1.001 for layer in value for share in layer))
 
 
 def count_parameters(weights: Path) -> int:

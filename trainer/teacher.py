@@ -65,8 +65,9 @@ def student_config(name: str | None, teacher: CausalLM) -> ModelConfig:
     if name:
         return config(name)
     with torch.device("meta"):  # without memory for the weights
-        sizes = {name: count_parameters(CausalLM(config(name))) for name in PRESETS}
-    smaller = [name for name in PRESETS if sizes[name] < count_parameters(teacher)]
+        sizes = {name: count_parameters(CausalLM(config(name))) for name in PRESETS
+                 if not PRESETS[name].num_experts}
+    smaller = [name for name in sizes if sizes[name] < count_parameters(teacher)]
     if not smaller:
         raise UsageError(f"no preset has fewer parameters than the teacher ({count_parameters(teacher):,}): "
                          "give the student's weights with --load_from")

@@ -29,7 +29,8 @@ class Tracker:
         # Losses are float32. Summed in float64 they give the same in any order, but MPS has no float64. After
         # a resume run.sums belongs to all processes together, so the main process alone carries it on.
         self.sum_dtype = torch.float32 if ranks.device.type == "mps" else torch.float64
-        self.sums = {name: value if ranks.is_main else 0.0 for name, value in run.sums.items()}
+        self.sums = {name: torch.as_tensor(value, dtype=self.sum_dtype, device=ranks.device) * ranks.is_main
+                     for name, value in run.sums.items()}
         if not self.active:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -67,23 +68,34 @@ class Tracker:
         for name, value in means.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.to(self.sum_dtype)
 
-    def sums_of_all(self) -> dict[str, float]:
-        """What `add` was given since the last log line, added up over steps and processes."""
-        totals = self.ranks.sum(*self.sums.values()) if self.sums else []
-        return dict(zip(self.sums, totals, strict=True))
+    def sums_of_all(self) -> dict[str, float | list]:
+        """What `add` was given since the last log line, added up over steps and processes.
+
+        A matrix, such as the load of each expert in each layer, becomes a list of lists.
+        """
+        values = [torch.as_tensor(value).cpu().double() for value in self.sums.values()]
+        numbers = [number for value in values for number in value.flatten()]
+        totals = torch.tensor(self.ranks.sum(*numbers) if numbers else [], dtype=torch.float64)
+        parts = totals.split([value.numel() for value in values])
+        return {name: part.view_as(value).tolist()
+                for name, part, value in zip(self.sums, parts, values, strict=True)}
 
     def log_step(self, run, learning_rate: float, grad_norm: float) -> None:
         """Reports the means of all steps since the last log line."""
         steps, seconds = run.step - run.logged_step, run.seconds - run.logged_seconds
-        means = {name: total / steps for name, total in self.sums_of_all().items()}
+        means = {name: (torch.tensor(total, dtype=torch.float64) / steps).tolist()
+                 for name, total in self.sums_of_all().items()}
         self.sums = {}
+        load = {"router_load": means.pop("router_load")} if "router_load" in means else {}
+        means |= expert_use(**load) if load else {}
         speed = (run.tokens - run.logged_tokens) / max(1e-9, seconds)
         found = {"step": run.step, "max_steps": self.max_steps, **means, "learning_rate": learning_rate,
                  "grad_norm": grad_norm, "skipped": run.batch - run.step, "tokens": run.tokens,
-                 "tokens_per_second": speed, "seconds": run.seconds}
+                 "tokens_per_second": speed, "seconds": run.seconds, **load}
         run.metrics |= found
         self.log(found)
-        named = " | ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        named = " | ".join(f"{name.replace('_', ' ')} {mean if isinstance(mean, int) else f'{mean:.4f}'}"
+                           for name, mean in means.items())
         left = clock(seconds / steps * (self.max_steps - run.step))
         self.say(f"{self.place(run)} | {named} | lr {learning_rate:.2e} | grad {grad_norm:.2f} | "
                  f"{speed:,.0f} tokens/s | {left} left")
@@ -157,6 +169,17 @@ def read_metrics(path: Path) -> list[dict]:
             if isinstance(found, dict) and isinstance(found.get("step"), int):
                 metrics.append(found)
     return metrics
+
+
+def expert_use(router_load: list[list[float]]) -> dict[str, float]:
+    """The least and the most used expert of all layers, where 1 is its fair share, and how many are dead.
+
+    router_load: the share of each expert in the choices of each layer. An expert is dead if it has less than
+    a hundredth of its fair share.
+    """
+    shares = [share * len(layer) for layer in router_load for share in layer]
+    return {"least_used": min(shares), "most_used": max(shares),
+            "dead_experts": sum(share < 0.01 for share in shares)}
 
 
 def plot_loss(metrics: list[dict], path: Path) -> None:

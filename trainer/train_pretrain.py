@@ -18,8 +18,6 @@ from trainer import args as flags
 
 def main(args):
     # Imported here and not above, so that --help and the complaint about a mistyped flag come at once.
-    from dataclasses import replace
-
     import torch
 
     from dataset.lm_dataset import PretrainDataset
@@ -40,9 +38,8 @@ def main(args):
         model, tokenizer = stage.load_weights(args.load_from, ranks, args.tokenizer, args.rope_scaling)
     else:
         tokenizer = load_tokenizer(args.tokenizer or OWN_TOKENIZER)
-        shape = {name: getattr(args, name) for name in flags.SHAPE if getattr(args, name) is not None}
+        config = flags.new_shape(args, preset(args.preset), vocabulary_size(tokenizer))
         torch.manual_seed(args.seed)
-        config = replace(preset(args.preset), vocab_size=vocabulary_size(tokenizer), **shape)
         model = CausalLM(scale(config, args.rope_scaling))
     # The data: plain text, every token of which is predicted
     batches, eval_batches, _ = stage.load_data(PretrainDataset, tokenizer, ranks, **vars(args))
@@ -59,16 +56,13 @@ def main(args):
 if __name__ == "__main__":
     parser = flags.training_parser(__doc__)
     parser.add_argument("--split_documents", action="store_true", help="<|im_start|>..<|im_end|>: a document")
-    shape = parser.add_argument_group("the model's shape (later stages inherit it from the weights)")
-    shape.add_argument("--preset", default="tiny", help="micro, tiny, 26m, 64m or 104m")
-    for name, meaning in flags.SHAPE.items():
-        shape.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
+    flags.add_shape_flags(parser)
     # With these settings a model learns most from few tokens: docs/speedrun.md compares them with others.
     # world: without --data_path this file of the built-in data, a small world, is read.
     parser.set_defaults(stage="pretrain", world="pretrain", name="pretrain", optimizer="muon",
                         learning_rate=5e-3, lr_schedule="wsd", batch_size=16, max_seq_len=256)
     args = flags.parse_args(parser)
-    for name in ("preset", *flags.SHAPE):
+    for name in ("preset", *flags.SHAPE, *flags.EXPERT_FLAGS):
         if args.load_from and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} has no effect with --load_from: weights bring their shape along")
     flags.run_script(main, args)

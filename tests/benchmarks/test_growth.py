@@ -25,7 +25,8 @@ from trainer.optim import build_optimizers
 PAGE = growth.ROOT / "docs" / "scaling.md"
 TINY = replace(PRESETS["tiny"], vocab_size=512)
 SMALL = replace(formulas.shape(128), num_hidden_layers=3, vocab_size=256)
-SHAPES = {**PRESETS, "biases": replace(PRESETS["26m"], attention_bias=True),
+DENSE = {name: config for name, config in PRESETS.items() if not config.num_experts}
+SHAPES = {**DENSE, "biases": replace(PRESETS["26m"], attention_bias=True),
           "untied": replace(PRESETS["64m"], tie_word_embeddings=False), "wide": formulas.shape(768)}
 FLAGS = Namespace(device="cpu", steps=1, optimizer="muon")
 
