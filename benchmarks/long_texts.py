@@ -1,6 +1,6 @@
 """Texts longer than those in training: YaRN, 100 steps at 512 tokens, both, neither. docs/long_texts.md.
 
-    python benchmarks/long_texts.py                                  # 20 minutes, one thread of a busy CPU
+    python benchmarks/long_texts.py                                 # 20 minutes on one busy thread
     python benchmarks/long_texts.py                                  # again: goes on where it was stopped
     python benchmarks/long_texts.py --table_only                     # of the runs that are there
     python benchmarks/long_texts.py --plot docs/long_texts.png
