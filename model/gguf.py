@@ -12,6 +12,7 @@ stored interleaved there. docs/export.md says what the format cannot express.
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,11 +50,11 @@ def architecture(config: ModelConfig) -> str:
 
 
 def gguf_name(name: str) -> str:
-    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
+    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight. All experts have the name of their tensor."""
     module, _, kind = name.rpartition(".")
     if module in OTHER:
         return f"{OTHER[module]}.{kind}"
-    _, _, layer, rest = module.split(".", 3)
+    _, _, layer, rest = re.sub(r"\.experts\.\d+\.", ".experts.", module).split(".", 3)
     return f"blk.{layer}.{LAYER[rest]}.{kind}"
 
 

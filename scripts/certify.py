@@ -196,7 +196,8 @@ def compare_config(row, theirs, ours) -> None:
 
     (turn, scale), (our_turn, our_scale) = (rope_frequencies(config, "cpu") for config in (theirs, ours))
     same_rope = turn.shape == our_turn.shape and (turn * scale).allclose(our_turn * our_scale, rtol=1e-5)
-    ignored = {"initializer_range", "max_position_embeddings", "tie_word_embeddings"}  # tensors tell the last
+    ignored = {"initializer_range", "max_position_embeddings", "tie_word_embeddings",  # tensors tell the last
+               "router_aux_loss_coef", "router_z_loss_coef"}
     for name, value in asdict(ours).items():
         other = getattr(theirs, name)
         # A file has 32 bits for a number, and may spell out a factor that we compute.

@@ -23,7 +23,7 @@ from transformers import (
 from common.errors import ModelError
 from model.adapters import Adapters
 from model.generate import generate
-from model.gguf import write_model
+from model.gguf import gguf_name, write_model
 from model.int8 import quantize_int8
 from model.lora import (
     apply_lora,
@@ -390,6 +390,7 @@ def test_gguf(tmp_path):
     model = ours(**shape, moe_intermediate_size=768)
     write_model(model, tokenizer, tmp_path / "x.gguf", "F32", "name", [2, 0])
     assert torch.equal(logits(load_model(tmp_path / "x.gguf")), logits(model))
+    assert gguf_name("model.layers.0.mlp.experts.3.up_proj.weight") == "blk.0.ffn_up_exps.weight"
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", local_files_only=True,
                                                      trust_remote_code=False)
     assert distance(logits(reference), logits(model)) < 1e-4
