@@ -27,7 +27,7 @@ def main(args):
     from model.tokenizer_files import load_tokenizer
     from model.weights import load_model
 
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    model, tokenizer = load_model(args.model, rope_scaling=args.rope_scaling), load_tokenizer(args.model)
     if not model.config.num_experts:
         raise UsageError(f"{args.model} has no experts: train_pretrain.py --preset tiny-moe makes some")
     texts = read_texts(args)
@@ -130,6 +130,7 @@ def draw(load, names: list[int], args) -> None:
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="the folder of a model with experts")
+    add_rope_scaling(parser.add_argument)
     parser.add_argument("--data_path", nargs="+", type=Path, metavar="FILE",
                         help="records to read (default: the world's held-out texts)")
     parser.add_argument("--texts", type=count, default=200, metavar="N", help="of them are read at most")

@@ -217,8 +217,8 @@ def changed(path: Path, tokenizer, change) -> Path:
 def test_every_tensor_must_be_there_known_and_of_its_shape(tokenizer, tmp_path):
     path = tmp_path / "x.gguf"
     cases = {"has no model.layers.1.mlp.up": lambda add, name, array: name == "blk.1.ffn_up.weight",
-             "unknown blk.0.ffn_gate_inp.weight": lambda add, name, array: name == "output_norm.weight" and (
-                 add("blk.0.ffn_gate_inp.weight", array)),
+             "unknown blk.0.ffn_sub_norm.weight": lambda add, name, array: name == "output_norm.weight" and (
+                 add("blk.0.ffn_sub_norm.weight", array)),
              "the config asks for": lambda add, name, array: name == "blk.1.ffn_up.weight" and (
                  add(name, array[:-1]) or True)}
     for part, change in cases.items():
@@ -294,7 +294,7 @@ def test_flipped_bytes_in_the_head_never_give_a_traceback(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("fields, part", [
     ({"general.architecture": "gemma"}, "gemma"), ({"general.type": "adapter"}, "adapter"),
-    ({"qwen3.expert_count": 8}, "expert_count"), ({"qwen3.block_count": None}, "block_count is missing"),
+    ({"qwen3.expert_count": 8}, "expert_used_count is missing"), ({"qwen3.block_count": None}, "block_count is missing"),
     ({"qwen3.attention.head_count": [4, 2]}, "not one number"),
     ({"qwen3.rope.dimension_count": 4}, "rope.dimension_count"),
     ({"qwen3.rope.scaling.type": "longrope"}, "longrope"), ({"qwen3.attention.causal": False}, "causal")])
