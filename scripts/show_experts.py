@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ROOT, Parser, count, run_script
+from common.cli import ROOT, Parser, add_rope_scaling, count, run_script
 from common.errors import DataError, UsageError
 
 RARE = 5  # words that occur less often are not listed: chance alone decides where they go
