@@ -370,6 +370,8 @@ def config_of(fields: dict, tensors: dict) -> ModelConfig:
         raise ModelError("it has no token_embd.weight, the embedding")
     window = of("attention.sliding_window", 0)
     experts, num_experts = {}, of("expert_count", 0)
+    if num_experts and arch not in ("llama", "qwen3moe"):
+        raise ModelError(f"{arch}.expert_count is {num_experts}: not supported")
     if num_experts:  # for llama.cpp norm_topk_prob is always true
         size = of("expert_feed_forward_length", of("feed_forward_length"))
         experts = {"num_experts": num_experts, "num_experts_per_tok": of("expert_used_count"),

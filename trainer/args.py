@@ -210,7 +210,7 @@ def add_shape_flags(parser: argparse.ArgumentParser) -> None:
     add("--experts_per_token", type=count, metavar="K", help="how many it uses (default: the preset's, 1)")
     add("--moe_intermediate_size", type=count, metavar="N", help="of one expert (default: intermediate_size)")
     add("--norm_topk_prob", action="store_true", default=None,
-        help="what the experts of a token count adds up to 1; needs two or more for each token")
+        help="what a token's experts count adds up to 1; needs two or more (default: it does not)")
     add("--router_balance", type=not_negative, metavar="F",
         help="weight of the loss that keeps experts equally busy; 0: none (default: the preset's, 0.01)")
     add("--router_z_loss", type=not_negative, metavar="F",
