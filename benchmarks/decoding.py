@@ -11,11 +11,9 @@ from pathlib import Path
 from common.cli import ROOT
 
 OURS, THEIRS, LLAMA = "Seedling", "transformers", "llama.cpp"
-# contender: (whose code, 8 bits, a compiled step)
-CONTENDERS = {OURS: (OURS, False, False), f"{OURS}, compiled": (OURS, False, True),
-              LLAMA: (LLAMA, False, False), THEIRS: (THEIRS, False, False),
-              f"{OURS}, int8": (OURS, True, False), f"{OURS}, int8, compiled": (OURS, True, True),
-              f"{LLAMA}, Q8_0": (LLAMA, True, False)}
+# contender: (whose code, in 8 bits)
+CONTENDERS = {OURS: (OURS, False), f"{OURS}, int8": (OURS, True), THEIRS: (THEIRS, False),
+              LLAMA: (LLAMA, False), f"{LLAMA}, Q8_0": (LLAMA, True)}
 PACKAGES = {LLAMA: "llama_cpp"}
 
 
@@ -31,14 +29,14 @@ def prepare(contender: str, rows: int, prompt: int, args):
     from model.transformer import CausalLM
     from model.weights import load_model
 
-    code, in_8_bits, _ = CONTENDERS[contender]
+    code, in_8_bits = CONTENDERS[contender]
     model = load_model(args.load_from) if args.load_from else CausalLM(preset(args.preset)).eval()
     ids = torch.randint(model.config.vocab_size, (rows, prompt))
     size = sum(parameter.nbytes for parameter in model.parameters())
     if in_8_bits:
         size //= 4
     make = {OURS: ours, THEIRS: theirs, LLAMA: llama_cpp}[code]
-    decode = make(model, ids, contender, args)
+    decode = make(model, ids, in_8_bits, args)
 
     def turn():
         decode()
@@ -47,17 +45,15 @@ def prepare(contender: str, rows: int, prompt: int, args):
     return turn
 
 
-def ours(model, ids, contender: str, args):
-    from model.compiled_step import compile_step
+def ours(model, ids, in_8_bits: bool, args):
     from model.generate import generate
     from model.int8 import quantize_int8
     from model.one_token import prepare_to_decode
 
-    _, in_8_bits, compiled = CONTENDERS[contender]
     model.to(args.device)
     if in_8_bits:
         quantize_int8(model)
-    (compile_step if compiled else prepare_to_decode)(model)
+    prepare_to_decode(model)
 
     def decode():
         for _ in generate(model, ids, args.new_tokens, temperature=0):
@@ -66,7 +62,7 @@ def ours(model, ids, contender: str, args):
     return decode
 
 
-def theirs(model, ids, contender: str, args):
+def theirs(model, ids, in_8_bits: bool, args):
     import torch
     import transformers
 
@@ -86,7 +82,7 @@ def theirs(model, ids, contender: str, args):
     return decode
 
 
-def llama_cpp(model, ids, contender: str, args):
+def llama_cpp(model, ids, in_8_bits: bool, args):
     import llama_cpp as library
     import numpy as np
     import torch
@@ -97,7 +93,6 @@ def llama_cpp(model, ids, contender: str, args):
     library.llama_log_set(silent := library.llama_log_callback(lambda *_: None), None)
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name, "model.gguf")
-    _, in_8_bits, _ = CONTENDERS[contender]
     tokenizer = load_tokenizer(args.load_from or ROOT / "model" / "tokenizer")
     with contextlib.redirect_stdout(None):
         write_model(model, tokenizer, path, "Q8_0" if in_8_bits else "F32", "benchmark", [])
