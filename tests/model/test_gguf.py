@@ -294,7 +294,7 @@ def test_flipped_bytes_in_the_head_never_give_a_traceback(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("fields, part", [
     ({"general.architecture": "gemma"}, "gemma"), ({"general.type": "adapter"}, "adapter"),
-    ({"qwen3.expert_count": 8}, "expert_used_count is missing"),
+    ({"qwen3.expert_count": 8}, "expert_count is 8: not supported"),
     ({"qwen3.block_count": None}, "block_count is missing"),
     ({"qwen3.attention.head_count": [4, 2]}, "not one number"),
     ({"qwen3.rope.dimension_count": 4}, "rope.dimension_count"),
