@@ -329,6 +329,8 @@ def main(args: argparse.Namespace) -> None:
 
         result = measure(chat_model, sorted(set(args.needle)), args.limit or 200, args.batch_size)
         print(table_of(result))
+        if not any(answer["right"] for answer in result["answers"]):
+            print("none is found: a model must have learnt the game, from chats of scripts/make_needles.py")
         if args.json:
             write_whole(args.json, json_text({"model": str(args.load_from), "lora": args.lora,
                                               "rope_scaling": args.rope_scaling, **result}))

@@ -53,8 +53,9 @@ def layer_kinds(config, full_attention_every: int | None = None) -> tuple[int | 
     """
     kinds, layers, window = config.layer_types, config.num_hidden_layers, config.sliding_window
     if full_attention_every is not None:
-        if full_attention_every < 1:
-            raise ModelError(f"full_attention_every must be at least 1, not {full_attention_every}")
+        if not 2 <= full_attention_every <= layers:  # otherwise all layers would be of one kind
+            raise ModelError(f"full_attention_every must be from 2 to {layers}, the number of layers, not "
+                             f"{full_attention_every}")
         kinds = [SLIDING if layer % full_attention_every else FULL for layer in range(1, layers + 1)]
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in KINDS for kind in kinds):
         raise ModelError(f"layer_types must be {' or '.join(KINDS)} for each of {layers} layers")

@@ -212,7 +212,8 @@ def add_experts(writer, config: ModelConfig) -> None:
         return
     if not config.norm_topk_prob:
         raise ModelError("norm_topk_prob is false: in llama.cpp what a token's experts count always adds up "
-                         "to 1, so it would answer otherwise; train with --norm_topk_prob for this format")
+                         "to 1, so it would answer otherwise; train with --experts_per_token 2 and "
+                         "--norm_topk_prob for this format")
     if config.mlp_only_layers:
         raise ModelError("some layers have no experts: llama.cpp wants them in all layers")
     writer.add_expert_count(config.num_experts)

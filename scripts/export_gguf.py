@@ -49,6 +49,8 @@ def main(args):
             write_adapter(model, loras, out, kind, name_of(args.lora[0]))
             written.append(out)
             print(f"wrote {out} ({out.stat().st_size:,} bytes), for llama.cpp's --lora")
+        if model.config.rope_scaling:
+            print("an adapter file can't name the scaling of rotary positions: export the base with it, too")
     else:
         make_plain(model, args)
         what = args.lora[0] if args.lora else args.model

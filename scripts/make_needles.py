@@ -52,6 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if min(args.max_tokens) < SHORTEST + AROUND:
         parser.error(f"--max_tokens {min(args.max_tokens)}: a text, a question and an answer need at least "
                      f"{SHORTEST + AROUND}")
+    if args.out_dir.is_file():
+        parser.error(f"--out_dir {args.out_dir} is a file; name a folder")
     args.out_dir.mkdir(parents=True, exist_ok=True)
     return args
 

@@ -136,7 +136,10 @@ def parse_args(argv=None):
     parser.add_argument("--texts", type=count, default=200, metavar="N", help="of them are read at most")
     parser.add_argument("--words", type=count, default=8, metavar="N", help="listed for each expert")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the load (default: none)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.plot and (args.plot.suffix != ".png" or not args.plot.parent.is_dir()):
+        parser.error(f"--plot {args.plot}: name a file that ends with .png, in a folder that is there")
+    return args
 
 
 if __name__ == "__main__":

@@ -233,6 +233,8 @@ def new_shape(args: argparse.Namespace, preset, vocab_size: int):
         raise UsageError("--intermediate_size has no effect beside --moe_intermediate_size: give one of them")
     changes |= {EXPERT_FLAGS[flag]: value for flag, value in of_experts.items()}
     config = replace(preset, vocab_size=vocab_size, qk_norm=preset.qk_norm or has_experts > 0, **changes)
+    if has_experts and config.num_experts == 1:
+        raise UsageError("--num_experts 1: a router with one expert has nothing to choose; leave it out")
     if has_experts and config.norm_topk_prob and config.num_experts_per_tok == 1:
         raise UsageError("--norm_topk_prob with one expert for each token: what that expert counts is then "
                          "always 1, so no gradient tells the router which one to choose; use "

@@ -97,8 +97,10 @@ def test_a_model_that_has_learnt_nothing_finds_nothing(home, tmp_path, capsys):
     flags = ["--load_from", home / "chat", "--needle", "96", "64", "--limit", "7", "--json",
              tmp_path / "n.json", "--device", "cpu"]
     eval_model.main(eval_model.parse_args([str(flag) for flag in flags]))
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    *lines, advice = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines]
     assert [(row[0], row[-1]) for row in rows[1:]] == [("64", "0.0%"), ("96", "0.0%")]
+    assert "scripts/make_needles.py" in advice
     found = json.loads((tmp_path / "n.json").read_text(encoding="utf-8"))
     assert len(found["answers"]) == 14 and found["model"] == str(home / "chat")
     with Image.open(tmp_path / "n.png") as picture:

@@ -155,14 +155,14 @@ def test_layer_types_of_one_kind_are_no_kinds():
         config = ModelConfig(**SHAPE, sliding_window=4, layer_types=kinds)
         assert (config.layer_types, config.windows) == (None, [window] * 2)
     assert ModelConfig(**SHAPE, sliding_window=4, full_attention_every=2).layer_types == MIXED
-    assert ModelConfig(**SHAPE, sliding_window=4, full_attention_every=1).windows == [None] * 2
     for kinds in (2, MIXED * 2, "full_attention", [["full_attention"], "full_attention"]):
         with pytest.raises(ModelError, match="layer_types must be"):
             ModelConfig(**SHAPE, sliding_window=4, layer_types=kinds)
     with pytest.raises(ModelError, match="need a sliding_window"):
         ModelConfig(**SHAPE, layer_types=MIXED)
-    with pytest.raises(ModelError, match="full_attention_every must be at least 1"):
-        ModelConfig(**SHAPE, sliding_window=4, full_attention_every=0)
+    for number in (0, 1, 3):
+        with pytest.raises(ModelError, match="full_attention_every must be from 2 to 2, the"):
+            ModelConfig(**SHAPE, sliding_window=4, full_attention_every=number)
 
 
 @pytest.mark.parametrize("tied", [True, False])

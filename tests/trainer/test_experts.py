@@ -112,6 +112,7 @@ def test_muon_takes_the_matrices_of_experts_and_not_the_router():
     ({"experts_per_token": 2}, "--experts_per_token has no effect without experts"),
     ({"router_balance": 0.0}, "--router_balance has no effect without experts"),
     ({"num_experts": 4, "norm_topk_prob": True}, "no gradient tells the router which one to choose"),
+    ({"num_experts": 1}, "a router with one expert has nothing to choose"),
     ({"num_experts": 2, "experts_per_token": 3}, "3 experts for each token, but there are only 2"),
     ({"num_experts": 2, "moe_intermediate_size": 16}, "--intermediate_size has no effect beside"),
     ({"num_experts": 0}, "--num_experts"),
