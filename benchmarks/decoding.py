@@ -8,6 +8,7 @@ import contextlib
 import tempfile
 from pathlib import Path
 
+from benchmarks import shared
 from common.cli import ROOT
 
 OURS, THEIRS, LLAMA = "Seedling", "transformers", "llama.cpp"
@@ -64,14 +65,8 @@ def ours(model, ids, in_8_bits: bool, args):
 
 def theirs(model, ids, in_8_bits: bool, args):
     import torch
-    import transformers
 
-    from model.weights import config_to_dict
-
-    raw = config_to_dict(model.config)
-    family = raw["architectures"][0].removesuffix("ForCausalLM")
-    config = getattr(transformers, f"{family}Config")(**raw)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval().to(args.device)
+    model = shared.transformers_model(model.config).eval().to(args.device)
     ids = ids.to(args.device)
 
     @torch.no_grad()

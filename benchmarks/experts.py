@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.shared import drop_gradients, markdown, output_of
+from benchmarks.shared import drop_gradients, markdown, output_of, take_turns
 from common.cli import ROOT, Parser, count, run_script, seed
 from common.errors import UsageError
 from common.files import json_text, read_json, write_whole
@@ -65,20 +65,8 @@ def turns_of(preset: str, optimizer: str, args) -> dict[str, list[float]]:
     workers = {name: subprocess.Popen([*command, "--contender", name], stdin=subprocess.PIPE,
                                       stdout=subprocess.PIPE, text=True) for name in names}
     seconds = {name: [] for name in names}
-    try:
-        for number in range(args.rounds + 1):
-            for name, worker in workers.items():
-                worker.stdin.write("\n")
-                worker.stdin.flush()
-                answer = worker.stdout.readline()
-                if not answer:
-                    raise UsageError(f"{name} ended early, and its message is above")
-                if number:
-                    seconds[name].append(float(answer))
-    finally:
-        for worker in workers.values():
-            worker.stdin.close()  # which ends it
-            worker.wait()
+    for _, name, answer in take_turns(workers, args.rounds):
+        seconds[name].append(float(answer))
     print(f"{preset}, {optimizer}: {json.dumps(seconds)}", file=sys.stderr, flush=True)
     return seconds
 

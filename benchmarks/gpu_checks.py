@@ -118,6 +118,19 @@ def pair(run: Run, **changes) -> tuple[CausalLM, CausalLM]:
     return model, copy.deepcopy(model).to(run.device)
 
 
+def adapted_pair(run: Run, prepare=lambda model: model) -> tuple[CausalLM, CausalLM]:
+    """The same adapters over the same base, on the CPU and on the device. prepare(base) comes first."""
+    from model.lora import apply_lora, freeze_all_but_lora, lora_parameters
+
+    cpu, _ = pair(run)
+    prepare(cpu)
+    apply_lora(cpu, rank=8)
+    freeze_all_but_lora(cpu)
+    for parameter in lora_parameters(cpu):
+        torch.nn.init.normal_(parameter, std=0.05)
+    return cpu, copy.deepcopy(cpu).to(run.device)
+
+
 def tokens(rows: int = 2, length: int = 200, vocabulary: int = SMALL["vocab_size"]) -> torch.Tensor:
     return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(1))
 
@@ -165,7 +178,7 @@ def plain_batch() -> dict:
 
 def logits(run: Run):
     """float32 on the device against float32 on the CPU, and against transformers' own class on the device."""
-    from benchmarks.speed import transformers_model
+    from benchmarks.shared import transformers_model
 
     for name, changes in SHAPES.items():
         cpu, device = pair(run, **changes)
@@ -296,14 +309,10 @@ def decoding(run: Run):
 
 def lora(run: Run):
     """Gradients of adapters, and merging."""
-    from model.lora import apply_lora, freeze_all_but_lora, lora_parameters, merge_lora
+    from model.lora import merge_lora
 
-    cpu, _ = pair(run)
-    apply_lora(cpu, rank=8)
-    freeze_all_but_lora(cpu)
-    for parameter in lora_parameters(cpu):
-        torch.nn.init.normal_(parameter, std=0.05)
-    device, batch = copy.deepcopy(cpu).to(run.device), plain_batch()
+    cpu, device = adapted_pair(run)
+    batch = plain_batch()
     losses, of_cpu = step_gradients(cpu, batch)
     found, of_device = step_gradients(device, batch)
     yield compare("losses", found, losses, FLOAT32)
@@ -343,15 +352,8 @@ def qlora(run: Run):
                     differing=int((their_codes.flatten().cpu() != codes).sum()))
         theirs_back = theirs.dequantize_4bit(their_codes, state)
         yield compare("bitsandbytes' weights", again, theirs_back, 1e-6)
-    from model.lora import apply_lora, freeze_all_but_lora, lora_parameters
-
-    cpu, _ = pair(run)
-    quantize.quantize_model(cpu)
-    apply_lora(cpu, rank=8)
-    freeze_all_but_lora(cpu)
-    for parameter in lora_parameters(cpu):
-        torch.nn.init.normal_(parameter, std=0.05)
-    device, batch = copy.deepcopy(cpu).to(run.device), plain_batch()
+    cpu, device = adapted_pair(run, quantize.quantize_model)
+    batch = plain_batch()
     losses, of_cpu = step_gradients(cpu, batch)
     found, of_device = step_gradients(device, batch)
     yield compare("losses of a QLoRA step", found, losses, FLOAT32)

@@ -18,8 +18,7 @@ import torch
 
 from benchmarks.formulas import MODELS, flops_per_token
 from benchmarks.gpu_checks import Run, Skip, documents, left_out, note
-from benchmarks.shared import drop_gradients, take_step
-from benchmarks.speed import transformers_model
+from benchmarks.shared import drop_gradients, take_step, transformers_model
 from common.cli import ROOT
 from common.device import autocast, to_device
 from model.config import ModelConfig, preset

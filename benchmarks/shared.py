@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UsageError
@@ -63,7 +64,40 @@ def seconds_to_first_step(command: list) -> float:
     return seconds
 
 
+def take_turns(workers: dict[str, subprocess.Popen], rounds: int) -> Iterator[tuple[int, str, str]]:
+    """(round, name, the line that the worker answers) of each turn. Round 0, which warms up, is left out.
+
+    workers: {name: a process that works once for each line it reads}. They end with the last round.
+    """
+    try:
+        for number in range(rounds + 1):
+            for name, worker in workers.items():
+                worker.stdin.write("\n")
+                worker.stdin.flush()
+                answer = worker.stdout.readline()
+                if not answer:
+                    raise UsageError(f"{name} ended early, and its message is above")
+                if number:
+                    yield number, name, answer
+    finally:
+        for worker in workers.values():
+            worker.stdin.close()  # which ends it
+            worker.wait()
+
+
 # --- a training step ----------------------------------------------------------------------------------------
+
+
+def transformers_model(config):
+    """transformers' own class in the shape of our config, its weights at random."""
+    import transformers
+
+    from model.weights import config_to_dict
+
+    raw = config_to_dict(config)
+    family = raw["architectures"][0].removesuffix("ForCausalLM")
+    theirs = getattr(transformers, f"{family}Config")(**raw)
+    return getattr(transformers, f"{family}ForCausalLM")(theirs)
 
 
 def take_step(model, optimizers: list, batch: dict, dtype, waits: bool = False):

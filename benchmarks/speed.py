@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import decoding, shared
 from common.cli import ROOT, Parser, run_script
-from common.errors import UsageError
 from common.files import json_text, write_whole
 
 Q_AND_O, ALL_LINEAR = ["q_proj", "o_proj"], "all-linear"
@@ -88,22 +87,8 @@ def measure(job: str, args) -> list[dict]:
     packages = {name: package_of(job, name) for name in JOBS[job][1]
                 if not args.contenders or name in args.contenders}
     workers = {name: start_worker(job, name, args) for name in shared.installed(packages)}
-    turns = []
-    try:
-        for number in range(args.rounds + 1):
-            for name, worker in workers.items():
-                worker.stdin.write("\n")
-                worker.stdin.flush()
-                answer = worker.stdout.readline()
-                if not answer:
-                    raise UsageError(f"{job}, {name} ended early, and its message is above")
-                if number:  # round 0 warms up
-                    turns.append({"contender": name, "round": number} | json.loads(answer))
-    finally:
-        for worker in workers.values():
-            worker.stdin.close()  # which ends it
-            worker.wait()
-    return turns
+    answers = shared.take_turns(workers, args.rounds)
+    return [{"contender": name, "round": number} | json.loads(answer) for number, name, answer in answers]
 
 
 def package_of(job: str, contender: str) -> str | None:
@@ -151,18 +136,6 @@ def work(args) -> None:
 # --- what is measured: each function prepares the work and returns a function that does one turn of it ------
 
 
-def transformers_model(config):
-    """transformers' own class in the shape of our config, its weights at random."""
-    import transformers
-
-    from model.weights import config_to_dict
-
-    raw = config_to_dict(config)
-    family = raw["architectures"][0].removesuffix("ForCausalLM")
-    theirs = getattr(transformers, f"{family}Config")(**raw)
-    return getattr(transformers, f"{family}ForCausalLM")(theirs)
-
-
 def build(args):
     """The model that args.contender trains, and its optimizers."""
     import torch
@@ -175,7 +148,7 @@ def build(args):
 
     code, targets, _ = TRAINING[args.job][args.contender]
     config = preset(args.preset)
-    model = transformers_model(config) if code == THEIRS else CausalLM(config)
+    model = shared.transformers_model(config) if code == THEIRS else CausalLM(config)
     model.to(args.device).train()
     if code == THEIRS:
         model.config.use_cache = False

@@ -36,7 +36,8 @@ def wait_as_others_allow() -> None:
     try:
         # None: the functions of all libraries that this process has loaded. Windows must be told which one.
         openmp = ctypes.CDLL("libiomp5md.dll" if sys.platform == "win32" else None)
-    except OSError:
+        seconds_of_others(set())
+    except OSError:  # no such library, or a system that does not tell how busy its cores are
         return
     if hasattr(openmp, "kmp_set_blocktime"):
         waiting = WaitingOfLLVM(openmp)
@@ -51,9 +52,9 @@ def wait_as_others_allow() -> None:
 class WaitingOfGNU:
     """Switches between waiting awake and asleep in GNU's OpenMP (Linux), which has no function for it.
 
-    It looks 300,000 times before a thread sleeps, but 100 times only as soon as it manages more threads than
-    there are cores. So an idle team of as many threads as there are cores makes all others sleep at once.
-    When that team is gone, they stay awake again.
+    A thread looks 300,000 times before it sleeps. It looks only 100 times while OpenMP manages more threads
+    than there are cores. So threads sleep almost at once as long as there is another team, which does
+    nothing and has one thread more than there are cores. When that team is gone, they stay awake again.
     """
 
     def __init__(self, openmp: ctypes.CDLL):
@@ -78,13 +79,13 @@ class WaitingOfGNU:
 class WaitingOfLLVM:
     """The same in LLVM's and Intel's OpenMP (macOS, Windows), which has a function for it.
 
-    The function counts for the thread that calls it alone. So Python is asked to call it in the main thread,
-    which trains.
+    The function has an effect on the thread that calls it, and on no other. So Python is asked to call it in
+    the main thread, which trains.
     """
 
     def __init__(self, openmp: ctypes.CDLL):
         self.set_blocktime, self.is_asleep = openmp.kmp_set_blocktime, False
-        self.call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(self.apply)  # kept, since C has no copy
+        self.call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(self.apply)  # kept: C calls it later
 
     def asleep(self, yes: bool) -> None:
         if yes != self.is_asleep:

@@ -33,9 +33,8 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OBEYED_SETTINGS = {"peft_type", "init_lora_weights", "r", "lora_alpha", "lora_dropout", "use_rslora",
                    "rank_pattern", "alpha_pattern"}
 HARMLESS_SETTINGS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-                     "inference_mode", "target_modules", "exclude_modules",
-                     "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_config",
-                     "megatron_core",
+                     "inference_mode", "target_modules", "exclude_modules", "layers_to_transform",
+                     "layers_pattern", "fan_in_fan_out", "megatron_config", "megatron_core",
                      "qalora_group_size", "loftq_config", "runtime_config", "ensure_weight_tying"}
 BASE_FROM_HERE = "base_from_here"  # in the metadata: the path of the base, seen from the adapter's folder
 RELATIVE_TOLERANCE = 2**-7  # twice the rounding of bfloat16, and far less than what training does to a weight
@@ -145,8 +144,7 @@ def write_adapter(path: Path, loras: dict, model: nn.Module, base, tokenizer, tr
         return
     if path.is_file():
         raise ModelError(f"{path} is a file; an adapter is saved as a folder, or as a file that ends in .pth")
-    config = getattr(model, "config", None)
-    loras = fuse_adapter(loras, getattr(config, "num_experts", 0))  # PEFT has one LoRA for all experts
+    loras = fuse_adapter(loras, _num_experts(model))  # PEFT has one LoRA for all experts
     peft_name = peft_names(loras)
     state = _tensors({peft_name[name]: lora for name, lora in loras.items()},
                      "base_model.model.{}.lora_{}.weight")
@@ -179,6 +177,11 @@ def _tensors(loras: dict[str, nn.Module], key: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _num_experts(model: nn.Module) -> int:
+    """0 for a model without experts, and for a module that is no CausalLM."""
+    return getattr(getattr(model, "config", None), "num_experts", 0)
+
+
 def _peft_config(loras: dict[str, nn.Module], model: nn.Module, base) -> dict:
     """The content of adapter_config.json. base: the path of the base model, or None."""
     modules = [files.without_wrappers(name) for name, _ in model.named_modules()]
@@ -186,7 +189,7 @@ def _peft_config(loras: dict[str, nn.Module], model: nn.Module, base) -> dict:
     # takes the names of their matrices for fused ones everywhere. So dense layers of these names are stored
     # as parameters, too.
     parameters = {name: name for name, lora in loras.items() if isinstance(lora, FusedLoRA)}
-    if getattr(getattr(model, "config", None), "num_experts", 0):
+    if _num_experts(model):
         parameters |= {name: f"{name}.weight" for name in loras if re.search(r"\.mlp\.\w+_proj$", name)}
     layers = [name for name in loras if name not in parameters]
     first, first_lora = next(iter(loras.items()))
@@ -227,10 +230,9 @@ def read_adapter(path: Path, model: nn.Module, layers: dict[str, nn.Module]) -> 
         config, metadata = {}, {}
         if path.is_dir():
             config = files.read_json(path / CONFIG)
-            has_experts = getattr(getattr(model, "config", None), "num_experts", 0) > 0
             # The names of the tensors say which experts these are for.
             _check_config({key: value for key, value in config.items()
-                           if key != "target_parameters" or not has_experts})
+                           if key != "target_parameters" or not _num_experts(model)})
             if not (path / WEIGHTS).is_file():
                 raise ModelError(f"{WEIGHTS} is missing (a pickled adapter_model.bin is not read)")
             state, metadata = files.read_safetensors(path / WEIGHTS)
@@ -238,7 +240,7 @@ def read_adapter(path: Path, model: nn.Module, layers: dict[str, nn.Module]) -> 
             state = read_adapter_file(path, model.config)
         else:
             state = files.read_state_dict(path)
-        parts = _parts(_without_copies(state, layers), config, getattr(model, "config", None))
+        parts = _parts(_without_copies(state, layers), config, model)
         _check_shapes(parts, layers)
         check_base(json.loads(metadata.get("base_fingerprint", "{}")), marks_here)
         if "rope_scaling" in metadata:
@@ -263,12 +265,9 @@ def _without_copies(state: dict[str, torch.Tensor], layers: dict[str, nn.Module]
     return kept
 
 
-def _parts(state: dict[str, torch.Tensor], config: dict, shape=None) -> dict[str, dict]:
-    """What read_adapter returns, made of the tensors, in float32, and the config. Raises ModelError.
-
-    shape: the ModelConfig of the model, for adapters over experts.
-    """
-    parts = {}
+def _parts(state: dict[str, torch.Tensor], config: dict, model: nn.Module) -> dict[str, dict]:
+    """What read_adapter returns, made of the tensors, in float32, and the config. Raises ModelError."""
+    parts, num_experts = {}, _num_experts(model)
     for key, tensor in state.items():
         found = re.fullmatch(r"(?:base_model\.model\.)?(.{1,200})\.lora[._]([AB])\.weight", key)
         if not found or tensor.ndim != 2 or not tensor.is_floating_point():
@@ -283,10 +282,10 @@ def _parts(state: dict[str, torch.Tensor], config: dict, shape=None) -> dict[str
             raise ModelError(f"{name} lacks its lora {'B' if 'A' in part else 'A'}")
     found = {}
     for name, part in parts.items():
-        if re.search(r"\.mlp\.experts(\.base_layer)?$", name) and getattr(shape, "num_experts", 0):
-            fused, of_experts = split_adapter(name, part["A"], part["B"], shape.num_experts,
-                                              shape.expert_size)
-            rank = len(part["A"]) // shape.num_experts
+        if re.search(r"\.mlp\.experts(\.base_layer)?$", name) and num_experts:
+            fused, of_experts = split_adapter(name, part["A"], part["B"], num_experts,
+                                              model.config.expert_size)
+            rank = len(part["A"]) // num_experts
             settings = _settings_of_layer(config, fused, rank)
             for layer, matrices in of_experts.items():
                 # A part of the rank, with the same scaling: alpha / rank, or alpha / sqrt(rank)

@@ -365,6 +365,8 @@ def test_what_no_class_can_hold_is_refused():
         ModelConfig(num_experts=4)
     with pytest.raises(ModelError, match="experts need qk_norm"):
         ModelConfig(num_experts=4, norm_topk_prob=True, mlp_only_layers=(1,))
+    with pytest.raises(ModelError, match="a window in some layers only"):
+        ModelConfig(num_experts=4, qk_norm=True, sliding_window=4, full_attention_every=2)
     assert ModelConfig(num_experts=4, norm_topk_prob=True).has_experts(0)
 
 
