@@ -29,6 +29,7 @@ from model.fused import lora_linear
 from model.int8 import Int8Linear
 from model.lora_files import check_same_layers, read_adapter, select_layers, write_adapter
 from model.low_rank import LoRAReport, base_weight, report_layers, start_at_singular_vectors
+from model.moe import ROUTER
 from model.quantize import NF4Linear, count_parameters
 
 
@@ -233,7 +234,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     and routers, which are small, stay as they are, and so do quantized weights.
     """
     for name, weight in model.named_parameters():
-        is_small = weight.ndim != 2 or name.endswith("mlp.gate.weight")  # a router: see model/moe.py
+        is_small = weight.ndim != 2 or name.endswith(ROUTER)
         if not weight.requires_grad and weight.is_floating_point() and not is_small:
             weight.data = weight.data.to(dtype)  # the same Parameter: embedding and head may share it
 

@@ -19,6 +19,7 @@ from common.errors import ModelError
 
 SETTINGS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
             "mlp_only_layers", "router_aux_loss_coef", "router_z_loss_coef")  # the fields of ModelConfig
+ROUTER = "mlp.gate.weight"  # how the name of a router's matrix ends
 MAX_EXPERTS = 2**16
 ROWS_MULTIPLE = 64  # of the matrix that an expert reads
 GROUPED_WIDTH_MULTIPLE = 8  # a grouped product in bfloat16 takes rows of a multiple of 16 bytes

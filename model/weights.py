@@ -27,6 +27,7 @@ from model.expert_files import mixtral_names, our_names
 from model.gguf import read_model as read_gguf_model
 from model.gguf_file import is_gguf
 from model.int8 import Int8Linear
+from model.moe import ROUTER
 from model.moe import SETTINGS as EXPERT_SETTINGS
 from model.quantize import from_bitsandbytes, quantization_config, to_bitsandbytes
 from model.rope_scaling import scale
@@ -313,7 +314,7 @@ def _infer_config(tensors: dict) -> ModelConfig:
         vocab_size, hidden_size = embedding.shape
         q_rows = tensors[f"{first}self_attn.q_proj.weight"].shape[0]
         k_rows = tensors[f"{first}self_attn.k_proj.weight"].shape[0]
-        router = tensors.get(f"{first}mlp.gate.weight")  # in a model with experts
+        router = tensors.get(f"{first}{ROUTER}")  # in a model with experts
         of_expert = "" if router is None else "experts.0."
         intermediate_size = tensors[f"{first}mlp.{of_expert}gate_proj.weight"].shape[0]
     except (KeyError, ValueError) as error:

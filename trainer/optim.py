@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from common.fast_start import AdamW, Optimizer
+from model.moe import ROUTER
 from trainer.adamw_8bit import adamw_8bit
 from trainer.distributed import full_tensor, shard_like, share_out, world_size
 
@@ -138,8 +139,8 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float, weight_d
     groups: dict[tuple, list[nn.Parameter]] = {}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_router = key.endswith("mlp.gate.weight")  # of experts: see model/moe.py
-            to_muon = name == "muon" and parameter.ndim == 2 and ".layers." in key and not is_router
+            is_matrix = parameter.ndim == 2 and ".layers." in key and not key.endswith(ROUTER)
+            to_muon = name == "muon" and is_matrix
             decay = weight_decay if parameter.ndim >= 2 and "embed" not in key else 0.0
             ratio = lora_plus_ratio if key.endswith(".lora.B.weight") else 1.0
             groups.setdefault((to_muon, decay, ratio), []).append(parameter)
