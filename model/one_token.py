@@ -10,7 +10,6 @@ operations.
 Shapes: B rows, L layers, C width, H heads, K key/value heads, D head dim, S tokens in the cache, V vocabulary
 """
 
-import functools
 import math
 
 import torch
@@ -29,6 +28,7 @@ from model.int8 import (
 from model.transformer import Block, CausalLM, RMSNorm, rotate, token_positions
 
 MAX_FLOAT32_ROWS = 64  # with more rows of x, PyTorch's own product is faster than a float32 `Product`
+MIN_SPLIT_SIZE = 2**17  # numbers of a matrix: a smaller one is multiplied faster than it is split up
 
 
 class Product:
@@ -74,13 +74,16 @@ class Product:
         if "weight" in self.joined:
             columns = self.joined["weight"].t()  # (in, out)
             # Equal parts, at most two for each thread, because one of the threads may be slow.
-            parts = max(n for n in range(1, 2 * torch.get_num_threads() + 1) if len(columns) % n == 0)
+            most = 2 * torch.get_num_threads() if columns.numel() >= MIN_SPLIT_SIZE else 1
+            parts = max(n for n in range(1, most + 1) if len(columns) % n == 0)
             self.columns = columns.view(parts, -1, columns.size(1))  # (parts, in / parts, out)
         return batch_size <= self.max_rows and self.find_addresses() == self.addresses
 
     def __call__(self, x):
         if "codes" in self.joined:
             y = multiply_int8(x, self.joined["codes"], self.joined["scale"])
+        elif len(self.columns) == 1:
+            y = torch.mm(x, self.columns[0])
         else:
             rows = x.view(len(x), len(self.columns), -1).transpose(0, 1)  # (parts, B, in / parts)
             y = torch.bmm(rows, self.columns).sum(0)
@@ -91,13 +94,24 @@ class Product:
         return y
 
 
-square_root = functools.cache(lambda eps: torch.tensor(eps).sqrt())
+class Norm:
+    """One RMSNorm, or those of several heads at once, in half the time:
 
+        weight * x / sqrt(mean of squares of x + eps) = sqrt(n) weight * x / hypot(length of x, sqrt(n eps))
 
-def norm(module: RMSNorm, x):
-    """The result of an RMSNorm in half the time: sqrt(mean of squares + eps) is computed as a hypotenuse."""
-    root_mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(x.size(-1) ** -0.5)
-    return (x * module.weight).div_(root_mean_square.hypot_(square_root(module.eps)))
+    n is the width of x (B, n) or (B, heads, n). Call `get_ready` before each text: weights may have changed.
+    """
+
+    def __init__(self, *modules: RMSNorm):
+        self.modules = modules  # one, or one for each head
+
+    def get_ready(self) -> None:
+        weights = torch.stack([module.weight for module in self.modules])  # (1, n) or (heads, n)
+        self.weight = weights * weights.size(1) ** 0.5
+        self.smallest = torch.tensor(weights.size(1) * self.modules[0].eps).sqrt()
+
+    def __call__(self, x):
+        return (x * self.weight).div_(torch.linalg.vector_norm(x, 2, -1, True).hypot_(self.smallest))
 
 
 class OneBlock:
@@ -105,8 +119,16 @@ class OneBlock:
 
     def __init__(self, block: Block):
         self.block = block
-        self.qkv = Product(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
-        self.o = Product(block.self_attn.o_proj)
+        attention = block.self_attn
+        self.input_norm, self.mlp_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
+        self.norms = [self.input_norm, self.mlp_norm]
+        self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = Product(attention.o_proj)
+        if isinstance(attention.q_norm, RMSNorm):  # otherwise it does nothing
+            kv_heads = attention.k_proj.out_features // attention.head_dim
+            heads = attention.q_proj.out_features // attention.head_dim
+            self.qk_norm = Norm(*[attention.q_norm] * heads, *[attention.k_norm] * kv_heads)
+            self.norms.append(self.qk_norm)
         layers = block.mlp.experts if block.has_experts else [block.mlp]
         self.feed_forwards = [(Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)) for mlp in layers]
         self.products = [self.qkv, self.o, *(product for pair in self.feed_forwards for product in pair)]
@@ -117,19 +139,15 @@ class OneBlock:
         new_key, new_value (B, K, D): the last of them, which are written here. bias: as `one_block` makes it.
         """
         kv_heads = config.num_key_value_heads
-        y = self.qkv(norm(self.block.input_layernorm, x)).view(len(x), -1, config.head_dim)  # (B, H + 2 K, D)
+        y = self.qkv(self.input_norm(x)).view(len(x), -1, config.head_dim)  # (B, H + 2 K, D)
         qk = y[:, :-kv_heads]  # (B, H + K, D)
-        if config.qk_norm:
-            q, k = qk[:, :-kv_heads], qk[:, -kv_heads:]
-            attention = self.block.self_attn
-            qk = torch.cat([norm(attention.q_norm, q), norm(attention.k_norm, k)], dim=1)
-        qk = rotate(qk, *rope)
+        qk = rotate(self.qk_norm(qk) if config.qk_norm else qk, *rope)
         new_key.copy_(qk[:, -kv_heads:])
         new_value.copy_(y[:, -kv_heads:])
         q = qk[:, :-kv_heads].reshape(len(keys), -1, config.head_dim)  # (B * K, H / K, D)
         scores = torch.baddbmm(bias, q, keys.mT, alpha=config.head_dim ** -0.5)  # (B * K, H / K, S)
         x = x + self.o(torch.bmm(scores.softmax(dim=-1), values).view(len(x), -1))
-        y = norm(self.block.post_attention_layernorm, x)
+        y = self.mlp_norm(x)
         return x + (self.mix_experts(y) if self.block.has_experts else self.feed_forward(y, 0))
 
     def feed_forward(self, x, number):
@@ -155,16 +173,19 @@ class OneToken:
     def __init__(self, model: CausalLM):
         self.model = model
         self.blocks = [OneBlock(block) for block in model.model.layers]
-        self.head = Product(model.lm_head)
+        self.norm, self.head = Norm(model.model.norm), Product(model.lm_head)
 
     def get_ready(self, batch_size: int) -> bool:
-        """Looks up adapters and memory, which may have changed: call it before each text.
+        """Looks up adapters, norms and memory, which may have changed: call it before each text.
 
         False if the ordinary forward pass must be used.
         """
-        products = [self.head]
+        products, norms = [self.head], [self.norm]
         for block in self.blocks:
             products += block.products
+            norms += block.norms
+        for norm in norms:
+            norm.get_ready()
         return all([product.get_ready(batch_size) for product in products])  # a list: no product is left out
 
     @torch.inference_mode()
@@ -189,7 +210,7 @@ class OneToken:
         for block, window, *of_layer in layers:
             x = block(x, config, rope, biases[window], *of_layer)
         cache.length = end
-        return self.head(norm(self.model.model.norm, x))
+        return self.head(self.norm(x))
 
 
 def prepare_to_decode(model: CausalLM) -> CausalLM:
