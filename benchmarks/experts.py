@@ -6,12 +6,14 @@
     python benchmarks/experts.py --jobs pays --out_dir out/experts --steps 2000
     python benchmarks/experts.py --jobs pays --out_dir out/experts --data_path en.jsonl zh.jsonl --steps 2000
 
-Dense and with experts have equal active parameters: 4 experts of the dense size, of which a token uses one.
+All of them have equal active parameters: 4 experts of the dense size, of which a token uses one, or 8 of half
+that size, of which it uses two.
 
 speed: steps of 8 rows of 512 tokens. Each contender has a process of its own, and they take turns, round
 after round. A ratio compares two contenders within the same round; shown is the median.
 
-pays: train_pretrain.py, dense and with experts, on the same data with the same seeds, for the same tokens.
+pays: train_pretrain.py, dense and with both kinds of experts, on the same data with the same seeds, for the
+same tokens.
 Every run that is done is a line in OUT_DIR/results.jsonl. The same command goes on after a stop, and prints
 the table at its end. With experts the validation loss is measured once more, with the scores of each token
 dealt out to the experts at random: if a router has learnt anything, this loss is higher.
@@ -34,8 +36,9 @@ from common.cli import ROOT, Parser, count, run_script, seed
 from common.errors import UsageError
 from common.files import json_text, read_json, write_whole
 
-DENSE, EXPERTS, THEIRS, MINIMIND = "dense", "experts", "transformers' experts", "MiniMind's experts"
-NUM_EXPERTS = 4
+DENSE, THEIRS, MINIMIND = "dense", "transformers' experts", "MiniMind's experts"
+LARGE, SMALL = "4 experts", "8 half experts"
+NUM_EXPERTS = 4  # of LARGE, THEIRS and MINIMIND
 
 
 def main(args):
@@ -49,7 +52,7 @@ def main(args):
         if args.json:
             write_whole(args.json, json_text(measured))
     if "pays" in args.jobs:
-        results = [run_once(kind, number, args) for number in args.seeds for kind in (DENSE, EXPERTS)]
+        results = [run_once(kind, number, args) for number in args.seeds for kind in (DENSE, LARGE, SMALL)]
         print(f"\n{pays_table(results)}")
 
 
@@ -58,7 +61,7 @@ def main(args):
 
 def turns_of(preset: str, optimizer: str, args) -> dict[str, list[float]]:
     """{contender: the seconds of its step in each round}. The first round warms up and is not counted."""
-    names = [DENSE, EXPERTS, THEIRS, *([MINIMIND] if args.minimind else [])]
+    names = [DENSE, LARGE, SMALL, THEIRS, *([MINIMIND] if args.minimind else [])]
     command = [sys.executable, __file__, "--presets", preset, "--optimizers", optimizer, "--dtype",
                args.dtype, "--rows", str(args.rows), "--tokens", str(args.tokens), "--clock", args.clock]
     command += ["--minimind", str(args.minimind)] if args.minimind else []
@@ -130,6 +133,9 @@ def model_of(args):
 
     dense = replace(preset(args.presets[0]), qk_norm=True)
     config = replace(dense, num_experts=NUM_EXPERTS)
+    if args.contender == SMALL:
+        config = replace(dense, num_experts=2 * NUM_EXPERTS, num_experts_per_tok=2, norm_topk_prob=True,
+                         moe_intermediate_size=dense.intermediate_size // 2)
     if args.contender == THEIRS:
         import transformers
 
@@ -149,7 +155,7 @@ def model_of(args):
             num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads,
             intermediate_size=config.intermediate_size, moe_intermediate_size=config.intermediate_size,
             num_experts=NUM_EXPERTS, num_experts_per_tok=1, norm_topk_prob=False, vocab_size=6400))
-    return CausalLM(config if args.contender == EXPERTS else dense)
+    return CausalLM(dense if args.contender == DENSE else config)
 
 
 def speed_table(measured: dict) -> str:
@@ -167,6 +173,8 @@ def speed_table(measured: dict) -> str:
 
 def run_once(kind: str, number: int, args) -> dict:
     """The result of one run, of OUT_DIR/results.jsonl where it is there already."""
+    from model.config import preset
+
     path = args.out_dir / "results.jsonl"
     settings = {"kind": kind, "seed": number, "steps": args.steps, "flags": args.flags,
                 "data": [str(file) for file in args.data_path or []], "preset": args.presets[0]}
@@ -174,12 +182,17 @@ def run_once(kind: str, number: int, args) -> dict:
         found = json.loads(line)
         if {name: found.get(name) for name in settings} == settings:
             return found
-    name = f"{args.presets[0]}_{kind}_{'_'.join(Path(file).stem for file in settings['data']) or 'world'}"
+    name = f"{args.presets[0]}_{kind.replace(' ', '_')}_{'_'.join(Path(file).stem for file in settings['data']) or 'world'}"
     name += f"_{args.steps}_{number}"
     command = [sys.executable, ROOT / "trainer" / "train_pretrain.py", "--preset", args.presets[0], "--name",
                name, "--out_dir", args.out_dir, "--seed", number, "--max_steps", args.steps,
                "--eval_interval", 0, "--resume", *shlex.split(args.flags)]
-    command += ["--num_experts", NUM_EXPERTS] if kind == EXPERTS else []
+    if kind == LARGE:
+        command += ["--num_experts", NUM_EXPERTS]
+    if kind == SMALL:
+        half = preset(args.presets[0]).intermediate_size // 2
+        command += ["--num_experts", 2 * NUM_EXPERTS, "--experts_per_token", 2, "--norm_topk_prob",
+                    "--moe_intermediate_size", half]
     command += ["--data_path", *args.data_path] if args.data_path else []
     print(f"{name} ...", file=sys.stderr, flush=True)
     output_of(command)
@@ -233,23 +246,25 @@ def random_loss(folder: Path) -> float:
 
 
 def pays_table(results: list[dict]) -> str:
-    """A row for each seed, and what all of them say."""
-    by_seed = {}
+    """A row for each run with experts beside the dense one of its seed, and what all of them say."""
+    dense = {result["seed"]: result for result in results if result["kind"] == DENSE}
+    rows, better = [], {LARGE: 0, SMALL: 0}
     for result in results:
-        by_seed.setdefault(result["seed"], {})[result["kind"]] = result
-    rows = []
-    for number, pair in by_seed.items():
-        dense, experts = pair[DENSE], pair[EXPERTS]
-        rows.append({"seed": number, "dense": dense["loss"], "experts": experts["loss"],
-                     "difference": experts["loss"] - dense["loss"],
-                     "routed at random": experts["random_loss"] - experts["loss"],
-                     "least used": experts["least_used"], "most used": experts["most_used"],
-                     "time": experts["seconds"] / dense["seconds"],
-                     "parameters": experts["parameters"] / dense["parameters"]})
-    better = sum(row["difference"] < 0 for row in rows)
-    formats = {"dense": ".4f", "experts": ".4f", "difference": "+.4f", "routed at random": "+.4f",
+        beside = dense[result["seed"]]
+        if result["kind"] == DENSE:
+            continue
+        difference = result["loss"] - beside["loss"]
+        better[result["kind"]] += difference < 0
+        rows.append({"seed": result["seed"], "experts": result["kind"], "dense loss": beside["loss"],
+                     "loss": result["loss"], "difference": difference,
+                     "routed at random": result["random_loss"] - result["loss"],
+                     "least used": result["least_used"], "most used": result["most_used"],
+                     "time": result["seconds"] / beside["seconds"],
+                     "parameters": result["parameters"] / beside["parameters"]})
+    formats = {"dense loss": ".4f", "loss": ".4f", "difference": "+.4f", "routed at random": "+.4f",
                "least used": ".2f", "most used": ".2f", "time": ".2f", "parameters": ".2f"}
-    return f"{markdown(rows, formats)}\n\nexperts are better with {better} of {len(rows)} seeds"
+    words = "\n".join(f"{kind}: better with {count} of {len(dense)} seeds" for kind, count in better.items())
+    return f"{markdown(rows, formats)}\n\n{words}"
 
 
 def parse_args(argv=None):
