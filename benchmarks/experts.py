@@ -182,8 +182,8 @@ def run_once(kind: str, number: int, args) -> dict:
         found = json.loads(line)
         if {name: found.get(name) for name in settings} == settings:
             return found
-    name = f"{args.presets[0]}_{kind.replace(' ', '_')}_{'_'.join(Path(file).stem for file in settings['data']) or 'world'}"
-    name += f"_{args.steps}_{number}"
+    data = "_".join(Path(file).stem for file in settings["data"]) or "world"
+    name = f"{args.presets[0]}_{kind}_{data}_{args.steps}_{number}".replace(" ", "_")
     command = [sys.executable, ROOT / "trainer" / "train_pretrain.py", "--preset", args.presets[0], "--name",
                name, "--out_dir", args.out_dir, "--seed", number, "--max_steps", args.steps,
                "--eval_interval", 0, "--resume", *shlex.split(args.flags)]

@@ -65,7 +65,9 @@ def cross_entropy(head: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> to
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """With z = W x and p = softmax(z): loss = -log p[target] and dloss/dz = p - (1 at the target, 0 elsewhere).
+    """With z = W x and p = softmax(z):
+
+        loss = -log p[target]        dloss/dz = p - (1 at the target, 0 elsewhere)
 
     dloss/dz is computed at once, while the logits z of a few tokens are still in the CPU's cache. It is all
     that is kept, in the type of x. The highest z has p = 1 / sum exp(z - highest), so that

@@ -12,19 +12,26 @@ from benchmarks import experts
 from model.quantize import count_parameters
 
 
+def routers_of(model):
+    """How many parameters its routers have."""
+    return sum(block.mlp.gate.weight.numel() for block in model.model.layers)
+
+
 def test_equal_active_parameters():
     def model(contender):
         return experts.model_of(Namespace(contender=contender, presets=["micro"]))
 
-    dense, ours, theirs = (model(name) for name in (experts.DENSE, experts.EXPERTS, experts.THEIRS))
-    assert count_parameters(ours) == sum(p.numel() for p in theirs.parameters())
-    blocks = ours.model.layers
-    idle = sum(p.numel() for block in blocks for expert in block.mlp.experts[1:] for p in expert.parameters())
-    routers = sum(block.mlp.gate.weight.numel() for block in blocks)
-    assert count_parameters(ours) - idle - routers == count_parameters(dense)
+    dense, theirs = model(experts.DENSE), model(experts.THEIRS)
+    for name, k in ((experts.LARGE, 1), (experts.SMALL, 2)):
+        ours = model(name)
+        assert count_parameters(ours) - routers_of(ours) == sum(p.numel() for p in theirs.parameters()) - (
+            routers_of(theirs))
+        idle = sum(p.numel() for block in ours.model.layers for expert in block.mlp.experts[k:]
+                   for p in expert.parameters())
+        assert count_parameters(ours) - idle - routers_of(ours) == count_parameters(dense)
 
 
-@pytest.mark.parametrize("contender", [experts.DENSE, experts.EXPERTS, experts.THEIRS])
+@pytest.mark.parametrize("contender", [experts.DENSE, experts.LARGE, experts.SMALL, experts.THEIRS])
 def test_a_step_changes_every_weight(contender):
     args = Namespace(contender=contender, presets=["micro"], optimizers=["adamw"], dtype="float32", rows=2,
                      tokens=32)
@@ -41,16 +48,16 @@ def test_a_step_changes_every_weight(contender):
 
 def test_tables():
     pytest.importorskip("pandas")
-    seconds = {experts.DENSE: [0.1, 0.2, 0.4], experts.EXPERTS: [0.2, 0.3, 0.4]}
+    seconds = {experts.DENSE: [0.1, 0.2, 0.4], experts.LARGE: [0.2, 0.3, 0.4]}
     text = experts.speed_table({"tiny, adamw": seconds})
-    assert "| tiny, adamw | experts | 300 | 1.50 |" in text
+    assert "| tiny, adamw | 4 experts | 300 | 1.50 |" in text
     dense = {"kind": experts.DENSE, "loss": 2.0, "seconds": 10.0, "parameters": 100}
-    mixed = {"kind": experts.EXPERTS, "loss": 1.9, "seconds": 13.0, "parameters": 300, "random_loss": 2.5,
+    mixed = {"kind": experts.LARGE, "loss": 1.9, "seconds": 13.0, "parameters": 300, "random_loss": 2.5,
              "least_used": 0.5, "most_used": 2.0}
     text = experts.pays_table([dense | {"seed": 0}, mixed | {"seed": 0}, dense | {"seed": 1, "loss": 1.8},
                                mixed | {"seed": 1}])
-    assert "| 0 | 2.0000 | 1.9000 | -0.1000 | +0.6000 | 0.50 | 2.00 | 1.30 | 3.00 |" in text
-    assert text.endswith("experts are better with 1 of 2 seeds")
+    assert "| 0 | 4 experts | 2.0000 | 1.9000 | -0.1000 | +0.6000 | 0.50 | 2.00 | 1.30 | 3.00 |" in text
+    assert text.endswith("4 experts: better with 1 of 2 seeds\n8 half experts: better with 0 of 2 seeds")
 
 
 def test_a_run_that_is_done_is_not_run_again(tmp_path, capsys, monkeypatch):
@@ -73,8 +80,8 @@ def test_a_run_that_is_done_is_not_run_again(tmp_path, capsys, monkeypatch):
                "--out_dir", str(tmp_path), "--data_path", str(data)]
     experts.main(experts.parse_args(command))
     first = capsys.readouterr().out.split("\n\n", 1)[1]
-    assert "experts are better with" in first
+    assert "8 half experts: better with" in first
     monkeypatch.setattr(experts, "output_of", lambda command: pytest.fail("it ran again"))
     experts.main(experts.parse_args(command))
     assert capsys.readouterr().out.lstrip("\n") == first.lstrip("\n")
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3

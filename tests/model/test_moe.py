@@ -380,7 +380,7 @@ def test_presets_are_as_large_as_their_names_say():
 
     total, active = sizes("198m-a64m")
     assert round(total / 1e6) == 198 and round(active / 1e6) == 64
-    dense, routers = sizes("tiny")[0], 4 * 4 * 128
+    dense, routers = sizes("tiny")[0], 4 * 8 * 128
     assert sizes("tiny-moe")[1] == dense + routers
 
 
