@@ -133,7 +133,7 @@ def model_of(args):
     if args.contender == THEIRS:
         import transformers
 
-        from model.weights import config_to_dict
+        from model.config_file import config_to_dict
 
         raw = config_to_dict(config) | {"use_cache": False}
         return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**raw))

@@ -342,10 +342,10 @@ def test_a_state_dict_of_minimind(tmp_path):
 @pytest.mark.parametrize("changes, complaint", [
     ({"num_experts_per_tok": 5}, "5 experts for each token, but there are only 4"),
     ({"num_experts_per_tok": 0}, "num_experts_per_tok must be a positive"),
-    ({"num_local_experts": "4"}, "num_experts must be a positive"),
+    ({"num_local_experts": "4"}, "num_local_experts must be a whole number, not '4'"),
     ({"moe_intermediate_size": None}, "moe_intermediate_size must be a positive"),
     ({"decoder_sparse_step": 0}, "decoder_sparse_step must be"),
-    ({"mlp_only_layers": 3}, "mlp_only_layers a list"),
+    ({"mlp_only_layers": 3}, "mlp_only_layers must be a list of whole numbers"),
     ({"mlp_only_layers": [0]}, "has no model.layers.0.mlp.down_proj"),
     ({"router_aux_loss_coef": "much"}, "router_aux_loss_coef must be a number"),
     ({"num_local_experts": 5}, "has no model.layers.0.mlp.experts.4"),
