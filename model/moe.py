@@ -44,6 +44,19 @@ def check_experts(config) -> None:
                          "layer (as Mixtral has it): Hugging Face has no other class for them")
 
 
+def set_penalties(config, balance: float | None, z_loss: float | None, path) -> None:
+    """Gives the two losses of the routers other weights, as --router_balance and --router_z_loss ask for.
+
+    None leaves a weight as it is. path: of the model. Raises ModelError where there are no experts.
+    """
+    for flag, field, weight in (("router_balance", "router_aux_loss_coef", balance),
+                                ("router_z_loss", "router_z_loss_coef", z_loss)):
+        if weight is not None and not config.num_experts:
+            raise ModelError(f"--{flag} has no effect on {path}, which has no experts: leave it out")
+        if weight is not None:
+            setattr(config, field, weight)
+
+
 class Router(nn.Module):
     """r = W x: how well each expert suits a token, (B, T, C) -> (B, T, E), always computed in float32.
 

@@ -28,6 +28,7 @@ SHAPE |= {"sliding_window": "tokens that a token sees: itself and those before i
 EXPERT_FLAGS = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok",  # flag: its setting
                 "moe_intermediate_size": "moe_intermediate_size", "norm_topk_prob": "norm_topk_prob",
                 "router_balance": "router_aux_loss_coef", "router_z_loss": "router_z_loss_coef"}
+ROUTER_FLAGS = ("router_balance", "router_z_loss")  # they change what is minimised, and no shape
 part = number(float, lambda x: 0 <= x <= 1, "a part of the whole, from 0 to 1")
 row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
 
@@ -110,6 +111,7 @@ def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
     add("--retain_data_path", nargs="+", type=Path, metavar="FILE",
         help="old data: a table of loss and exact answers, before and after (default: none)")
     add("--replay", type=fraction, default=0.0, metavar="F", help="part of an epoch's rows that is old data")
+    add_router_flags(parser.add_argument_group("a model with experts").add_argument, "as its config says")
     return parser
 
 
@@ -211,10 +213,21 @@ def add_shape_flags(parser: argparse.ArgumentParser) -> None:
     add("--moe_intermediate_size", type=count, metavar="N", help="of one expert (default: intermediate_size)")
     add("--norm_topk_prob", action="store_true", default=None,
         help="what a token's experts count adds up to 1; needs two or more (default: it does not)")
+    add_router_flags(add, "the preset's, 0.01 and 0.001; with --load_from as the model's config says")
+
+
+def add_router_flags(add, default: str) -> None:
     add("--router_balance", type=not_negative, metavar="F",
-        help="weight of the loss that keeps experts equally busy; 0: none (default: the preset's, 0.01)")
+        help=f"weight of the loss that keeps experts equally busy; 0: none (default: {default})")
     add("--router_z_loss", type=not_negative, metavar="F",
-        help="weight of the loss that keeps the router's scores small (default: the preset's, 0.001)")
+        help="weight of the loss that keeps the router's scores small (default: likewise)")
+
+
+def check_shape_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """A flag of the shape has no effect on weights that are there."""
+    for name in ("preset", *SHAPE, *EXPERT_FLAGS):
+        if args.load_from and name not in ROUTER_FLAGS and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} has no effect with --load_from: weights bring their shape along")
 
 
 def new_shape(args: argparse.Namespace, preset, vocab_size: int):

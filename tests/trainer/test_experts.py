@@ -123,10 +123,36 @@ def test_flags_that_make_no_sense(flags, complaint, workshop, tmp_path):
     assert not (tmp_path / "pretrain").exists() or not any((tmp_path / "pretrain").iterdir())
 
 
+WITHOUT_SHAPE = {"hidden_size": None, "num_hidden_layers": None, "intermediate_size": None}
+
+
 def test_experts_have_no_effect_on_weights_that_are_there(workshop, tmp_path):
-    flags = workshop.flags("pretrain", tmp_path, load_from=workshop.base, num_experts=4, hidden_size=None,
-                           num_hidden_layers=None, intermediate_size=None)
+    flags = workshop.flags("pretrain", tmp_path, load_from=workshop.base, num_experts=4, **WITHOUT_SHAPE)
     assert "--num_experts has no effect with --load_from" in workshop.run("pretrain", *flags).error
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "full_sft", "lora"])
+def test_a_model_that_is_there_may_pay_other_penalties(stage, trained, workshop, tmp_path, read_log):
+    """loss = cross_entropy + 7 * balance, since the other weight is 0; the saved config says the same."""
+    shape = WITHOUT_SHAPE if stage == "pretrain" else {}
+    shape |= {"lora_dropout": None} if stage == "lora" else {}
+    flags = workshop.flags(stage, tmp_path, load_from=trained["one"], max_steps=2, log_interval=1,
+                           router_balance=7, router_z_loss=0, **shape)
+    ended = workshop.run(stage, *flags)
+    assert ended.code == 0, ended
+    lines = [line for line in read_log(tmp_path / stage) if "loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + 7 * line["balance"], rel=1e-5)
+    if stage != "lora":
+        config = json.loads((tmp_path / stage / "config.json").read_text())
+        assert config["router_aux_loss_coef"] == 7 and config["router_z_loss_coef"] == 0
+
+
+@pytest.mark.parametrize("flag", ["router_balance", "router_z_loss"])
+def test_a_dense_model_has_no_penalties(flag, workshop, tmp_path):
+    flags = workshop.flags("full_sft", tmp_path, **{flag: 0.0})
+    assert f"--{flag} has no effect on {workshop.base}" in workshop.run("full_sft", *flags).error
 
 
 def test_adapters_over_experts_train_in_a_stage(trained, workshop, tmp_path):
