@@ -31,7 +31,7 @@ from model.quantize import from_bitsandbytes, quantization_config, to_bitsandbyt
 from model.rope_scaling import scale
 from model.tokenizer_files import FILES as TOKENIZER_FILES
 from model.tokenizer_files import load_tokenizer as load_tokenizer  # so that others find all three here
-from model.tokenizer_files import write_tokenizer
+from model.tokenizer_files import refuse_adapter, write_tokenizer
 from model.transformer import CausalLM
 
 MINIMIND_HEADS = 8  # query heads of MiniMind's models without q_norm
@@ -59,8 +59,9 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None,
     generation = None
     with files.explained(path):
         if path.is_dir():
+            refuse_adapter(path)
+            raw = files.read_json(path / "config.json")
             with files.explained(path / "config.json"):
-                raw = files.read_json(path / "config.json")
                 config = config_from_dict(raw)
             generation = _generation_config(raw, files.read_json_if_there(path / GENERATION))
             tensors = {}

@@ -341,6 +341,11 @@ def test_configs_that_do_not_fit(folder, changes, words):
 def test_missing_things(folder, tmp_path):
     assert_refused(tmp_path / "nowhere", "no model at .*nowhere")
     assert_refused(tmp_path, "no config.json in")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "out/base"}')
+    words = r"holds an adapter and no model: name the model that it changes \(out/base\)"
+    assert_refused(tmp_path, words)
+    with pytest.raises(ModelError, match=words):
+        load_tokenizer(tmp_path)
     (folder / "model.safetensors").unlink()
     assert_refused(folder, "no model.safetensors in")
     with pytest.raises(ModelError, match="no tokenizer in"):
