@@ -3,11 +3,11 @@ not; the flags; what the log says of the router."""
 
 import json
 
+import forks
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distributed import torchrun
 
 from dataset.lm_dataset import PretrainDataset, SFTDataset, collate
 from model.config import ModelConfig
@@ -28,7 +28,7 @@ def trained(workshop):
     flags = {way: workshop.flags("pretrain", workshop.folder / f"experts_{way}", **SHAPE | changes)
              for way, changes in {"one": {"micro_batch_size": None}, "ddp": {}, "fsdp": {"parallel": "fsdp"},
                                   "stopped": {"micro_batch_size": None}}.items()}
-    running = [torchrun(*workshop.command("pretrain", *flags[way])) for way in ("ddp", "fsdp")]
+    running = [forks.start(workshop.command("pretrain", *flags[way]), processes=2) for way in ("ddp", "fsdp")]
     assert workshop.run("pretrain", *flags["one"]).code == 0
     assert "stopped at step 1" in workshop.run("pretrain", *flags["stopped"], "--max_minutes", "1e-9").out
     assert workshop.run("pretrain", *flags["stopped"], "--max_minutes", "1e-9", "--resume").code
