@@ -311,8 +311,9 @@ def test_processes_and_accumulation_change_nothing(workshop, flags, tmp_path, re
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() - {"grad_norm"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
+        for name in a:  # AdamW forgives gradients that are wrong by a factor, and their norm does not
+            tolerance = 1e-3 if name == "grad_norm" else 1e-5
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=1e-5), name
     one, two = (load_file(tmp_path / name / "dpo" / "model.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=name)
