@@ -81,7 +81,7 @@ def build_parser() -> Parser:
     add("--limit", type=count, metavar="N",
         help="only N records of each file, evenly spread; of a task the first N; N needles of each length "
              "(default: all records, 200 needles)")
-    add("--batch_size", type=count, default=32, metavar="N", help="answers decoded together")
+    add("--batch_size", type=count, metavar="N", help="answers decoded together (default: 32)")
     add("--json", type=Path, metavar="FILE",
         help="write the scores and every answer here; of needles a picture beside it, too")
     add("--num_fewshot", type=any_count, metavar="N",
@@ -108,13 +108,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     scores = args.data_path or args.tasks or args.needle
     if len(args.lora) > 1 and (args.prompt is not None or args.prompts or scores):
         parser.error("several --lora are for a conversation, which can switch between them; give one")
-    if (args.limit or args.json) and not scores:
-        parser.error("--limit and --json belong to --data_path, --tasks or --needle")
+    if (args.limit or args.json or args.batch_size) and not scores:
+        parser.error("--limit, --json and --batch_size belong to --data_path, --tasks or --needle")
     if (args.num_fewshot is not None or args.task_data or args.download) and not args.tasks:
         parser.error("--num_fewshot, --task_data and --download belong to --tasks")
-    chooses = {args.temperature, args.top_p, args.top_k, args.max_new_tokens, args.seed} != {None}
-    if chooses and (args.tasks or args.needle):
-        parser.error("a task says itself how answers are chosen, and how long they are; so does --needle")
+    choice = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    typed = [f"--{name}" for name in choice if getattr(args, name) is not None]
+    if typed and (args.tasks or args.needle):
+        parser.error(f"{' '.join(typed)}: a task says itself how answers are chosen, and how long they are; "
+                     "so does --needle")
     if args.needle and min(args.needle) < SHORTEST_TEXT:
         parser.error(f"--needle: {min(args.needle)} tokens are too few for a fact and a question; give at "
                      f"least {SHORTEST_TEXT}")
@@ -126,6 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--thinking has no effect with --plain, or with --data_path, --tasks and --needle")
     if args.system is not None and (args.plain or scores):
         parser.error("--system has no effect with --plain, --data_path, --tasks or --needle")
+    args.batch_size = args.batch_size or 32
     if args.max_new_tokens is None and not args.data_path:  # scoring knows how long right answers are
         args.max_new_tokens = 256
     if "" in args.lora:

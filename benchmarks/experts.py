@@ -33,18 +33,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shared import drop_gradients, markdown, output_of, take_turns
 from common.cli import ROOT, Parser, count, run_script, seed
-from common.errors import UsageError
 from common.files import json_text, read_json, write_whole
 
 DENSE, THEIRS, MINIMIND = "dense", "transformers' experts", "MiniMind's experts"
 LARGE, SMALL = "4 experts", "8 half experts"
 NUM_EXPERTS = 4  # of LARGE, THEIRS and MINIMIND
+MINIMIND_FILE = Path("model", "model_minimind.py")
 
 
 def main(args):
     if args.contender:
         work(args)
         return
+    from model.config import preset  # here, so that --help answers at once
+
+    for name in args.presets:  # an unknown one would otherwise end a process minutes later
+        preset(name)
     if "speed" in args.jobs:
         measured = {f"{preset}, {optimizer}": turns_of(preset, optimizer, args)
                     for preset in args.presets for optimizer in args.optimizers}
@@ -139,15 +143,12 @@ def model_of(args):
     if args.contender == THEIRS:
         import transformers
 
-        from model.weights import config_to_dict
+        from model.config_file import config_to_dict
 
         raw = config_to_dict(config) | {"use_cache": False}
         return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**raw))
     if args.contender == MINIMIND:
-        file = args.minimind / "model" / "model_minimind.py"
-        if not file.is_file():
-            raise UsageError(f"--minimind {args.minimind}: there is no {file}")
-        spec = importlib.util.spec_from_file_location("model_minimind", file)
+        spec = importlib.util.spec_from_file_location("model_minimind", args.minimind / MINIMIND_FILE)
         theirs = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(theirs)
         return theirs.MiniMindForCausalLM(theirs.MiniMindConfig(
@@ -286,7 +287,13 @@ def parse_args(argv=None):
     add("--seeds", nargs="+", type=seed, default=[0, 1, 2], metavar="N", help="of pays")
     add("--flags", default="", metavar="TEXT", help="more flags for both kinds of pays: '--batch_size 8'")
     add("--contender", metavar="NAME", help="for the processes of speed")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.minimind and not (args.minimind / MINIMIND_FILE).is_file():
+        parser.error(f"--minimind {args.minimind}: there is no {MINIMIND_FILE} in it")
+    for file in args.data_path or []:
+        if not file.is_file():
+            parser.error(f"--data_path {file}: no such file")
+    return args
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ class Bench:
     def __init__(self, folder: Path, trials: int, seed: int, optimizers: list[str], stages: Sequence[str]):
         self.folder, self.trials, self.rng, self.rows = folder, trials, random.Random(seed), []
         self.few_trials = math.ceil(trials / 3)
-        self.optimizers, self.stages, self.references, self.number = optimizers, stages, {}, 0
+        self.optimizers, self.stages, self.number = optimizers, stages, 0
+        self.references, self.seconds = {}, {}
         rng = random.Random(0)
         words = "the cat sat on a warm stone and the small owl sang 小 猫 在 河 边 睡 觉 of rivers".split()
 
@@ -123,13 +124,14 @@ class Bench:
         return words
 
     def reference(self, stage: str, **changes) -> Path:
-        """The --out_dir of an undisturbed run."""
+        """The --out_dir of an undisturbed run. self.seconds has how long it took."""
         key = (stage, *changes.items())
         if key not in self.references:
             out_dir = self.fresh()
-            code, text = run(stage, self.flags(stage, out_dir, **changes), out_dir)
+            flags, began = self.flags(stage, out_dir, **changes), time.monotonic()
+            code, text = run(stage, flags, out_dir)
             assert code == 0, text
-            self.references[key] = out_dir
+            self.references[key], self.seconds[key] = out_dir, time.monotonic() - began
         return self.references[key]
 
 

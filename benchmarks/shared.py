@@ -92,7 +92,7 @@ def transformers_model(config):
     """transformers' own class in the shape of our config, its weights at random."""
     import transformers
 
-    from model.weights import config_to_dict
+    from model.config_file import config_to_dict
 
     raw = config_to_dict(config)
     family = raw["architectures"][0].removesuffix("ForCausalLM")

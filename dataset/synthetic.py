@@ -109,6 +109,10 @@ class World:
     def __init__(self, seed):
         self.rng = rng = random.Random(seed)
         self.wordings = split_wordings(rng)
+        self.talk_kinds = {  # those that have a wording
+            (family, lang, for_test): [kind for kind in kinds
+                                       if self.wordings[family, kind, lang].part(for_test)]
+            for family, kinds in TALK_KINDS.items() for lang in LANGUAGES for for_test in (False, True)}
         pairs = [(a, b) for a in range(100) for b in range(a + 1)]
         self.held_pairs = set(rng.sample(pairs, 250))  # (larger, smaller): 5 % of all
         self.ordinary_text = ordinary_text()
@@ -473,8 +477,7 @@ TALK_KINDS = {family: [section.removeprefix(f"{family}.") for section, lines in 
 def talk(world, family, lang, for_test):
     """Any section of talk.txt: I am tired. -> Then take a good rest. You have earned it."""
     rng = world.rng
-    kinds = [kind for kind in TALK_KINDS[family] if world.wordings[family, kind, lang].part(for_test)]
-    kind = rng.choice(kinds)
+    kind = rng.choice(world.talk_kinds[family, lang, for_test])
     a, _ = world.number_pair(for_test)
     c, d, e = world.three_numbers(for_test)
     big, large = (rng.randint(100, rng.choice([999, 9999])) for _ in range(2))

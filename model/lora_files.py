@@ -230,9 +230,10 @@ def read_adapter(path: Path, model: nn.Module, layers: dict[str, nn.Module]) -> 
         config, metadata = {}, {}
         if path.is_dir():
             config = files.read_json(path / CONFIG)
-            # The names of the tensors say which experts these are for.
-            _check_config({key: value for key, value in config.items()
-                           if key != "target_parameters" or not _num_experts(model)})
+            if config.get("target_parameters") and not _num_experts(model):
+                raise ModelError(f"{CONFIG} sets target_parameters to parts of experts: this model has none")
+            # The names of the tensors say which experts target_parameters are of.
+            _check_config({key: value for key, value in config.items() if key != "target_parameters"})
             if not (path / WEIGHTS).is_file():
                 raise ModelError(f"{WEIGHTS} is missing (a pickled adapter_model.bin is not read)")
             state, metadata = files.read_safetensors(path / WEIGHTS)

@@ -31,17 +31,31 @@ def check_experts(config) -> None:
         raise ModelError(f"num_experts must be a positive integer below {MAX_EXPERTS:,}, not "
                          f"{config.num_experts!r}")
     if config.num_experts_per_tok > config.num_experts:
-        raise ModelError(f"{config.num_experts_per_tok} experts for each token, but there are only "
+        raise ModelError(f"num_experts_per_tok {config.num_experts_per_tok} is more than num_experts "
                          f"{config.num_experts}")
     for name in ("router_aux_loss_coef", "router_z_loss_coef"):
         if not isinstance(getattr(config, name), (int, float)) or not 0 <= getattr(config, name) < math.inf:
             raise ModelError(f"{name} must be a number from 0 up, not {getattr(config, name)!r}")
     if config.layer_types:
-        raise ModelError("experts, and a window in some layers only: Hugging Face has no class with both")
+        raise ModelError("num_experts and layer_types, a window in some layers only: Hugging Face has no "
+                         "class with both")
     is_mixtral = config.norm_topk_prob and not config.mlp_only_layers and not config.attention_bias
     if not config.qk_norm and not is_mixtral:
         raise ModelError("experts need qk_norm (as Qwen3-MoE has it), or norm_topk_prob and experts in every "
                          "layer (as Mixtral has it): Hugging Face has no other class for them")
+
+
+def set_penalties(config, balance: float | None, z_loss: float | None, path) -> None:
+    """Gives the two losses of the routers other weights, as --router_balance and --router_z_loss ask for.
+
+    None leaves a weight as it is. path: of the model. Raises ModelError where there are no experts.
+    """
+    for flag, field, weight in (("router_balance", "router_aux_loss_coef", balance),
+                                ("router_z_loss", "router_z_loss_coef", z_loss)):
+        if weight is not None and not config.num_experts:
+            raise ModelError(f"--{flag} has no effect on {path}, which has no experts: leave it out")
+        if weight is not None:
+            setattr(config, field, weight)
 
 
 class Router(nn.Module):

@@ -38,6 +38,7 @@ def load_tokenizer(path):
     if path.is_file():
         return read_tokenizer(path)
     if not (path / VOCABULARY).is_file() and not (path / SETTINGS).is_file():
+        refuse_adapter(path)
         raise ModelError(f"no tokenizer in {path}: {VOCABULARY} is missing")
     as_read = {}
     for file in (path / name for name in FILES):
@@ -59,6 +60,13 @@ def load_tokenizer(path):
         raise ModelError(f"the tokenizer in {path} can't be read: {files.one_line(error)}") from None
     tokenizer.as_read = (_tokens(tokenizer), as_read)
     return tokenizer
+
+
+def refuse_adapter(path: Path) -> None:
+    """Raises ModelError for a folder with an adapter and no model, where somebody wants to open a model."""
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        base = files.read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        raise ModelError(f"{path} holds an adapter and no model: name the model that it changes ({base})")
 
 
 def gets_our_own(path: Path) -> bool:

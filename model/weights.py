@@ -11,7 +11,6 @@ from the network: a path that does not exist is an error, and never the name of 
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -21,156 +20,26 @@ import torch
 from common import files
 from common.errors import ModelError
 from common.fast_start import give_memory, without_initial_values
-from model.attention import FULL, SLIDING
-from model.config import ModelConfig, check_size
+from model.config import ModelConfig
+from model.config_file import config_from_dict, config_to_dict
 from model.expert_files import mixtral_names, our_names
 from model.gguf import read_model as read_gguf_model
 from model.gguf_file import is_gguf
 from model.int8 import Int8Linear
 from model.moe import ROUTER
-from model.moe import SETTINGS as EXPERT_SETTINGS
 from model.quantize import from_bitsandbytes, quantization_config, to_bitsandbytes
 from model.rope_scaling import scale
 from model.tokenizer_files import FILES as TOKENIZER_FILES
 from model.tokenizer_files import load_tokenizer as load_tokenizer  # so that others find all three here
-from model.tokenizer_files import write_tokenizer
+from model.tokenizer_files import refuse_adapter, write_tokenizer
 from model.transformer import CausalLM
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "MinistralForCausalLM", "Qwen2ForCausalLM",
-                 "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM")
-MODEL_TYPES = {"Qwen3Moe": "qwen3_moe"}  # where model_type is not the name of the class in small letters
 MINIMIND_HEADS = 8  # query heads of MiniMind's models without q_norm
 MINIMIND_ROTARY_TABLES = ("freqs_cos", "freqs_sin", "freqs_cis")  # how the names of these tensors end
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION, TOKEN_IDS = "generation_config.json", ("bos_token_id", "eos_token_id", "pad_token_id")
 # How transformers and vLLM choose words unless told otherwise: as eval_model.py does. top_k 0 means all.
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
-
-
-# --- config.json <-> ModelConfig ------------------------------------------------------------------------
-
-
-def config_from_dict(raw: dict) -> ModelConfig:
-    """The ModelConfig of a config.json. Raises ModelError for whatever our model cannot compute."""
-    architecture = (raw.get("architectures") or ["none named"])[0]
-    if architecture not in ARCHITECTURES:
-        raise ModelError(f"can't read architecture {architecture}, only {', '.join(ARCHITECTURES)}")
-    family = architecture.removesuffix("ForCausalLM")
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    for name in sizes:
-        if name not in raw:
-            raise ModelError(f"{name} is missing")
-        check_size(name, raw[name])  # before anything of that size is made
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"hidden_act {raw['hidden_act']!r} is not supported, only silu")
-    if raw.get("mlp_bias") or (family in ("Llama", "Qwen3", "Qwen3Moe") and raw.get("attention_bias")):
-        raise ModelError("biases on the output projections are not supported")
-    quantized = raw.get("quantization_config") or {}
-    if quantized and quantized.get("bnb_4bit_quant_type", quantized.get("quant_method")) != "nf4":
-        raise ModelError("of quantized weights only bitsandbytes' NF4 is read; use the unquantized model")
-
-    # transformers 5 writes rope_parameters alone. Older versions write rope_theta and rope_scaling.
-    rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ModelError("rotary settings that differ between layers are not supported")
-    if (rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ModelError("partial_rotary_factor is not supported")
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
-
-    window, layer_types = _windows(raw, family)
-    # A missing key has the default of its class, such as Qwen3's head_dim and Mistral's window.
-    return ModelConfig(
-        **{name: raw[name] for name in sizes},
-        num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim", 128 if family == "Qwen3" else None),
-        qk_norm=family in ("Qwen3", "Qwen3Moe"),
-        attention_bias=family == "Qwen2", tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        rope_theta=float(theta), rope_scaling=None if rope["rope_type"] == "default" else rope,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6), initializer_range=raw.get("initializer_range", 0.02),
-        max_position_embeddings=raw.get("max_position_embeddings", 32768),
-        sliding_window=window, layer_types=layer_types, **_experts(raw, family))
-
-
-def _experts(raw: dict, family: str) -> dict:
-    """The settings of the experts; none for a family without them, or for a model that has 0 experts."""
-    # transformers 5 writes num_local_experts for all families.
-    num_experts = raw.get("num_local_experts", raw.get("num_experts"))
-    if family not in ("Qwen3Moe", "Mixtral") or num_experts == 0:
-        return {}
-    if raw.get("router_jitter_noise"):
-        raise ModelError("router_jitter_noise, noise on what the router reads, is not supported")
-    is_mixtral = family == "Mixtral"
-    names = ("num_experts_per_tok",) if is_mixtral else ("num_experts_per_tok", "moe_intermediate_size")
-    for name, value in (("num_experts", num_experts), *((name, raw.get(name)) for name in names)):
-        check_size(name, value)
-    step, layers = raw.get("decoder_sparse_step", 1), range(raw["num_hidden_layers"])
-    without = raw.get("mlp_only_layers") or []
-    if not isinstance(step, int) or step < 1 or not isinstance(without, list):
-        raise ModelError("decoder_sparse_step must be a number from 1 up, and mlp_only_layers a list")
-    return {"num_experts": num_experts, "num_experts_per_tok": raw["num_experts_per_tok"],
-            "moe_intermediate_size": raw["intermediate_size" if is_mixtral else "moe_intermediate_size"],
-            "norm_topk_prob": is_mixtral or bool(raw.get("norm_topk_prob")),
-            "mlp_only_layers": [i for i in layers if i in without or (i + 1) % step],
-            "router_aux_loss_coef": raw.get("router_aux_loss_coef", 0.001),
-            "router_z_loss_coef": raw.get("router_z_loss_coef", 0.0)}  # a setting of our own
-
-
-def _windows(raw: dict, family: str) -> tuple[int | None, list[str] | None]:
-    """(sliding_window, layer_types). Qwen has a switch for the window, and may name its first layers without.
-
-    Raises ModelError for a Mistral with layers of two kinds: transformers' class has the window in all. So
-    have those of Mixtral and Qwen3Moe, which do not read layer_types.
-    """
-    kinds, layers = raw.get("layer_types"), raw["num_hidden_layers"]
-    if family == "Llama" or (family.startswith("Qwen") and not raw.get("use_sliding_window")):
-        return None, None
-    if family == "Mistral" and isinstance(kinds, list) and len(set(map(str, kinds))) > 1:
-        raise ModelError("layer_types of two kinds: the architecture for them is MinistralForCausalLM")
-    if family in ("Qwen2", "Qwen3") and not kinds:
-        first = min(raw.get("max_window_layers", 28), layers)
-        kinds = [FULL] * first + [SLIDING] * (layers - first)
-    window = raw.get("sliding_window", None if family == "Mixtral" else 4096)
-    return window, None if window is None or family in ("Mistral", "Mixtral", "Qwen3Moe") else kinds
-
-
-def config_to_dict(config: ModelConfig) -> dict:
-    """config.json in the terms of the standard class that computes the same, with RoPE in both spellings."""
-    unknown = ("qk_norm", "attention_bias", *(() if config.num_experts else EXPERT_SETTINGS))
-    raw = {key: value for key, value in asdict(config).items() if key not in unknown}
-    window = raw["sliding_window"]
-    if config.num_experts and config.qk_norm:
-        family = "Qwen3Moe"
-        raw |= {"num_local_experts": config.num_experts, "decoder_sparse_step": 1,
-                "moe_intermediate_size": config.expert_size,
-                "use_sliding_window": window is not None, "mlp_only_layers": list(config.mlp_only_layers)}
-    elif config.num_experts:
-        family = "Mixtral"
-        raw = {key: value for key, value in raw.items() if key not in EXPERT_SETTINGS}
-        raw |= {"num_local_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok,
-                "intermediate_size": config.expert_size,
-                "router_aux_loss_coef": config.router_aux_loss_coef,
-                "router_z_loss_coef": config.router_z_loss_coef}
-    elif config.qk_norm or config.attention_bias:
-        family = "Qwen3" if config.qk_norm else "Qwen2"
-        raw["use_sliding_window"] = window is not None
-        raw["max_window_layers"] = config.num_hidden_layers if window is None else 0  # the layers without it
-    elif window is not None:
-        family = "Ministral" if config.layer_types else "Mistral"
-    else:
-        family = "Llama"
-        raw.pop("sliding_window")
-    if not config.layer_types:
-        raw.pop("layer_types")  # all layers are of one kind
-    scaling = dict(config.rope_scaling or {"rope_type": "default"})
-    scaling["rope_type"] = scaling.pop("rope_type", None) or scaling.pop("type", "default")
-    if scaling["rope_type"] in ("llama3", "yarn"):
-        scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
-    return {"architectures": [family + "ForCausalLM"],
-            "model_type": MODEL_TYPES.get(family, family.lower()), **raw,
-            "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
-            "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
-            "hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True}
 
 
 # --- reading --------------------------------------------------------------------------------------------
@@ -190,8 +59,9 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None,
     generation = None
     with files.explained(path):
         if path.is_dir():
+            refuse_adapter(path)
+            raw = files.read_json(path / "config.json")
             with files.explained(path / "config.json"):
-                raw = files.read_json(path / "config.json")
                 config = config_from_dict(raw)
             generation = _generation_config(raw, files.read_json_if_there(path / GENERATION))
             tensors = {}

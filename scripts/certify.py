@@ -77,7 +77,7 @@ def transformers_row(args, reference):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from model.weights import config_to_dict
+    from model.config_file import config_to_dict
 
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(str(args.model), local_files_only=True, trust_remote_code=False)

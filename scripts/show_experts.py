@@ -2,6 +2,7 @@
 
     python scripts/show_experts.py out/my_experts          # of the world's texts those that are held out
     python scripts/show_experts.py out/my_experts --data_path my_text.jsonl --plot experts.png
+    python scripts/show_experts.py out/my_lora             # an adapter, over the model that it changes
 
 For each expert: its share of the tokens (1.00 is a fair share), and the words that go there most surely, each
 with the share of its tokens that chose this expert. --plot draws the load of all experts, by layer, and over
@@ -24,12 +25,18 @@ def main(args):
     # Imported here and not above, so that --help and a mistyped flag answer at once.
     import torch
 
-    from model.tokenizer_files import load_tokenizer
-    from model.weights import load_model
+    from model.adapters import report_line
+    from model.lora import load_lora
+    from model.lora_files import CONFIG, base_of
+    from model.weights import load_model, load_tokenizer
 
-    model, tokenizer = load_model(args.model, rope_scaling=args.rope_scaling), load_tokenizer(args.model)
+    is_adapter = (args.model / CONFIG).is_file()
+    folder = is_adapter and base_of(args.model) or args.model
+    model, tokenizer = load_model(folder, rope_scaling=args.rope_scaling), load_tokenizer(folder)
     if not model.config.num_experts:
         raise UsageError(f"{args.model} has no experts: train_pretrain.py --preset tiny-moe makes some")
+    if is_adapter:
+        print(report_line(model, args.model, load_lora(model, args.model)))
     texts = read_texts(args)
     length = min(512, model.config.max_position_embeddings)
     rows = [ids[:length] for text in texts if (ids := tokenizer(text, add_special_tokens=False)["input_ids"])]
@@ -129,7 +136,8 @@ def draw(load, names: list[int], args) -> None:
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("model", type=Path, metavar="MODEL", help="the folder of a model with experts")
+    parser.add_argument("model", type=Path, metavar="MODEL",
+                        help="the folder of a model with experts, or of an adapter over one")
     add_rope_scaling(parser.add_argument)
     parser.add_argument("--data_path", nargs="+", type=Path, metavar="FILE",
                         help="records to read (default: the world's held-out texts)")

@@ -6,13 +6,14 @@ Nothing heavy is imported here, so that `--help` answers at once. Importing torc
 
 import argparse
 import os
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from common import cli
 from common.cli import ROOT, Parser, any_count, count, fraction, not_negative, number, positive, seed
-from common.errors import EXIT_CODES, UsageError
+from common.errors import EXIT_CODES, ModelError, UsageError
 from trainer.defaults import gentle_defaults, gentle_values
 from trainer.interrupt import command_to_resume
 
@@ -28,6 +29,7 @@ SHAPE |= {"sliding_window": "tokens that a token sees: itself and those before i
 EXPERT_FLAGS = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok",  # flag: its setting
                 "moe_intermediate_size": "moe_intermediate_size", "norm_topk_prob": "norm_topk_prob",
                 "router_balance": "router_aux_loss_coef", "router_z_loss": "router_z_loss_coef"}
+ROUTER_FLAGS = ("router_balance", "router_z_loss")  # they change what is minimised, and no shape
 part = number(float, lambda x: 0 <= x <= 1, "a part of the whole, from 0 to 1")
 row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
 
@@ -110,6 +112,7 @@ def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
     add("--retain_data_path", nargs="+", type=Path, metavar="FILE",
         help="old data: a table of loss and exact answers, before and after (default: none)")
     add("--replay", type=fraction, default=0.0, metavar="F", help="part of an epoch's rows that is old data")
+    add_router_flags(parser.add_argument_group("a model with experts").add_argument, "as its config says")
     return parser
 
 
@@ -183,12 +186,13 @@ def choose_rewards(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def add_lora_flags(parser: argparse.ArgumentParser, rank: int) -> None:
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora_rank", type=any_count, default=rank, metavar="R",
+    add("--lora_rank", type=count if rank else any_count, default=rank, metavar="R",
         help="width of the adapters" + ("" if rank else "; 0: no adapters, all weights train"))
-    add("--lora_alpha", type=float, metavar="A", help="adapters are scaled by alpha / rank (default: rank)")
+    add("--lora_alpha", type=positive, metavar="A",
+        help="adapters are scaled by alpha / rank (default: rank)")
     add("--lora_rslora", action="store_true",
         help="scale by alpha / sqrt(rank): high ranks learn as fast as low ones")
-    add("--lora_dropout", type=float, default=0.0, metavar="P", help="on what enters the adapters")
+    add("--lora_dropout", type=fraction, default=0.0, metavar="P", help="on what enters the adapters")
     add("--lora_init", choices=("gaussian", "pissa"), default="gaussian",
         help="pissa: begin with the largest singular directions of the weights")
     add("--lora_plus_ratio", type=positive, default=1.0, metavar="R",
@@ -211,10 +215,21 @@ def add_shape_flags(parser: argparse.ArgumentParser) -> None:
     add("--moe_intermediate_size", type=count, metavar="N", help="of one expert (default: intermediate_size)")
     add("--norm_topk_prob", action="store_true", default=None,
         help="what a token's experts count adds up to 1; needs two or more (default: it does not)")
+    add_router_flags(add, "the preset's, 0.01 and 0.001; with --load_from as the model's config says")
+
+
+def add_router_flags(add, default: str) -> None:
     add("--router_balance", type=not_negative, metavar="F",
-        help="weight of the loss that keeps experts equally busy; 0: none (default: the preset's, 0.01)")
+        help=f"weight of the loss that keeps experts equally busy; 0: none (default: {default})")
     add("--router_z_loss", type=not_negative, metavar="F",
-        help="weight of the loss that keeps the router's scores small (default: the preset's, 0.001)")
+        help="weight of the loss that keeps the router's scores small (default: likewise)")
+
+
+def check_shape_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """A flag of the shape has no effect on weights that are there."""
+    for name in ("preset", *SHAPE, *EXPERT_FLAGS):
+        if args.load_from and name not in ROUTER_FLAGS and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} has no effect with --load_from: weights bring their shape along")
 
 
 def new_shape(args: argparse.Namespace, preset, vocab_size: int):
@@ -232,7 +247,10 @@ def new_shape(args: argparse.Namespace, preset, vocab_size: int):
     if args.intermediate_size and args.moe_intermediate_size:
         raise UsageError("--intermediate_size has no effect beside --moe_intermediate_size: give one of them")
     changes |= {EXPERT_FLAGS[flag]: value for flag, value in of_experts.items()}
-    config = replace(preset, vocab_size=vocab_size, qk_norm=preset.qk_norm or has_experts > 0, **changes)
+    try:
+        config = replace(preset, vocab_size=vocab_size, qk_norm=preset.qk_norm or has_experts > 0, **changes)
+    except ModelError as error:
+        raise UsageError(in_words_of_flags(str(error))) from None
     if has_experts and config.num_experts == 1:
         raise UsageError("--num_experts 1: a router with one expert has nothing to choose; leave it out")
     if has_experts and config.norm_topk_prob and config.num_experts_per_tok == 1:
@@ -240,6 +258,13 @@ def new_shape(args: argparse.Namespace, preset, vocab_size: int):
                          "always 1, so no gradient tells the router which one to choose; use "
                          "--experts_per_token 2 or more, or leave --norm_topk_prob out")
     return config
+
+
+def in_words_of_flags(message: str) -> str:
+    """A message about fields of ModelConfig, as somebody should read it who has typed flags."""
+    flags = {name: name for name in SHAPE} | {field: flag for flag, field in EXPERT_FLAGS.items()}
+    flags |= {"expert_size": "moe_intermediate_size", "layer_types": "full_attention_every"}
+    return re.sub(rf"\b({'|'.join(flags)})\b", lambda found: f"--{flags[found[0]]}", message)
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:

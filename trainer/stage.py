@@ -15,6 +15,7 @@ from common.device import choose_dtype
 from common.errors import RunError, UsageError
 from dataset.packing import Order
 from model.lora import apply_lora, cast_frozen, count_line, freeze_all_but_lora, save_lora
+from model.moe import set_penalties
 from model.quantize import count_parameters, memory_line, quantize_model
 from model.tokenizer_files import OWN_IS_TAKEN, check_vocabulary, gets_our_own, load_tokenizer
 from model.weights import load_model, save_model
@@ -48,22 +49,23 @@ def is_finished(run_dir: Path, resume: bool, overwrite: bool, ranks: Ranks) -> b
     return finished
 
 
-def load_weights(path: Path, ranks: Ranks, tokenizer_path: Path | None = None,
-                 rope_scaling: str | None = None, flag: str = "--load_from"):
+def load_weights(path: Path, ranks: Ranks, /, *, tokenizer=None, rope_scaling=None, router_balance=None,
+                 router_z_loss=None, flag="--load_from", **other_flags):
     """(model, tokenizer) of a folder that another stage left, or of a .pth file of MiniMind.
 
-    A .pth file has no tokenizer; tokenizer_path names one, and without it Seedling's own is taken.
-    rope_scaling: None, or as in "yarn:4", for longer texts. flag: with which the path was given. Raises
-    UsageError where there is no such path, ModelError where weights and tokenizer do not fit.
+    Flags are passed by name, as in add_lora. A .pth file has no tokenizer; --tokenizer names one, and without
+    it Seedling's own is taken. flag: with which the path was given. Raises UsageError where there is no such
+    path, ModelError where weights and tokenizer do not fit, or a flag does not fit the weights.
     """
     if not path.exists():
         script = f"trainer/train_{path.name}.py"  # a stage writes to the folder with its own name
         is_ours = path.parent.name == "out" and (ROOT / script).is_file()
         raise UsageError(f"{flag} {path}: there is no such folder"
                          + (f"; make it first: python {script}" if is_ours else ""))
-    if gets_our_own(path) and not tokenizer_path and ranks.is_main:
+    if gets_our_own(path) and not tokenizer and ranks.is_main:
         print(OWN_IS_TAKEN.format(path))
-    tokenizer, model = load_tokenizer(tokenizer_path or path), load_model(path, rope_scaling=rope_scaling)
+    tokenizer, model = load_tokenizer(tokenizer or path), load_model(path, rope_scaling=rope_scaling)
+    set_penalties(model.config, router_balance, router_z_loss, path)
     check_vocabulary(tokenizer, model.config.vocab_size, path)
     return model, tokenizer
 

@@ -34,7 +34,7 @@ def load_teacher(ranks: Ranks, *, teacher, load_from, tokenizer, dtype, max_seq_
     """
     # Without --load_from the student has the teacher's tokenizer, and --tokenizer is for both.
     its_tokenizer = None if load_from else tokenizer
-    model, its_tokenizer = stage.load_weights(teacher, ranks, its_tokenizer, flag="--teacher")
+    model, its_tokenizer = stage.load_weights(teacher, ranks, tokenizer=its_tokenizer, flag="--teacher")
     if max_seq_len > (positions := model.config.max_position_embeddings):
         raise UsageError(f"--max_seq_len {max_seq_len}: --teacher {teacher} has only {positions} positions")
     model.requires_grad_(False)

@@ -43,7 +43,7 @@ def main(args):
     # The teacher, which stays as it is, and its student: the model of --load_from, or a new one
     teacher, tokenizer = load_teacher(ranks, **vars(args))
     if args.load_from:
-        model, own_tokenizer = stage.load_weights(args.load_from, ranks, args.tokenizer, args.rope_scaling)
+        model, own_tokenizer = stage.load_weights(args.load_from, ranks, **vars(args))
         check_same_vocabulary(args.teacher, tokenizer, own_tokenizer)
         tokenizer = own_tokenizer
     else:

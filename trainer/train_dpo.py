@@ -35,7 +35,7 @@ def main(args):
     if stage.is_finished(args.run_dir, args.resume, args.overwrite, ranks):
         return
     # The model that another stage left, and its tokenizer
-    model, tokenizer = stage.load_weights(args.load_from, ranks, args.tokenizer, args.rope_scaling)
+    model, tokenizer = stage.load_weights(args.load_from, ranks, **vars(args))
     ensure_template(tokenizer)  # if a base model has no format for chats, it learns ours
     if args.lora_rank:
         stage.add_lora(model, ranks, **vars(args))  # from here on nothing but the adapters trains

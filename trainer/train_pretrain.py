@@ -35,7 +35,7 @@ def main(args):
         return
     # The model: random weights in the shape of a preset, or weights to go on from
     if args.load_from:
-        model, tokenizer = stage.load_weights(args.load_from, ranks, args.tokenizer, args.rope_scaling)
+        model, tokenizer = stage.load_weights(args.load_from, ranks, **vars(args))
     else:
         tokenizer = load_tokenizer(args.tokenizer or OWN_TOKENIZER)
         config = flags.new_shape(args, preset(args.preset), vocabulary_size(tokenizer))
@@ -62,7 +62,5 @@ if __name__ == "__main__":
     parser.set_defaults(stage="pretrain", world="pretrain", name="pretrain", optimizer="muon",
                         learning_rate=5e-3, lr_schedule="wsd", batch_size=16, max_seq_len=256)
     args = flags.parse_args(parser)
-    for name in ("preset", *flags.SHAPE, *flags.EXPERT_FLAGS):
-        if args.load_from and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} has no effect with --load_from: weights bring their shape along")
+    flags.check_shape_flags(parser, args)
     flags.run_script(main, args)

@@ -85,3 +85,13 @@ def test_a_run_that_is_done_is_not_run_again(tmp_path, capsys, monkeypatch):
     experts.main(experts.parse_args(command))
     assert capsys.readouterr().out.lstrip("\n") == first.lstrip("\n")
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--minimind", "nowhere"], "error: --minimind nowhere: there is no model/model_minimind.py in it"),
+    (["--data_path", "nowhere.jsonl"], "error: --data_path nowhere.jsonl: no such file"),
+    (["--presets", "micro", "huge"], "unknown preset 'huge'"),
+])
+def test_a_mistake_is_found_before_anything_is_measured(flags, line, refused, monkeypatch):
+    monkeypatch.setattr(experts, "turns_of", lambda *args: pytest.fail("it measures"))
+    refused(experts, flags, line)

@@ -42,9 +42,16 @@ ADAPTERS = ["identity", "clinic"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def built():
+    return synthetic.build(0)
+
+
+@pytest.fixture(scope="module")
+def folder(built, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    synthetic.write_world(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "build", {0: built}.get)  # it takes seconds
+        synthetic.write_world(folder)
     return folder
 
 
@@ -53,11 +60,6 @@ def files(folder):
     """{name: records}, read back from disk."""
     return {name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for name, path in synthetic.paths(folder).items()}
-
-
-@pytest.fixture(scope="module")
-def built():
-    return synthetic.build(0)
 
 
 def contents(record):
@@ -106,7 +108,8 @@ def test_another_seed_is_another_split():
     assert World(1).held_stories != World(0).held_stories
 
 
-def test_ensure_world_writes_only_what_is_missing_or_old(tmp_path):
+def test_ensure_world_writes_only_what_is_missing_or_old(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "build", {0: built}.get)
     paths = synthetic.ensure_world(tmp_path)
     assert list(paths) == list(synthetic.FILES)
     paths["sft"].write_text("mine", encoding="utf-8")

@@ -111,6 +111,8 @@ def test_what_cannot_be_asked_is_one_line(home, chat, capsys):
     with pytest.raises(UsageError, match="--needle 256: the model has only 128 positions"):
         needles.measure(chat, [64, 256])
     for flags, words in ((["--needle", "20"], "at least 64"), (["--needle", "64", "--seed", "1"], "--needle"),
+                         (["--needle", "64", "--repetition_penalty", "2"], "error: --repetition_penalty: "),
+                         (["--prompt", "hi", "--batch_size", "2"], "--batch_size belong to"),
                          (["--needle", "64", "--json", "x.png"], ".json"),
                          (["--needle", "64", "--system", "x"], "--system has no effect")):
         with pytest.raises(SystemExit):

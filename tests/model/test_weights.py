@@ -328,9 +328,9 @@ def assert_refused(path, words):
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}, "rope_scaling": ...}, "between layers"),
     ({"architectures": ["MistralForCausalLM"], "layer_types": MIXED}, "MinistralForCausalLM"),
     ({"architectures": ["MinistralForCausalLM"], "sliding_window": 4, "layer_types": MIXED[:1]},
-     "each of 2 layers"),
+     "1 layers, but there are 2"),
     ({"architectures": ["MinistralForCausalLM"], "sliding_window": 4,
-      "layer_types": ["linear_attention"] * 2}, "full_attention or sliding_attention"),
+      "layer_types": ["linear_attention"] * 2}, "full_attention and sliding_attention"),
     ({"architectures": ["MinistralForCausalLM"], "sliding_window": 4, "layer_types": 10**9}, "layer_types"),
 ])
 def test_configs_that_do_not_fit(folder, changes, words):
@@ -341,6 +341,11 @@ def test_configs_that_do_not_fit(folder, changes, words):
 def test_missing_things(folder, tmp_path):
     assert_refused(tmp_path / "nowhere", "no model at .*nowhere")
     assert_refused(tmp_path, "no config.json in")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "out/base"}')
+    words = r"holds an adapter and no model: name the model that it changes \(out/base\)"
+    assert_refused(tmp_path, words)
+    with pytest.raises(ModelError, match=words):
+        load_tokenizer(tmp_path)
     (folder / "model.safetensors").unlink()
     assert_refused(folder, "no model.safetensors in")
     with pytest.raises(ModelError, match="no tokenizer in"):

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.errors import DataError, UsageError
+from common.errors import DataError, ModelError, UsageError
+from model.lora import apply_lora, save_lora
 from model.transformer import CausalLM, ModelConfig
-from model.weights import load_tokenizer, save_model
+from model.weights import load_model, load_tokenizer, save_model
 from scripts import show_experts
 from trainer.report_page import router_section
 from trainer.runs import Run, is_load, read_run
@@ -63,6 +64,31 @@ def test_what_can_not_be_shown_is_one_line(planted, tmp_path):
     file.write_text('{"question": "why"}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:1: "):
         show_experts.main(show_experts.parse_args([str(folder / "model"), "--data_path", str(file)]))
+
+
+def test_an_adapter_stands_over_the_model_that_it_changes(planted, tmp_path, capsys):
+    """The adapter turns the sign that the router reads, so every token goes to the other expert."""
+    folder, _ = planted
+    model = load_model(folder / "model")
+    apply_lora(model, rank=1, target_modules=["v_proj", "o_proj"])
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        for layer, a, b in ((attention.v_proj, 1.0, 1.0), (attention.o_proj, 1.0, -10.0)):
+            layer.lora.A.weight.zero_()[0, 0] = a
+            layer.lora.B.weight.zero_()[0, 0] = b
+    save_lora(model, tmp_path / "adapter", base=folder / "model")
+    texts = folder / "texts.jsonl"
+    texts.write_text(json.dumps({"text": " the" * 9}) + "\n")
+    flags, shown = ["--data_path", str(texts), "--words", "1"], []
+    for path in (folder / "model", tmp_path / "adapter"):
+        show_experts.main(show_experts.parse_args([str(path), *flags]))
+        shown.append(capsys.readouterr().out.splitlines())
+    loads = [[line.split()[2] for line in lines if line.startswith("  expert ")] for lines in shown]
+    assert sorted(loads[0]) == ["0.00", "2.00"] and loads[1] == loads[0][::-1]
+    assert shown[1][0].startswith(f"{tmp_path / 'adapter'}: 2/2 layers matched")
+    (folder / "model").rename(folder / "elsewhere")
+    with pytest.raises(ModelError, match="adapter holds an adapter and no model: name the model"):
+        show_experts.main(show_experts.parse_args([str(tmp_path / "adapter"), *flags]))
 
 
 def test_a_runs_report_has_a_table_of_loads(tmp_path):

@@ -10,6 +10,7 @@ import sys
 import time
 from fnmatch import fnmatch
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -312,10 +313,9 @@ def test_resume_on_two_processes_goes_on_with_the_same_batches(workshop, read_lo
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         die_on(patch, trainer.checkpoint, "save_checkpoint", 2)
         workshop.run("full_sft", *words)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               *workshop.command("full_sft", *words, "--resume")]
-    ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert ended.returncode == 0 and "cpu x 2, resumed at step 5" in ended.stdout, ended.stderr
+    process = forks.start(workshop.command("full_sft", *words, "--resume"), processes=2)
+    out, err = process.communicate()
+    assert process.returncode == 0 and "cpu x 2, resumed at step 5" in out, err
     one, two = tmp_path / "one" / "full_sft", tmp_path / "two" / "full_sft"
     for ours, theirs in zip(read_log(two), read_log(one), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)

@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -115,8 +116,8 @@ def test_everything_at_once_equals_nothing_at_all(compiled, plain_lora, workshop
     flags, one = plain_lora
     together = {"micro_batch_size": 1, "gradient_checkpointing": True, "compile": compiled or None}
     out_dir = workshop.folder / f"all_at_once_{compiled}"
-    process = torchrun(*workshop.command("lora", *workshop.flags("lora", out_dir, **flags | together)),
-                       "--no-packing")
+    words = workshop.command("lora", *workshop.flags("lora", out_dir, **flags | together), "--no-packing")
+    process = forks.start(words, processes=2)
     out, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
     assert "float16 on cpu x 2" in out and "bits each" in out

@@ -2,13 +2,10 @@
 
 import json
 import math
-import os
 import random
-import socket
-import subprocess
-import sys
 from functools import partial
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -300,16 +297,6 @@ def test_another_beta_is_another_run(workshop, flags, tmp_path):
     assert ended.code == 2 and "--beta 0.1, not 0.2" in ended.error
 
 
-def torchrun(*flags, processes):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-         f"--master_port={port}", *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        encoding="utf-8")
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not in this build")
 def test_processes_and_accumulation_change_nothing(workshop, flags, tmp_path, read_log):
     """One process with all rows at once; two processes, a row in each forward pass, one of them without a
@@ -317,14 +304,16 @@ def test_processes_and_accumulation_change_nothing(workshop, flags, tmp_path, re
     changes = {"max_steps": 10, "log_interval": 1, "learning_rate": 1e-3}
     assert workshop.run("dpo", *flags(tmp_path / "one", **changes)).code == 0
     two = flags(tmp_path / "two", micro_batch_size=1, gradient_checkpointing=True, **changes)
-    ended = torchrun(*workshop.command("dpo", *two), processes=2)
-    assert ended.returncode == 0, ended.stderr
+    process = forks.start(workshop.command("dpo", *two), processes=2)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
     ours, theirs = read_log(tmp_path / "two" / "dpo"), read_log(tmp_path / "one" / "dpo")
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() - {"grad_norm"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
+        for name in a:  # AdamW forgives gradients that are wrong by a factor, and their norm does not
+            tolerance = 1e-3 if name == "grad_norm" else 1e-5
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=1e-5), name
     one, two = (load_file(tmp_path / name / "dpo" / "model.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=name)

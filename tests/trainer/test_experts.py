@@ -3,11 +3,11 @@ not; the flags; what the log says of the router."""
 
 import json
 
+import forks
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distributed import torchrun
 
 from dataset.lm_dataset import PretrainDataset, SFTDataset, collate
 from model.config import ModelConfig
@@ -28,7 +28,7 @@ def trained(workshop):
     flags = {way: workshop.flags("pretrain", workshop.folder / f"experts_{way}", **SHAPE | changes)
              for way, changes in {"one": {"micro_batch_size": None}, "ddp": {}, "fsdp": {"parallel": "fsdp"},
                                   "stopped": {"micro_batch_size": None}}.items()}
-    running = [torchrun(*workshop.command("pretrain", *flags[way])) for way in ("ddp", "fsdp")]
+    running = [forks.start(workshop.command("pretrain", *flags[way]), processes=2) for way in ("ddp", "fsdp")]
     assert workshop.run("pretrain", *flags["one"]).code == 0
     assert "stopped at step 1" in workshop.run("pretrain", *flags["stopped"], "--max_minutes", "1e-9").out
     assert workshop.run("pretrain", *flags["stopped"], "--max_minutes", "1e-9", "--resume").code
@@ -113,7 +113,15 @@ def test_muon_takes_the_matrices_of_experts_and_not_the_router():
     ({"router_balance": 0.0}, "--router_balance has no effect without experts"),
     ({"num_experts": 4, "norm_topk_prob": True}, "no gradient tells the router which one to choose"),
     ({"num_experts": 1}, "a router with one expert has nothing to choose"),
-    ({"num_experts": 2, "experts_per_token": 3}, "3 experts for each token, but there are only 2"),
+    ({"num_experts": 2, "experts_per_token": 3}, "--experts_per_token 3 is more than --num_experts 2"),
+    ({"num_experts": 2, "intermediate_size": None, "moe_intermediate_size": 2**40},
+     "--moe_intermediate_size must be a positive integer"),
+    ({"num_experts": 2, "sliding_window": 8, "full_attention_every": 2},
+     "--num_experts and --full_attention_every, a window in some layers only"),
+    ({"full_attention_every": 2}, "need a --sliding_window"),
+    ({"sliding_window": 8, "full_attention_every": 1}, "--full_attention_every must be from 2 to 2"),
+    ({"hidden_size": 0}, "--hidden_size must be a positive integer"),
+    ({"num_key_value_heads": 3}, "no multiple of --num_key_value_heads 3"),
     ({"num_experts": 2, "moe_intermediate_size": 16}, "--intermediate_size has no effect beside"),
     ({"num_experts": 0}, "--num_experts"),
 ], ids=str)
@@ -123,10 +131,36 @@ def test_flags_that_make_no_sense(flags, complaint, workshop, tmp_path):
     assert not (tmp_path / "pretrain").exists() or not any((tmp_path / "pretrain").iterdir())
 
 
+WITHOUT_SHAPE = {"hidden_size": None, "num_hidden_layers": None, "intermediate_size": None}
+
+
 def test_experts_have_no_effect_on_weights_that_are_there(workshop, tmp_path):
-    flags = workshop.flags("pretrain", tmp_path, load_from=workshop.base, num_experts=4, hidden_size=None,
-                           num_hidden_layers=None, intermediate_size=None)
+    flags = workshop.flags("pretrain", tmp_path, load_from=workshop.base, num_experts=4, **WITHOUT_SHAPE)
     assert "--num_experts has no effect with --load_from" in workshop.run("pretrain", *flags).error
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "full_sft", "lora"])
+def test_a_model_that_is_there_may_pay_other_penalties(stage, trained, workshop, tmp_path, read_log):
+    """loss = cross_entropy + 7 * balance, since the other weight is 0; the saved config says the same."""
+    shape = WITHOUT_SHAPE if stage == "pretrain" else {}
+    shape |= {"lora_dropout": None} if stage == "lora" else {}
+    flags = workshop.flags(stage, tmp_path, load_from=trained["one"], max_steps=2, log_interval=1,
+                           router_balance=7, router_z_loss=0, **shape)
+    ended = workshop.run(stage, *flags)
+    assert ended.code == 0, ended
+    lines = [line for line in read_log(tmp_path / stage) if "loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + 7 * line["balance"], rel=1e-5)
+    if stage != "lora":
+        config = json.loads((tmp_path / stage / "config.json").read_text())
+        assert config["router_aux_loss_coef"] == 7 and config["router_z_loss_coef"] == 0
+
+
+@pytest.mark.parametrize("flag", ["router_balance", "router_z_loss"])
+def test_a_dense_model_has_no_penalties(flag, workshop, tmp_path):
+    flags = workshop.flags("full_sft", tmp_path, **{flag: 0.0})
+    assert f"--{flag} has no effect on {workshop.base}" in workshop.run("full_sft", *flags).error
 
 
 def test_adapters_over_experts_train_in_a_stage(trained, workshop, tmp_path):

@@ -3,11 +3,11 @@
 import os
 import shutil
 
+import forks
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distributed import torchrun
 
 from common.errors import UsageError
 from trainer.args import lora_parser, parse_args
@@ -31,13 +31,13 @@ def sharded(workshop):
     sft = [*workshop.command("full_sft", *sft), "--no-packing"]
     lora = workshop.flags("lora", out_dir, **FLAGS, parallel="fsdp", gradient_checkpointing=True)
     lora = [*workshop.command("lora", *lora), "--no-packing"]
-    running = [torchrun(*sft, "--max_minutes", "1e-9"), torchrun(*lora)]
+    running = [forks.start(words, processes=2) for words in ([*sft, "--max_minutes", "1e-9"], lora)]
     for stage in ("full_sft", "lora"):
         assert workshop.run(stage, *workshop.flags(stage, one, **FLAGS), "--no-packing").code == 0
     said = [process.communicate(timeout=240) for process in running]
     assert "stopped at step 1; to go on: " in said[0][0], said[0][1][-3000:]
     shutil.copytree(out_dir / "full_sft", workshop.folder / "fsdp_stopped")
-    resumed = torchrun(*sft, "--resume", processes=3)
+    resumed = forks.start([*sft, "--resume"], processes=3)
     out, err = resumed.communicate(timeout=240)
     assert resumed.returncode == 0 and "float32 on cpu x 3 (fsdp), resumed at step 1" in out, err[-3000:]
     assert running[1].returncode == 0, said[1][1][-3000:]
@@ -67,8 +67,8 @@ def test_it_does_so_in_half_precision(stage, dtype, workshop, read_log):
     """float16 with its GradScaler; LoRA over blocks with frozen weights in bfloat16, adapters in float32."""
     flags = FLAGS | {"max_steps": 6, "dtype": dtype, "eval_fraction": 0, "save_interval": 100}
     one, many = (workshop.folder / f"{name}_{dtype}" for name in ("one", "fsdp"))
-    process = torchrun(*workshop.command(stage, *workshop.flags(stage, many, **flags, parallel="fsdp")),
-                       "--no-packing")
+    words = workshop.command(stage, *workshop.flags(stage, many, **flags, parallel="fsdp"), "--no-packing")
+    process = forks.start(words, processes=2)
     alone = workshop.run(stage, *workshop.flags(stage, one, **flags), "--no-packing")
     out, err = process.communicate(timeout=240)
     assert alone.code == 0 and process.returncode == 0, alone.err + err[-3000:]

@@ -1,10 +1,8 @@
 """train_grpo.py: it learns what is rewarded, and is as exact as the other stages."""
 
-import os
 import signal
-import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -90,11 +88,11 @@ def test_stopped_within_a_rollout_and_resumed(workshop, flags, whole, tmp_path, 
 
 
 def test_two_processes_and_accumulation_equal_one(workshop, flags, whole, tmp_path, read_log):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               *workshop.command("grpo", *flags(tmp_path, kl_beta=0.05, micro_batch_size=3))]
-    ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("saved ") == ended.stdout.count("rollout 0: ") == 1  # one process talks
+    words = workshop.command("grpo", *flags(tmp_path, kl_beta=0.05, micro_batch_size=3))
+    process = forks.start(words, processes=2)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.count("saved ") == out.count("rollout 0: ") == 1  # one process talks
     for ours, theirs in zip(read_log(tmp_path / "grpo"), read_log(whole[0] / "grpo"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     assert_same(tmp_path, whole[0], tolerance=1e-5)

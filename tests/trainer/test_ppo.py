@@ -1,11 +1,8 @@
 """PPO: its loss, its value head and its advantages, against the equations written out again."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -231,20 +228,10 @@ def test_gradient_checkpointing_changes_nothing(workshop, flags, undisturbed, tm
 
 
 def test_accumulation_and_two_processes_change_nothing(workshop, flags, undisturbed, read_log, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pair = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-         *workshop.command("ppo", *flags(tmp_path / "two", micro_batch_size=3))],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        encoding="utf-8")
+    pair = forks.start(workshop.command("ppo", *flags(tmp_path / "two", micro_batch_size=3)), processes=2)
     accumulated = workshop.run("ppo", *flags(tmp_path / "one", micro_batch_size=3))
     assert accumulated.code == 0, accumulated
-    try:
-        _, err = pair.communicate(timeout=300)
-    finally:
-        pair.kill()
+    _, err = pair.communicate()
     assert pair.returncode == 0, err
     wanted, weights = read_log(undisturbed), load_file(undisturbed / "model.safetensors")
     for run_dir in (tmp_path / "one" / "ppo", tmp_path / "two" / "ppo"):
