@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import serving
+from benchmarks import clients, serving
 from benchmarks.serving_clients import post, read_reply
 from benchmarks.serving_hostile import KINDS, make, problem_of
 from common.cli import ROOT
@@ -58,6 +58,28 @@ def test_requests_are_made_again():
     assert {kind for kind, _ in made} == {kind.__name__ for kind in KINDS}
     assert len({data for _, data in made}) > 150
     assert b"Host" in post({"a": 1}) and b"Host" not in post({"a": 1}, headers={"Host": None})
+
+
+def test_of_openais_page_what_is_served_remains():
+    def a_page() -> dict:
+        paths = {path: {method: {"responses": {"200": {"content": {}}}} for method in ("get", "post", "put")}
+                 for path in (*clients.SERVED, "/audio/speech")}
+        part = {"properties": {"seed": {"type": "integer"}, "audio": {"type": "object"}, "model": {}}}
+        schemas = {"CreateCompletionRequest": dict(part), "ModelResponseProperties": dict(part),
+                   "CreateChatCompletionRequest": {"allOf": [{"$ref": "#"}, dict(part)]},
+                   "CreateModelResponseProperties": {"allOf": [{"$ref": "#"}, dict(part)]}}
+        return {"openapi": "3.1.0", "paths": paths, "components": {"schemas": schemas}}
+
+    whole = clients.published(a_page(), "mine", None)
+    assert {path: list(methods) for path, methods in whole["paths"].items()} == {
+        path: [method] for path, method in clients.SERVED.items()}
+    for operation in (method for methods in whole["paths"].values() for method in methods.values()):
+        assert operation["responses"].keys() == {"200", "4XX"}  # and no 5XX
+    completion = whole["components"]["schemas"]["CreateCompletionRequest"]["properties"]
+    assert completion["model"] == {"enum": ["mine"]} and "audio" in completion
+    few = clients.published(a_page(), "mine", {"model", "seed"})["components"]["schemas"]
+    assert few["CreateCompletionRequest"]["properties"].keys() == {"model", "seed"}
+    assert few["CreateChatCompletionRequest"]["allOf"][1]["properties"].keys() == {"model", "seed"}
 
 
 def test_help_answers_at_once():
