@@ -8,7 +8,6 @@ import asyncio
 import http.client
 import json
 import random
-import shutil
 import tempfile
 import threading
 import time
@@ -16,7 +15,17 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.serving_clients import PROMPTS, Server, chat, get, is_idle, post, read_reply, send
+from benchmarks.serving_clients import (
+    PROMPTS,
+    Server,
+    chat,
+    copy_with_context,
+    get,
+    is_idle,
+    post,
+    read_reply,
+    send,
+)
 
 CLIENTS, TIMEOUT, SLOWEST_HEALTH = 12, 20.0, 2.0  # seconds
 BODY_SECONDS = 2
@@ -406,10 +415,7 @@ def hostile(args: argparse.Namespace) -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "full_sft"
-        shutil.copytree(args.load_from, model, ignore=shutil.ignore_patterns("checkpoints"))
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        config["max_position_embeddings"] = CONTEXT
-        (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        copy_with_context(args.load_from, model, CONTEXT)
         with Server("--load_from", model, "--body_seconds", str(BODY_SECONDS), "--cache_gb", "0.1") as server:
             health, began = Health(server.port), time.monotonic()
             health.start()

@@ -59,7 +59,9 @@ def errors(*statuses: int) -> dict:
 
 POST_ERRORS = errors(*MEANINGS)
 GET_ERRORS = errors(401, 403, 404)
-STREAMS = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT_SCHEMA = {"type": "object", "required": ["data"], "properties": {"data": {
+    "type": "string", "description": "a chunk of the answer, as JSON; [DONE] comes last"}}}
+STREAMS = {200: {"content": {"text/event-stream": {"schema": EVENT_SCHEMA}}}}
 
 
 @dataclass
