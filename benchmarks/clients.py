@@ -2,11 +2,13 @@
 
     python benchmarks/clients.py                                           # out/quickstart, all clients
     python benchmarks/clients.py --only "openai for npm" --folder ../clients
+    python benchmarks/clients.py --only schemathesis --openai_page ../openai-openapi/openapi.json
 
 Each client runs in an environment of its own: a venv above the packages of the Python that runs this file, or
 a folder of npm. --folder keeps them. The bar is that every client gets what `eval_model.py` says for the same
 prompt, that lm-eval's scores over the API are those of its own `hf` backend, and that schemathesis, which
 makes up requests from our OpenAPI page, finds no server error and no answer that the page does not announce.
+With --openai_page it also makes them up from the page that OpenAI publishes.
 """
 
 import argparse
@@ -16,6 +18,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import urllib.request
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,16 +172,87 @@ def lm_eval(url: str, model: Path, folder: Path, expected: list[str]) -> str:
 
 
 def schemathesis(url: str, model: Path, folder: Path, expected: list[str]) -> str:
+    """By our own OpenAPI page: as it is, and then with a name of a model that is there."""
+    with urllib.request.urlopen(f"{url}/openapi.json") as answer:
+        as_it_is, named = (json.loads(text) for text in [answer.read()] * 2)
+    for form in named["components"]["schemas"].values():
+        if "model" in form.get("properties", {}):
+            form["properties"]["model"] = {"enum": [model.name]}
+    return make_up_requests(model, folder, "", {"": as_it_is, "with our model: ": named})
+
+
+def make_up_requests(model: Path, folder: Path, base: str, pages: dict[str, dict]) -> str:
+    """Lets schemathesis make up requests from OpenAPI pages. base: what stands before their paths.
+
+    Requests for answers without end are right. So the model, in a server of its own, has little room.
+    """
+    from benchmarks.serving_clients import Server, copy_with_context
+
     environment(folder, ["schemathesis"])
+    with tempfile.TemporaryDirectory() as place:
+        copy_with_context(model, Path(place) / model.name, 512)
+        with Server("--load_from", Path(place) / model.name, threads=os.cpu_count()) as server:
+            return outcomes_of(folder, server.address, base, pages)
+
+
+def outcomes_of(folder: Path, url: str, base: str, pages: dict[str, dict]) -> str:
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    ended = subprocess.run([folder / "bin" / "schemathesis", "run", f"{url}/openapi.json", "--checks", checks,
-                            "--max-examples", "100", "--seed", "1"], cwd=folder, capture_output=True,
-                           encoding="utf-8")
-    said = ended.stdout + ended.stderr
-    counted = re.search(r"(\d[\d,]*) generated", said)
-    if ended.returncode or not counted:
-        return f"failed: {said[-1500:]}"
-    return f"{counted[1]} requests: no server error, no answer that the page does not announce"
+    outcomes = []
+    for kind, page in pages.items():
+        (folder / "page.json").write_text(json.dumps(page), encoding="utf-8")
+        before = answers_begun(url)
+        ended = subprocess.run([folder / "bin" / "schemathesis", "run", folder / "page.json", "--url",
+                                url + base, "--checks", checks, "--max-examples", "100", "--seed", "1",
+                                "--request-timeout", "60"], cwd=folder, capture_output=True, encoding="utf-8")
+        said = ended.stdout + ended.stderr
+        counted = re.search(r"(\d[\d,]*) generated", said)
+        if ended.returncode or not counted:
+            return f"failed: {kind}{said[-3000:]}"
+        outcomes.append(f"{kind}{counted[1]} requests, {answers_begun(url) - before:,} answers of the model")
+    return "; ".join(outcomes) + ": no server error, no answer that the page does not announce"
+
+
+def answers_begun(url: str) -> int:
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        return int(re.search(rb"^seedling_first_tokens_total (\d+)", answer.read(), re.MULTILINE)[1])
+
+
+# What our server has of OpenAI's API. The paths of its document begin after /v1.
+SERVED = {"/chat/completions": "post", "/completions": "post", "/models": "get", "/models/{model}": "get"}
+
+
+def openai_page(url: str, model: Path, folder: Path, expected: list[str], page: Path) -> str:
+    """By the page that OpenAI publishes: as it is, and then with those fields alone that our page knows."""
+    with urllib.request.urlopen(f"{url}/openapi.json") as answer:
+        ours = json.load(answer)["components"]["schemas"]
+    known = ours["ChatRequest"]["properties"].keys() | ours["CompletionRequest"]["properties"].keys()
+    pages = {kind: published(json.loads(page.read_text(encoding="utf-8")), model.name, fields)
+             for kind, fields in (("", None), ("with fields that we serve: ", known))}
+    return make_up_requests(model, folder, "/v1", pages)
+
+
+def published(document: dict, model: str, fields: set[str] | None) -> dict:
+    """OpenAI's page with the operations that we serve. model: the only one. fields: the only ones.
+
+    The page announces no answer to a request that is refused. So 4XX is added, with the shape that the page
+    itself has for errors, and the stream of /completions, of which it speaks in words alone.
+    """
+    schemas, paths = document["components"]["schemas"], {}
+    error = {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}
+    for path, method in SERVED.items():
+        operation = document["paths"][path][method]
+        operation["responses"]["4XX"] = {"description": "refused", "content": {"application/json": error}}
+        paths[path] = {method: operation}
+    stream = {"text/event-stream": {"schema": {"type": "object", "required": ["data"]}}}
+    paths["/completions"]["post"]["responses"]["200"]["content"] |= stream
+    schemas["ModelIdsShared"] = schemas["CreateCompletionRequest"]["properties"]["model"] = {"enum": [model]}
+    if fields:
+        parts = [schemas["CreateCompletionRequest"], *schemas["CreateChatCompletionRequest"]["allOf"][1:],
+                 *schemas["CreateModelResponseProperties"]["allOf"][1:], schemas["ModelResponseProperties"]]
+        for part in parts:
+            part["properties"] = {name: one for name, one in part["properties"].items() if name in fields}
+            part["additionalProperties"] = True
+    return document | {"paths": paths}
 
 
 CLIENTS = {"openai for npm": npm, "langchain-openai": langchain, "lm-eval": lm_eval,
@@ -201,7 +276,12 @@ def main() -> None:
                         help="the model that is served (default: that of the quickstart)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="keeps the environments of the clients")
     parser.add_argument("--only", nargs="+", choices=CLIENTS, default=list(CLIENTS), metavar="CLIENT")
+    parser.add_argument("--openai_page", type=Path, metavar="FILE",
+                        help="openapi.json of github.com/openai/openai-openapi, for schemathesis")
     args = parser.parse_args()
+    clients = {name: CLIENTS[name] for name in args.only}
+    if args.openai_page:
+        clients["schemathesis by OpenAI's page"] = partial(openai_page, page=args.openai_page.resolve())
     model, failed = args.load_from.resolve(), False
     expected = ours(model)
     from benchmarks.serving_clients import Server
@@ -210,9 +290,10 @@ def main() -> None:
             Server("--load_from", model, threads=os.cpu_count()) as server:
         folder = (args.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        for name in args.only:
+        for name, client in clients.items():
             try:
-                outcome = CLIENTS[name](server.address, model, folder / name.replace(" ", "_"), expected)
+                kept = folder / name.partition(" by ")[0].replace(" ", "_")  # both pages: one environment
+                outcome = client(server.address, model, kept, expected)
             except (RuntimeError, OSError) as error:
                 outcome = f"failed: {error}"
             failed |= outcome.startswith("failed")

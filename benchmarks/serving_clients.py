@@ -1,20 +1,26 @@
-"""The server as a process, and lean clients that speak HTTP to it: for benchmarks/serving.py."""
+"""Our server and vLLM's as processes, and lean clients that speak HTTP to them: for benchmarks/serving.py."""
 
 import asyncio
 import json
 import os
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import ROOT
 from common.errors import UsageError
 
-FIRST_WORDS = re.compile(rb'"content": "[^"]')  # the first chunk of an answer holds its role alone
+FIRST_WORDS = re.compile(rb'"content": ?"[^"]')  # the first chunk of an answer holds its role alone
 PROMPTS = ("Who are you?", "What does a duck eat?", "Please tell me what a duck eats.", "你是谁？",
            "What sound does a frog make?", "What is 3 + 4?", "How many times frog: frog, duck, frog",
            "天空是什么颜色？")
@@ -59,6 +65,73 @@ class Server:
 
     def num_threads(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/task"))
+
+
+def copy_with_context(source: Path, target: Path, tokens: int) -> None:
+    """A copy of a model with room for so many tokens, so that no answer takes long."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints"))
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = tokens
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+class Vllm:
+    """vLLM's server for the same folder, on the CPU, in a process group of its own.
+
+    python: of an environment that has a CPU build of vLLM. vLLM's processes compute a little while they wait,
+    so they stand still outside of `awake`.
+    """
+
+    def __init__(self, python: Path, model: Path, seconds: float = 300):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log_file = tempfile.TemporaryFile()
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1",
+                   "--port", self.port, "--model", model, "--served-model-name", model.name,
+                   "--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "32",
+                   "--disable-uvicorn-access-log"]
+        settings = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+                    "VLLM_NO_USAGE_STATS": "1"} | os.environ
+        for name in ("PYTHONPATH", "OMP_NUM_THREADS"):  # vLLM decides on its threads
+            settings.pop(name, None)
+        self.process = subprocess.Popen([str(word) for word in command], stdout=self.log_file, env=settings,
+                                        stderr=subprocess.STDOUT, start_new_session=True)
+        until = time.monotonic() + seconds
+        while not self._is_ready():
+            if self.process.poll() is not None or time.monotonic() > until:
+                self.log_file.seek(0)
+                said = self.log_file.read().decode("utf-8", "replace").strip()[-1500:]
+                self.__exit__()
+                raise UsageError(f"vLLM's server did not start: {said}")
+            time.sleep(0.5)
+        self._signal(signal.SIGSTOP)
+
+    def _is_ready(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        self._signal(signal.SIGCONT)
+        yield
+        self._signal(signal.SIGSTOP)
+
+    def __enter__(self) -> "Vllm":
+        return self
+
+    def __exit__(self, *_) -> None:
+        try:
+            self._signal(signal.SIGKILL)
+        except ProcessLookupError:  # it has ended by itself
+            pass
+        self.process.wait()
+        self.log_file.close()
 
 
 @dataclass

@@ -59,7 +59,9 @@ def errors(*statuses: int) -> dict:
 
 POST_ERRORS = errors(*MEANINGS)
 GET_ERRORS = errors(401, 403, 404)
-STREAMS = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT_SCHEMA = {"type": "object", "required": ["data"], "properties": {"data": {
+    "type": "string", "description": "a chunk of the answer, as JSON; [DONE] comes last"}}}
+STREAMS = {200: {"content": {"text/event-stream": {"schema": EVENT_SCHEMA}}}}
 
 
 @dataclass
@@ -183,7 +185,8 @@ def stream(events: AsyncIterator[str]) -> StreamingResponse:
 
 
 def usage(asked: Asked) -> dict:
-    return chunks.usage(asked.num_prompt_tokens, asked.num_new_tokens)
+    num_cached = {id(row.prompt): row.num_cached for row in asked.rows}  # every prompt counts once
+    return chunks.usage(asked.num_prompt_tokens, sum(num_cached.values()), asked.num_new_tokens)
 
 
 # --- chats --------------------------------------------------------------------------------------------------
@@ -324,9 +327,9 @@ def metrics_text(decoder: engine.Engine) -> str:
     """In the format of Prometheus."""
     counts = {"answers_waiting": decoder.num_waiting(), "answers_running": decoder.num_running()}
     lines = [f"# TYPE seedling_{name} gauge\nseedling_{name} {value}\n" for name, value in counts.items()]
-    lines += [f"# TYPE seedling_{name}_total counter\nseedling_{name}_total {decoder.metrics[name]:g}\n"
-              for name in ("prompt_tokens", "tokens", "first_tokens", "first_token_seconds", "cancelled",
-                           "finished_stop", "finished_length", "finished_error")]
+    lines += [f"# TYPE seedling_{name}_total counter\nseedling_{name}_total {decoder.metrics[name]}\n"
+              for name in ("prompt_tokens", "cached_prompt_tokens", "tokens", "first_tokens", "cancelled",
+                           "first_token_seconds", "finished_stop", "finished_length", "finished_error")]
     return "".join(lines)
 
 

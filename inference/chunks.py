@@ -21,9 +21,10 @@ def head(kind: str, prefix: str, model: str) -> dict:
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def usage(num_prompt_tokens: int, num_new_tokens: int) -> dict:
+def usage(num_prompt_tokens: int, num_cached: int, num_new_tokens: int) -> dict:
     return {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_new_tokens,
-            "total_tokens": num_prompt_tokens + num_new_tokens}
+            "total_tokens": num_prompt_tokens + num_new_tokens,
+            "prompt_tokens_details": {"cached_tokens": num_cached}}
 
 
 def event(data: dict) -> str:

@@ -56,7 +56,7 @@ class Lane:
             raise UsageError(f"--cache_gb is too small: {chat_model.path} would remember {max_tokens} tokens")
         max_tokens = min(max_tokens, max_rows * chat_model.max_positions)
         self.chat_model = chat_model
-        self.batch = Batch(chat_model.model, chat_model.adapters, max_rows, max_tokens)
+        self.batch = Batch(chat_model.model, chat_model.adapters, max_rows, max_tokens, max_tokens // 4)
         self.max_length = min(chat_model.max_positions, max_tokens)  # of a prompt and its answer
         self.grammars = None  # made when they are first asked for
         self.waiting: deque[Request] = deque()
@@ -210,6 +210,7 @@ class Engine:
         for row in rows:
             request = lane.owner[row][0]
             self.metrics["prompt_tokens"] += len(row.prompt)
+            self.metrics["cached_prompt_tokens"] += row.num_cached
             self.metrics["first_tokens"] += 1
             self.metrics["first_token_seconds"] += now - request.came
             news.add(self._note(lane, row))
@@ -273,6 +274,7 @@ class Engine:
             waiting = [(request, number) for request in lane.waiting for number in request.waiting]
             for row in list(lane.batch.rows):
                 lane.batch.remove(row)
+            lane.batch.prefixes.texts.clear()  # they might be half of what they should be
             for request, number in [*lane.owner.values(), *waiting]:
                 row = request.rows[number]
                 row.finish, row.error = "error", message

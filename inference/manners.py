@@ -13,6 +13,9 @@ import json
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from inference.protocol import Refused
 
 POST_PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize")
@@ -104,6 +107,61 @@ class ClientGone(Exception):
     """Nobody waits for an answer any more."""
 
 
+def timed_connection(seconds: float) -> type[H11Protocol]:
+    """uvicorn's connection, with a limit to the time in which the head of a request must arrive.
+
+    A head is the request line and the headers. The application above does not see a request before its head
+    is whole, so it cannot count this time. uvicorn limits only the size of a head (16 KiB of an unfinished
+    one), and how long nothing at all may come between two requests.
+    """
+    class TimedConnection(H11Protocol):
+        deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport) -> None:
+            super().connection_made(transport)
+            self.watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.watch()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            super().connection_lost(error)
+            self.let_be()
+
+        def watch(self) -> None:
+            """While no request is being answered, the next head is awaited. More bytes give no more time."""
+            if self.cycle and not self.cycle.response_complete:
+                self.let_be()
+            elif self.deadline is None and not self.transport.is_closing():
+                self.deadline = self.loop.call_later(seconds, self.give_up)
+
+        def let_be(self) -> None:
+            if self.deadline:
+                self.deadline.cancel()
+            self.deadline = None
+
+        def give_up(self) -> None:
+            self.deadline = None
+            if self.conn.our_state is h11.IDLE:
+                self.answer(408, f"the head of the request did not arrive within {seconds:g} seconds")
+            self.transport.close()
+
+        def send_400_response(self, message: str) -> None:
+            """uvicorn calls this for what is no HTTP."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                self.answer(400, message)
+            self.transport.close()
+
+        def answer(self, status: int, message: str) -> None:
+            body, headers = refusal_parts(Refused(message, status=status))
+            for event in (h11.Response(status_code=status, headers=[*headers, (b"connection", b"close")]),
+                          h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+
+    return TimedConnection
+
+
 def host_name(host: str) -> str:
     """The name in a Host header: [::1]:8000 -> ::1"""
     if host.startswith("["):
@@ -154,9 +212,14 @@ def with_body(body: bytes, receive: Callable) -> Callable:
     return receive_again
 
 
-async def refuse(refused: Refused, send: Callable) -> None:
+def refusal_parts(refused: Refused) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """The body and the headers of an error."""
     body = json.dumps(refused.body, ensure_ascii=True).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    return body, [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+
+
+async def refuse(refused: Refused, send: Callable) -> None:
+    body, headers = refusal_parts(refused)
     if refused.status in (408, 413):
         headers.append((b"connection", b"close"))  # the rest of the body is not read
     if refused.status == 401:

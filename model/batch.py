@@ -27,6 +27,7 @@ import torch
 
 from model.adapters import Adapters
 from model.generate import KVCache, draw, filter_logits, penalize, why_not_finite
+from model.prefix_cache import PrefixCache
 from model.transformer import CausalLM
 
 SMALLEST_LENGTH = 256  # tokens that a row of the cache has room for, at least
@@ -90,6 +91,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Choice] = field(default_factory=list)
     logprobs_of_prompt: list[Choice] = field(default_factory=list)
+    num_cached: int = 0  # tokens of the prompt whose keys and values were known already
     finish: str | None = None  # "stop": an end token; "length": max_new_tokens; "error": see error
     error: str | None = None
     generator: torch.Generator | None = None  # from the seed; the batch makes it
@@ -106,9 +108,13 @@ class Row:
 
 
 class Batch:
-    """Rows of one model. rows: those that grow now. max_tokens: how many the cache holds, of all rows."""
+    """Rows of one model. rows: those that grow now. max_tokens: how many the cache holds, of all rows.
 
-    def __init__(self, model: CausalLM, adapters: Adapters, max_rows: int, max_tokens: int):
+    max_kept: how many tokens of rows that have ended are kept for prompts that begin like them.
+    """
+
+    def __init__(self, model: CausalLM, adapters: Adapters, max_rows: int, max_tokens: int, max_kept=0):
+        self.prefixes = PrefixCache(max_rows, max_kept)
         self.model, self.adapters, self.max_rows, self.max_tokens = model, adapters, max_rows, max_tokens
         config, weight = model.config, model.model.norm.weight
         self.device, self.rows, self.end = weight.device, [], 0
@@ -166,9 +172,13 @@ class Batch:
         own = KVCache(self.model.config, len(prompts), longest, self.device, dtype,
                       longest - lengths if is_padded else None)
         adapters, hidden = [row.adapter for row in prompts], []
+        if not any(row.prompt_logprobs for row in prompts):  # these need the output at every token
+            known = self.prefixes.fill(own, list(map(str, adapters)), [row.prompt for row in prompts])
+            for row, place in zip(rows, places, strict=True):
+                row.num_cached = known[place]
         width = max(1, TOKENS_OF_A_PART // len(prompts))
-        for part in ids.split(width, dim=1):
-            if own.length:
+        for part in ids[:, own.length:].split(width, dim=1):
+            if hidden:
                 yield
             self._use(adapters)  # the rows that have grown meanwhile may have used others
             output = self.model(part, cache=own)
@@ -194,6 +204,10 @@ class Batch:
     def remove(self, row: Row) -> None:
         """Takes a row out. The last row moves to its place."""
         place, last = self.rows.index(row), len(self.rows) - 1
+        if row.finish != "error":
+            begin, count = int(self.start[place]), len(row.prompt) + max(0, len(row.tokens) - 1)
+            self.prefixes.add(str(row.adapter), (row.prompt + row.tokens)[:count],
+                              *(stored[:, place, :, begin:begin + count] for stored in self.views))
         if place != last:
             for stored in self.views:
                 stored[:, place] = stored[:, last]

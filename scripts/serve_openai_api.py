@@ -35,7 +35,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("decoding").add_argument
     add("--max_batch_size", type=count, default=32, metavar="N", help="answers that are decoded together")
     add("--cache_gb", type=positive, default=1.0, metavar="GB",
-        help="memory for keys and values of all of them; what does not fit waits")
+        help="memory for keys and values of all of them; what does not fit waits. Texts that have ended keep "
+             "up to a quarter more, for prompts that begin like them")
     add("--max_waiting", type=count, default=1024, metavar="N",
         help="answers that may wait; others are refused")
     add = parser.add_argument_group("who may ask").add_argument
@@ -47,7 +48,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--allowed_origins", nargs="+", default=[], metavar="URL",
         help="other servers whose pages may call it")
     add("--max_body_mb", type=positive, default=4.0, metavar="MB", help="a longer request is refused")
-    add("--body_seconds", type=positive, default=30.0, metavar="S", help="in which a request must arrive")
+    add("--body_seconds", type=positive, default=30.0, metavar="S",
+        help="in which the head of a request must arrive, and then its body")
     add("--grace_seconds", type=positive, default=5.0, metavar="S", help="for open answers, when it stops")
     add("--log_prompts", action="store_true",
         help="print each request on stderr, which may hold private words")
@@ -70,6 +72,7 @@ def main(args: argparse.Namespace) -> None:
 
     from inference.api import make_app
     from inference.engine import Engine
+    from inference.manners import timed_connection
 
     if args.host not in ("127.0.0.1", "::1", "localhost") and args.api_key is None:
         print(f"warning: everybody who reaches {args.host} can use this server: --api_key asks for a key",
@@ -103,7 +106,8 @@ def main(args: argparse.Namespace) -> None:
     address = f"[{args.host}]" if ":" in args.host else args.host
     print(f"serving {', '.join(engine.names)} at http://{address}:{listener.getsockname()[1]}", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(args.grace_seconds + 5),
-                            access_log=False, server_header=False, ws="none")
+                            access_log=False, server_header=False, ws="none",
+                            http=timed_connection(args.body_seconds))
     Server(config).run(sockets=[listener])
     engine.close(0)
     engine.thread.join(args.grace_seconds)

@@ -2,7 +2,7 @@
 import {events, request} from "./api.js";
 import {byId, make} from "./elements.js";
 import {GrowingMarkdown} from "./markdown.js";
-import {chosenModels} from "./settings.js";
+import {chatOptions, chosenModels} from "./settings.js";
 import {closeOthers, partsOf, tokenOfText, TokenRow} from "./tokens.js";
 import {t} from "./words.js";
 
@@ -152,12 +152,10 @@ class Answer {
     return notes.join(" · ");
   }
 
-  // This answer in the history of the next question.
+  // This answer in the history of the next question. What is undefined is left out of the request.
   message() {
-    const message = {role: "assistant", content: this.content};
-    if (this.reasoning) message.reasoning_content = this.reasoning;
-    if (this.calls.length) message.tool_calls = this.calls;
-    return message;
+    const [reasoning_content, tool_calls] = [this.reasoning || undefined, this.calls.length ? this.calls : undefined];
+    return {role: "assistant", content: this.content, reasoning_content, tool_calls};
   }
 
   again() {
@@ -226,7 +224,7 @@ async function writeOne(answer, signal) {
 }
 
 function requestBody(answer) {
-  const body = {...answer.model.request, messages: messagesFor(answer), stream: true,
+  const body = {...answer.model.request, ...chatOptions(answer.model), messages: messagesFor(answer), stream: true,
     stream_options: {include_usage: true}, temperature: byId("temperature").valueAsNumber};
   if (byId("length").value) body.max_tokens = byId("length").valueAsNumber;
   if (byId("probabilities").checked) Object.assign(body, {logprobs: true, top_logprobs: OTHERS});

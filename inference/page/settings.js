@@ -44,6 +44,18 @@ export function chosenModels() {
   });
 }
 
+// The fields of a request that offer tools, and turn thinking on or off. A base model knows neither.
+export function chatOptions({kind}) {
+  const [tools, thinking] = [byId("tools").value.trim(), byId("thinking").value];
+  if (kind === "text") return {};
+  try { // A field that is undefined is left out of the request.
+    return {tools: tools ? [JSON.parse(tools)].flat() : undefined, // one tool, or a list of them
+            chat_template_kwargs: thinking ? {enable_thinking: thinking === "true"} : undefined};
+  } catch (error) {
+    throw new Error(t("The tools are not valid JSON: {why}", {why: error.message}));
+  }
+}
+
 // Shows the values of the sliders, and what belongs to the chosen models alone.
 export function showSettings() {
   for (const slider of document.querySelectorAll("input[type=range]"))

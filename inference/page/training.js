@@ -2,6 +2,7 @@
 import {request} from "./api.js";
 import {historyBefore, lastTurn} from "./chat.js";
 import {byId, make} from "./elements.js";
+import {chatOptions} from "./settings.js";
 import {visible} from "./tokens.js";
 import {t} from "./words.js";
 
@@ -15,8 +16,8 @@ export async function showTraining() {
   const {question, answers: [answer]} = lastTurn();
   const messages = [...historyBefore(lastTurn(), 0), {role: "user", content: question}, answer.message()];
   const isText = answer.model.kind === "text";
-  const text = isText ? {prompt: question + answer.content} : {messages};
   try {
+    const text = isText ? {prompt: question + answer.content} : {messages, tools: chatOptions(answer.model).tools};
     const told = await (await request("tokenize", {model: answer.model.request.model, ...text})).json();
     const mask = told.mask.map((isTrained) => isTrained || isText); // Pretraining learns to write every token.
     const numbers = {n: told.count, most: told.max_model_len, trained: mask.filter((one) => one).length};

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import serving
+from benchmarks import clients, serving
 from benchmarks.serving_clients import post, read_reply
 from benchmarks.serving_hostile import KINDS, make, problem_of
 from common.cli import ROOT
@@ -42,8 +42,7 @@ def test_whole_answers():
 
 def test_what_a_hostile_request_may_be_answered():
     error = {"error": {"message": "a: must be b", "type": "t", "param": None, "code": None}}
-    good = (b"", answer(200, "{}"), answer(400, json.dumps(error)), answer(400,
-                                                                           "Invalid HTTP request received."),
+    good = (b"", answer(200, "{}"), answer(400, json.dumps(error)), answer(416, "Range header: wrong"),
             answer(503, json.dumps(error)), b"HTTP/1.1 100 Continue\r\n\r\n" + answer(404, json.dumps(error)))
     assert [problem_of(each) for each in good] == [None] * len(good)
     assert problem_of(answer(200, "", 10), b"HEAD / HTTP/1.1") is None
@@ -59,6 +58,28 @@ def test_requests_are_made_again():
     assert {kind for kind, _ in made} == {kind.__name__ for kind in KINDS}
     assert len({data for _, data in made}) > 150
     assert b"Host" in post({"a": 1}) and b"Host" not in post({"a": 1}, headers={"Host": None})
+
+
+def test_of_openais_page_what_is_served_remains():
+    def a_page() -> dict:
+        paths = {path: {method: {"responses": {"200": {"content": {}}}} for method in ("get", "post", "put")}
+                 for path in (*clients.SERVED, "/audio/speech")}
+        part = {"properties": {"seed": {"type": "integer"}, "audio": {"type": "object"}, "model": {}}}
+        schemas = {"CreateCompletionRequest": dict(part), "ModelResponseProperties": dict(part),
+                   "CreateChatCompletionRequest": {"allOf": [{"$ref": "#"}, dict(part)]},
+                   "CreateModelResponseProperties": {"allOf": [{"$ref": "#"}, dict(part)]}}
+        return {"openapi": "3.1.0", "paths": paths, "components": {"schemas": schemas}}
+
+    whole = clients.published(a_page(), "mine", None)
+    assert {path: list(methods) for path, methods in whole["paths"].items()} == {
+        path: [method] for path, method in clients.SERVED.items()}
+    for operation in (method for methods in whole["paths"].values() for method in methods.values()):
+        assert operation["responses"].keys() == {"200", "4XX"}  # and no 5XX
+    completion = whole["components"]["schemas"]["CreateCompletionRequest"]["properties"]
+    assert completion["model"] == {"enum": ["mine"]} and "audio" in completion
+    few = clients.published(a_page(), "mine", {"model", "seed"})["components"]["schemas"]
+    assert few["CreateCompletionRequest"]["properties"].keys() == {"model", "seed"}
+    assert few["CreateChatCompletionRequest"]["allOf"][1]["properties"].keys() == {"model", "seed"}
 
 
 def test_help_answers_at_once():

@@ -455,6 +455,19 @@ def test_metrics_and_health(address, client):
     assert after["answers_running"] == after["answers_waiting"] == "0"
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
 
+    # A chat that goes on: what was computed before is not computed again, and it is counted.
+    said = [{"role": "user", "content": "Name all rivers from A to Z, and from Z to A."}]
+    first = chat(client, messages=said)
+    said += [{"role": "assistant", "content": first.choices[0].message.content}, *HI]
+    for model, n in (("odd", 1), ("model", 2)):
+        before = metrics()
+        usage = chat(client, messages=said, model=model, n=n, max_tokens=3).usage
+        cached = usage.prompt_tokens_details.cached_tokens
+        found = float(metrics()["cached_prompt_tokens_total"]) - float(before["cached_prompt_tokens_total"])
+        assert found == n * cached
+        assert (0 if model == "odd" else first.usage.prompt_tokens) <= cached < usage.prompt_tokens
+        assert cached == 0 or model == "model"
+
 
 def test_the_openapi_page_names_every_route(address):
     paths = httpx.get(f"{address}/openapi.json").json()["paths"]

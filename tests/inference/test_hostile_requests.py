@@ -151,8 +151,42 @@ def test_refused_with_one_line(server, name):
 
 
 def test_no_http(server):
-    for data in (b"\x16\x03\x01\x02\0\x01\0\r\n\r\n", b"GET\r\n\r\n", b"A" * 100_000):
-        assert ask(server, data).status == 400
+    many = b"".join(b"X%d: a\r\n" % number for number in range(100_000))
+    for data in (b"\x16\x03\x01\x02\0\x01\0\r\n\r\n", b"GET\r\n\r\n", b"A" * 100_000,
+                 b"GET / HTTP/1.1\r\n" + many, b"GET / HTTP/1.1\r\nX: " + b"a" * 3_000_000):
+        reply = ask(server, data)
+        assert reply.status == 400 and "Invalid HTTP" in error_of(reply)["message"]
+
+
+def test_a_request_that_does_not_end_holds_no_connection(server):
+    """Whatever is sent bit by bit: after 0.5 seconds without the whole head of a request it is over."""
+    health = post(b"", "/health", {"Connection": "keep-alive", "Content-Type": None}, "GET")
+
+    async def hold(begin: bytes, more: bytes) -> tuple[bytes, float]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        began, answer = time.monotonic(), asyncio.create_task(reader.read())
+        writer.write(begin)
+        while not answer.done() and time.monotonic() < began + 5:
+            writer.write(more)
+            await asyncio.wait([answer], timeout=0.05)
+        answer.cancel()
+        writer.transport.abort()
+        return (await asyncio.gather(answer, return_exceptions=True))[0], time.monotonic() - began
+
+    async def all_of_them() -> list[tuple[bytes, float]]:
+        long_body = health.replace(b"Content-Length: 0", b"Content-Length: 9999")
+        chunks = health.replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+        return await asyncio.gather(*[hold(*case) for case in (
+            (b"", b""), (b"GET /heal", b""), (b"GET /", b"a"), (b"GET /health HTTP/1.1\r\nX: ", b"a"),
+            (b"GET /health HTTP/1.1\r\n", b"X: a\r\n"), (health, b"G"), (long_body, b"x"), (chunks, b"zz"))])
+
+    found = asyncio.run(all_of_them())
+    assert max(seconds for _, seconds in found) < 2.5
+    for answer, seconds in found[:5]:
+        assert read_reply(answer).status == 408 and seconds > 0.4
+        assert "0.5 seconds" in error_of(read_reply(answer))["message"]
+    for answer, _ in found[5:]:  # the request itself is whole, or needs no body
+        assert read_reply(answer[:answer.index(b"}") + 1]).status == 200
 
 
 def test_what_looks_hostile_and_is_right(server):

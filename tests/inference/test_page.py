@@ -323,6 +323,30 @@ def test_thinking_is_folded_and_calls_are_shown(page):
     assert message["tool_calls"] == [{name: call[name] for name in ("id", "type", "function")}]
 
 
+def test_tools_are_offered_and_thinking_is_turned_on_and_off(page, home):
+    tool = {"type": "function", "function": {"name": "clock", "description": "the time"}}
+    page.fill("#tools", "{clock")
+    ask(page)
+    expect(last(page, ".error")).to_contain_text("The tools are not valid JSON: ")
+    page.fill("#tools", json.dumps(tool))
+    page.select_option("#thinking", label="on")
+    sent = ask(page, "Two")[-1]
+    assert sent["tools"] == [tool] and sent["chat_template_kwargs"] == {"enable_thinking": True}
+    expect(last(page, ".error")).to_be_empty()
+    page.get_by_role("button", name="Tokens and loss mask").click()  # training would see the tools, too
+    expect(page.locator("#training-tokens li").first).to_be_visible()
+    asked = ask_of_tokenize(page)
+    ids, _ = encode_chat(load_tokenizer(home / "chat"), asked["messages"], [tool])
+    assert page.locator("#training-tokens small").all_text_contents() == [str(i) for i in ids]
+    page.keyboard.press("Escape")
+    page.fill("#tools", json.dumps([tool, tool]))
+    page.select_option("#thinking", label="off")
+    sent = ask(page, "Three")[-1]
+    assert sent["tools"] == [tool, tool] and sent["chat_template_kwargs"] == {"enable_thinking": False}
+    page.select_option("#model", label="base (base model)")
+    assert not ask(page, "Four")[-1].keys() & {"tools", "chat_template_kwargs"}
+
+
 def test_a_thought_that_was_cut_off_goes_on(page):
     fake(page, {"reasoning_content": "Hm, a frog"}, finish="length")
     ask(page)
@@ -611,7 +635,8 @@ def test_chinese(open_page):
     examples = ["你是谁？", "猫怎么叫？", "讲一个关于猫在磨坊里的故事。"]
     expect(page.locator("#examples button")).to_have_text(examples)
     shown = page.locator("body").inner_text()
-    assert set(re.findall(r"[A-Za-z_]{2,}", shown)) == {"Seedling", "chat", "base", "lora_a", "lora_b"}
+    latin = {"Seedling", "chat", "base", "lora_a", "lora_b", "JSON"}
+    assert set(re.findall(r"[A-Za-z_]{2,}", shown)) == latin
     page.fill("#length", "5")
     page.locator("#examples button").first.click()
     expect(page.locator(".note")).to_contain_text("因长度中断 · 5 个词元")

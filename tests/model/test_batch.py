@@ -301,6 +301,70 @@ def test_a_long_prompt_is_read_in_parts_while_others_grow(adapters, monkeypatch)
     assert [choice.token for choice in long[0].logprobs_of_prompt] == long[0].prompt
 
 
+def answered(batch: Batch, *rows: Row) -> None:
+    batch.add(list(rows))
+    while batch.rows:
+        batch.step()
+
+
+def test_a_chat_that_goes_on_computes_what_is_new(adapters):
+    """Four chats of mixed adapters, in changing company, against the answers without a cache."""
+    rng = random.Random(7)
+    batch = Batch(adapters.model, adapters, 6, 2048, max_kept=600)
+    histories, known = [[rng.randrange(VOCAB) for _ in range(20)] for _ in NAMES], 0
+    for turn in range(5):
+        rows = [Row(list(history), 8, (), temperature=rng.choice([0, 1]), seed=turn, adapter=name)
+                for history, name in zip(histories, NAMES, strict=True)]
+        first = rng.randrange(1, 4)
+        for some in (rows[:first], rows[first:]):
+            answered(batch, *some, Row([turn] * 12, 3))  # and one that is known to nobody
+        for row, history in zip(rows, histories, strict=True):
+            assert row.tokens == alone(adapters, row)
+            assert row.num_cached == (len(history) - 12 if turn else 0)  # all compute as many as that one
+            known += row.num_cached
+            history += row.tokens + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 6))]
+    assert known > 400 and len(batch.prefixes.texts) <= 6 and batch.prefixes.num_tokens() <= 600
+
+
+@pytest.mark.parametrize("more", [{}, {"sliding_window": 6, "full_attention_every": 2}])
+def test_what_is_known_of_a_prompt_is_taken_and_nothing_else(more):
+    model = small(**more)
+    adapters = Adapters(model)
+    batch = Batch(model, adapters, 4, 2048, max_kept=300)
+    system, other = list(range(30)), [1, *range(1, 30)]
+    first = Row([*system, 50, 51], 10, temperature=0)
+    answered(batch, first)
+    chat = [*system, 50, 51, *first.tokens, 60]
+
+    def cached(prompt, **settings) -> int:
+        row = Row(prompt, 10, temperature=0, **settings)
+        answered(batch, row)
+        assert row.tokens == alone(adapters, row)
+        return row.num_cached
+
+    assert cached(chat) == 32 + 9  # the last token of an answer is never computed
+    assert cached(chat) == len(chat) - 1  # again: the last token of a prompt is computed always
+    assert cached([*system, 70, 71, 72]) == 30  # another question
+    assert cached([*other, 50, 51]) == 0  # another system message
+    assert cached(system[:8]) == 0
+    assert cached(chat, prompt_logprobs=True, top_logprobs=0) == 0
+    for text in batch.prefixes.texts:  # what is taken decides: with wrong values the answer is another one
+        text.v = text.v + 1
+    row = Row(chat, 10, temperature=0)
+    answered(batch, row)
+    assert row.num_cached and row.tokens != alone(adapters, row)
+    assert cached([3] * 290) == 0 and cached(chat) == 0  # the oldest have made room
+
+
+def test_another_adapter_takes_nothing(adapters):
+    batch = Batch(adapters.model, adapters, 4, 2048, max_kept=600)
+    one, other = {"a": 0.5, "b": -1.0}, {"a": 0.5, "b": 1.0}
+    for name, count in ((None, 0), ("a", 0), (one, 0), (other, 0), ("a", 39), (one, 39)):
+        row = Row([4] * 40, 10, temperature=0, adapter=name)
+        answered(batch, row)
+        assert row.num_cached == count and row.tokens == alone(adapters, row)
+
+
 def test_no_new_token_at_all(adapters):
     row = Row([4, 5, 6], 0, top_logprobs=0, prompt_logprobs=True)
     batch = batch_of(adapters)
