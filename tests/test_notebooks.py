@@ -16,7 +16,8 @@ from benchmarks.notebooks import NOTEBOOKS, code_cells, read, source_of
 ROOT = Path(__file__).resolve().parents[1]
 ENGLISH, CHINESE = NOTEBOOKS
 
-# All cells in one namespace, with few steps. After them: is the picture of attention that of the model?
+# All cells in one namespace, with few steps. After them: are the attention weights of the notebook those of
+# the model, and does its calculation by hand hide what comes later?
 WHOLE_RUN = """
 import sys
 from pathlib import Path
@@ -33,16 +34,23 @@ out = Path(sys.argv[1])
 dataset.token_cache.CACHE_DIR = out / "cache"
 variables, _ = run_plainly(code_cells(read(NOTEBOOKS[0])), SHORT | {"OUT": f"Path({str(out)!r})"})
 
-model, ids, layer = (variables[name] for name in ("model", "ids", "LAYER"))
+masked, weights, means = (torch.tensor(variables[name]) for name in ("masked", "weights", "means"))
+later = torch.ones_like(masked, dtype=torch.bool).triu(1)
+assert torch.equal(masked == -torch.inf, later) and torch.equal(weights == 0, later)
+assert torch.allclose(weights @ torch.tensor(variables["values"]).float(), means)
+
+model, ids = variables["model"], variables["ids"]
 entered = {}
-block = model.model.layers[layer]
-block.self_attn.register_forward_hook(lambda part, given, result: entered.update(x=given[0], y=result))
+for number, block in enumerate(model.model.layers):
+    block.self_attn.register_forward_hook(
+        lambda part, given, result, number=number: entered.update({number: (part, given[0], result[0])}))
 with torch.no_grad():
     model(ids)
-    weights = variables["attention_weights"](model, ids, layer)  # (H, T, T)
-    values = block.self_attn.v_proj(entered["x"])  # (1, T, D): one key/value head
-    mixed = (weights @ values).transpose(0, 1).flatten(1)  # (T, H * D)
-    assert torch.allclose(block.self_attn.o_proj(mixed), entered["y"][0], atol=1e-5)
+    for number, (part, x, result) in sorted(entered.items()):
+        weights = variables["attention_weights"](model, ids, number)  # (H, T, T)
+        values = part.v_proj(x)  # (1, T, D): one key/value head
+        mixed = (weights @ values).transpose(0, 1).flatten(1)  # (T, H * D)
+        assert torch.allclose(part.o_proj(mixed), result, atol=1e-5)
 print("ALL CELLS RAN")
 """
 
@@ -75,12 +83,31 @@ def test_every_cell_runs(tmp_path):
     assert ended.returncode == 0 and "ALL CELLS RAN" in ended.stdout, ended.stdout + ended.stderr
     assert "the same logits as before, to the bit: True" in ended.stdout
     assert "unmerged, W has its old bits: True" in ended.stdout
-    assert "weights of the base that have changed: 0 of" in ended.stdout
+    assert "parameters of the base that have changed: 0 of" in ended.stdout
     by_hand, by_model = re.findall(r"^(?:by hand|the model) +(\d+\.\d+)", ended.stdout, re.MULTILINE)
     assert abs(float(by_hand) - float(by_model)) < 1e-4
     before, after = re.search(r"^loss ([\d.]+) -> ([\d.]+)$", ended.stdout, re.MULTILINE).groups()
     assert float(after) < float(before)
     assert str(ROOT) not in ended.stdout.replace(str(tmp_path), "")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_prose_tells_the_numbers_of_this_run(path):
+    """The settings, and what the stored outputs say."""
+    cells, text = {cell["id"]: cell for cell in code_cells(read(path))}, prose(path)
+    settings = dict(re.findall(r"^(\w+_STEPS) = (\d+)$", source_of(cells["settings"], {}), flags=re.M))
+    pretrain, sft = int(settings["PRETRAIN_STEPS"]), int(settings["SFT_STEPS"])
+    printed = {name: "".join("".join(output.get("text", [])) for output in cell["outputs"])
+               for name, cell in cells.items()}
+    started = re.search(r"^([\d,]+) rows, (\d+) steps of (\d+) rows", printed["pretrain"])
+    rows, steps, batch_size = started.groups()
+    assert int(steps) == pretrain
+    for number in (pretrain, f"{sft:,}", f"{pretrain + sft:,}", rows, pretrain * int(batch_size)):
+        assert re.search(rf"(?<![\d,]){number}(?![\d,])", text), number
+    assert f"{sft}/{sft} | validation loss" in printed["sft"]
+    untrained = float(re.search(r"^the model +([\d.]+)$", printed["loss"], flags=re.M)[1])
+    assert f"{untrained:.1f}" in text
+    assert "before: '.' " in printed["sft"]  # the prose: "it writes a full stop and ends"
 
 
 def test_the_first_cell_fetches_the_repository_where_it_is_not_there(tmp_path):
