@@ -195,7 +195,7 @@ def flipped(first: dict, other: dict) -> list[tuple[int, float]]:
 
 
 def line_of(row: dict) -> str:
-    flips = (f"{row['flips']} flips after {row['steps']} equal steps, up to {row['tie']:.1e} from a tie"
+    flips = (f"flips: {row['flips']} after {row['steps']} equal steps, up to {row['tie']:.1e} from a tie"
              if row["flips"] else "all equal")
     sampled = f", {row['answers']:,} sampled answers, {flips}" if row["answers"] else ""
     beyond = row["beyond"]
