@@ -33,7 +33,10 @@ from common.errors import UsageError
 from common.files import json_text, write_whole
 
 TOLERANCE = 1e-5
-ROLLOUT = "--batch_size 64 --max_new_tokens 32 --updates_per_rollout 2 --kl_beta 0.02 --show_interval 0"
+# AdamW moves a weight whose gradient is nearly 0 by up to the learning rate, and rounding decides whereto. So
+# the rate of rollouts is that of benchmarks/faulty_ranks.py, and not the recipes' 3e-4.
+ROLLOUT = ("--batch_size 64 --max_new_tokens 32 --updates_per_rollout 2 --kl_beta 0.02 --show_interval 0 "
+           "--learning_rate 1e-4")
 # Stage -> (script, its flags, the rows of an accumulated forward pass, steps that learn from one rollout)
 STAGES = {
     "dpo": ("dpo", "--batch_size 16", 3, 0),
@@ -41,8 +44,9 @@ STAGES = {
     "ppo": ("ppo", ROLLOUT, 5, 2),
     "distillation": ("distillation", "--batch_size 16 --distillation_weight 0.7 --optimizer adamw "
                      "--learning_rate 3e-4", 3, 0),
-    "on_policy": ("distillation", "--batch_size 16 --on_policy 1 --max_new_tokens 32 --optimizer adamw "
-                  "--learning_rate 3e-4", 3, 1),
+    # The student begins as its own teacher. In every other step it learns from the data, too, and moves away.
+    "on_policy": ("distillation", "--batch_size 16 --distillation_weight 0.5 --on_policy 0.5 --optimizer "
+                  "adamw --max_new_tokens 32 --learning_rate 1e-4", 3, 2),
 }
 PROCESSES = (1, 2, 4)
 
@@ -84,8 +88,9 @@ def run_once(stage: str, processes: int, accumulates: bool, folder: Path, args) 
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
     command += [__file__, "--record", folder / f"{name}_answers", "--", script, *flags.split(), "--out_dir",
                 folder, "--name", name, "--max_steps", args.steps, "--seed", args.seed, "--device", "cpu",
-                "--dtype", "float32", "--log_interval", 1, "--eval_fraction", 0,
-                "--teacher" if stage_script == "distillation" else "--load_from", args.load_from.resolve()]
+                "--dtype", "float32", "--log_interval", 1, "--eval_fraction", 0]
+    command += ["--teacher", args.load_from.resolve()] if stage_script == "distillation" else []
+    command += ["--load_from", args.load_from.resolve()] if stage != "distillation" else []  # a new student
     command += ["--micro_batch_size", rows] if accumulates else []
     done = subprocess.run([str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": "1"},
                           capture_output=True, encoding="utf-8", errors="replace")
@@ -160,11 +165,14 @@ def compared(first: dict, other: dict, steps_of_rollout: int) -> dict:
         raise UsageError("the runs have other weights, or were asked for other answers")
     row = {"loss": max(differences), "answers": len(first["answers"]),
            "weights": max((tensor - other["weights"][name]).abs().max().item()
-                          for name, tensor in first["weights"].items())}
+                          for name, tensor in first["weights"].items()),
+           "beyond": sum(((tensor - other["weights"][name]).abs() >= TOLERANCE).sum().item()
+                         for name, tensor in first["weights"].items())}
     flips = flipped(first["answers"], other["answers"])
     row |= {"flips": len(flips), "tie": max((distance for _, distance in flips), default=None)}
     if flips:  # the steps that learn from them, and all after these, learn from something else
-        differences = differences[:min(call for call, _ in flips) * steps_of_rollout]
+        row["steps"] = flips[0][0] * steps_of_rollout
+        differences = differences[:row["steps"]]
         equal = row["tie"] < TOLERANCE
     else:
         equal = row["weights"] < TOLERANCE
@@ -187,12 +195,14 @@ def flipped(first: dict, other: dict) -> list[tuple[int, float]]:
 
 
 def line_of(row: dict) -> str:
-    flips = f"{row['flips']} flips, up to {row['tie']:.1e} from a tie" if row["flips"] else "all equal"
+    flips = (f"flips: {row['flips']} after {row['steps']} equal steps, up to {row['tie']:.1e} from a tie"
+             if row["flips"] else "all equal")
     sampled = f", {row['answers']:,} sampled answers, {flips}" if row["answers"] else ""
+    beyond = row["beyond"]
     way = f"{row['processes']} process{'es' if row['processes'] > 1 else ''}"
     way += ", accumulated" if row["accumulates"] else ""
     return (f"{row['stage']:13}{way:26}losses {row['loss']:.1e}   weights {row['weights']:.1e}{sampled}"
-            f"{'' if row['right'] else '   NOT EQUAL'}")
+            f"{'' if row['right'] else f'   NOT EQUAL ({beyond:,} weights)'}")
 
 
 def parse_args(argv=None):

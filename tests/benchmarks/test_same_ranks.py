@@ -22,7 +22,7 @@ def judged(first, other, steps_of_rollout=2):
 
 
 def test_losses_and_weights_must_agree():
-    nothing = {"loss": 0, "weights": 0, "answers": 0, "flips": 0, "tie": None}
+    nothing = {"loss": 0, "weights": 0, "beyond": 0, "answers": 0, "flips": 0, "tie": None}
     assert judged(run(), run()) == nothing | {"right": True}
     assert judged(run(), run((1, 2, 3, 4 + 9e-6), 9e-6))["right"]
     assert not judged(run(), run((1, 2 + 1.1e-5, 3, 4)))["right"]
@@ -39,7 +39,7 @@ def test_a_flip_must_be_a_tie_and_all_before_it_equal():
     later = {"c": answer(2, [3, 4])}  # weights differ by now, so this is no tie and need not be one
     tie = {"a": answer(0, [5, 6]), "b": answer(1, [7, 4], 0.1, 2e-6), **later}
     row = judged(first, run((1, 2, 30, 40), 5.0, **tie))
-    assert row["right"] and row["flips"] == 1 and row["tie"] == 2e-6
+    assert row["right"] and row["flips"] == 1 and row["tie"] == 2e-6 and row["steps"] == 2
     assert not judged(first, run((1, 2.1, 30, 40), 5.0, **tie))["right"]
     for no_tie in (answer(1, [7, 4], 0.1, 2e-5), answer(1, [6], 1e-9)):  # the second differs where 0.1 was
         assert not judged(first, run((1, 2, 30, 40), 5.0, **tie | {"b": no_tie}))["right"]

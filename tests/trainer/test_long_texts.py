@@ -42,8 +42,8 @@ def test_what_cannot_be_is_one_line(workshop, finished, tmp_path):
     before, _ = finished["pretrain"]
     flags = workshop.flags("pretrain", tmp_path)
     for more, words in (
-        (["--full_attention_every", 2], "need a sliding_window"),
-        (["--sliding_window", 0], "sliding_window must be a positive integer"),
+        (["--full_attention_every", 2], "need a --sliding_window"),
+        (["--sliding_window", 0], "--sliding_window must be a positive integer"),
         (["--rope_scaling", "yarn:4"], "on which a new model was trained; name the tokens: yarn:4:512"),
         (["--rope_scaling", "yarn:0.5"], "--rope_scaling must be KIND:FACTOR"),
         (["--rope_scaling", "dynamic:2"], "--rope_scaling must be KIND:FACTOR"),
