@@ -82,7 +82,7 @@ class Vllm:
     so they stand still outside of `awake`.
     """
 
-    def __init__(self, python: Path, model: Path, seconds: float = 300):
+    def __init__(self, python: Path, model: Path, seconds: float = 600):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

@@ -83,6 +83,7 @@ class Engine:
         self.error: BaseException | None = None  # why loading failed
         self.closes_at: float | None = None  # when the last answers are cut off
         self.untold: set[Request] = set()  # who has news that was not told yet
+        self.urgent: set[Request] = set()  # who of them has a first token, or an end
         self.told_at = 0.0
 
     # --- for other threads --------------------------------------------------------------------------------
@@ -195,7 +196,8 @@ class Engine:
             if not lane.reading and (joining := self._who_joins(lane)):
                 lane.reading = joining, lane.batch.read(joining)
         if lane.reading:
-            news |= self._read_on(lane)
+            self._tell(news | self._read_on(lane))  # a first token does not wait for the second
+            news = set()
         if lane.batch.rows:
             for row in lane.batch.step():
                 news.add(self._note(lane, row))
@@ -214,7 +216,7 @@ class Engine:
             self.metrics["first_tokens"] += 1
             self.metrics["first_token_seconds"] += now - request.came
             news.add(self._note(lane, row))
-        self.told_at = 0.0  # a first token is told at once
+        self.urgent |= news
         return news
 
     def _stop_reading(self, lane: Lane) -> set[Request]:
@@ -264,7 +266,7 @@ class Engine:
         if row.finish:
             del lane.owner[row]
             self.metrics[f"finished_{row.finish}"] += 1
-            self.told_at = 0.0
+            self.urgent.add(request)
         return request
 
     def _fail(self, lane: Lane, message: str) -> set[Request]:
@@ -283,17 +285,18 @@ class Engine:
             lane.owner.clear()
             lane.waiting.clear()
             lane.reading = None
-        self.told_at = 0.0
+        self.urgent |= news
         return news
 
     def _tell(self, news: set[Request]) -> None:
-        """Passes on who has news. Those of several tokens are gathered for a moment."""
+        """Passes on who has news: a first token or an end at once, other tokens gathered for a moment."""
         self.untold |= news
-        now = time.monotonic()
-        if self.untold and now - self.told_at >= BUNDLE_SECONDS:
-            self.told_at = now
-            requests, self.untold = list(self.untold), set()
-            self.deliver(requests)
+        now, due = time.monotonic(), self.urgent
+        if now - self.told_at >= BUNDLE_SECONDS:
+            self.told_at, due = now, self.untold
+        self.untold, self.urgent = self.untold - due, set()
+        if due:
+            self.deliver(list(due))
 
 
 def set_events(requests: list[Request]) -> None:

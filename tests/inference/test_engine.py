@@ -76,6 +76,20 @@ def test_many_threads_ask_and_each_gets_its_own_answer(start, home):
     assert engine.metrics["finished_length"] == 24 and engine.num_running() == engine.num_waiting() == 0
 
 
+def test_first_tokens_and_ends_are_told_at_once_and_others_in_bundles(start, monkeypatch):
+    monkeypatch.setattr("inference.engine.BUNDLE_SECONDS", 1e6)
+    told = []
+    engine = start(deliver=lambda requests: told.extend((request, *request.told[0]) for request in requests))
+    engine.told_at = time.monotonic()
+    long, short = Request([row(100)], threading.Event()), Request([row(5)], threading.Event())
+    for request in (long, short):
+        engine.submit("chat", request)
+    engine.close(20)
+    engine.thread.join(20)
+    assert {request: [news for who, *news in told if who is request] for request in (long, short)} == {
+        long: [[1, None], [100, "length"]], short: [[1, None], [5, "length"]]}
+
+
 def test_a_request_of_many_rows_does_not_hold_up_others(start):
     engine = start(max_rows=2)
     large = ask(engine, *[row(60, seed_free) for seed_free in [(5,)] * 12])
