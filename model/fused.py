@@ -1,18 +1,15 @@
-"""Three formulas with their gradients written by hand: RMSNorm, cross-entropy, and a frozen linear layer with
-LoRA. A reader may skip this file.
+"""Two formulas with their gradients written by hand: RMSNorm, and a frozen linear layer with LoRA.
+A reader may skip this file.
 
 Each function gives the same result as one line of PyTorch, which its docstring names. The gradient that
-PyTorch derives by itself passes over memory more often: without these three, training steps are some per
-cent slower on a CPU.
+PyTorch derives by itself passes over memory more often: without these two, training steps are some per cent
+slower on a CPU.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from common.device import matmul_dtype
-
-ROWS_IN_CACHE = 64  # tokens whose logits are small enough for a CPU's cache
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -50,50 +47,6 @@ class _RMSNorm(torch.autograd.Function):
         g_weight = gn.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         mean = (gn @ weight.float() / n.size(-1)).unsqueeze(-1)
         return torch.addcmul(g * weight, n, mean, value=-1).mul_(r), g_weight, None, None
-
-
-def cross_entropy(head: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """F.cross_entropy(head(x).float(), targets, reduction="none"), for x (N, C) and targets (N,).
-
-    head: of the width C to V tokens. On a GPU a target may be -100, and its loss is 0.
-    """
-    by_hand = type(head) is nn.Linear and x.device.type == "cpu" and torch.is_grad_enabled()
-    if not by_hand or torch.compiler.is_compiling():
-        return F.cross_entropy(head(x).float(), targets, ignore_index=-100, reduction="none")
-    dtype = matmul_dtype(x)
-    return _CrossEntropy.apply(x.to(dtype), head.weight.to(dtype), targets)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """With z = W x and p = softmax(z):
-
-        loss = -log p[target]        dloss/dz = p - (1 at the target, 0 elsewhere)
-
-    dloss/dz is computed at once, while the logits z of a few tokens are still in the CPU's cache. It is all
-    that is kept, in the type of x. The highest z has p = 1 / sum exp(z - highest), so that
-        loss = highest - z[target] - log(highest p),  which is finite also where p[target] rounds to 0.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        grad, losses = x.new_empty(len(x), len(weight)), torch.empty(len(x), device=x.device)
-        parts = [tensor.split(ROWS_IN_CACHE) for tensor in (x, targets[:, None], grad, losses)]
-        for rows, target, dz, loss in zip(*parts, strict=True):
-            z = torch.mm(rows, weight.t()).float()
-            p = z.softmax(dim=1)
-            right = p.gather(1, target)
-            loss.copy_(z.amax(dim=1) - z.gather(1, target)[:, 0] - p.amax(dim=1).log())
-            dz.copy_(p.scatter_(1, target, right - 1))
-        ctx.save_for_backward(x, weight, grad)
-        return losses
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight, dz = ctx.saved_tensors
-        g = g[:, None]  # (N, 1): it multiplies x and dx, which are smaller than dz
-        dx = ((dz @ weight) * g).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dweight = dz.t() @ (x * g).to(x.dtype) if ctx.needs_input_grad[1] else None
-        return dx, dweight, None
 
 
 def lora_linear(x, weight, bias, a, b, scaling: float) -> torch.Tensor:

@@ -25,7 +25,7 @@ from common.device import matmul_dtype
 from common.errors import ModelError
 from model.attention import attention, make_mask
 from model.config import PRESETS, ModelConfig, preset, rope_frequencies
-from model.fused import cross_entropy, rms_norm
+from model.fused import rms_norm
 from model.moe import MixtureOfExperts, routing_sums
 
 __all__ = ["PRESETS", "CausalLM", "ModelConfig", "ModelError", "preset"]
@@ -304,7 +304,10 @@ class CausalLM(nn.Module):
             places = (targets != -100).nonzero().squeeze(1)
             states, targets = states[places], targets[places]
 
-        losses_of = partial(cross_entropy, self.lm_head)  # -log softmax(head(x))[target]
+        def losses_of(rows, wanted):
+            logits = self.lm_head(rows).float()
+            return F.cross_entropy(logits, wanted, ignore_index=-100, reduction="none")
+
         # The backward pass needs the logits. If they are many, it computes those of each chunk once more.
         if not select and len(states) * self.config.vocab_size > MAX_KEPT_LOGITS:
             losses_of = partial(checkpoint, losses_of, use_reentrant=False)
