@@ -36,10 +36,9 @@ class Product:
 
         W x = the sum of the columns of W, each times one number of x
 
-    float32 matrices are stored column by column. For one row each thread adds up a part of the columns:
-    PyTorch's own product of a matrix and a vector uses one thread only. For several rows each thread computes
-    a part of the outputs. The layers stay usable, and share this memory. Call `get_ready` before the first
-    use, and again whenever adapters have changed.
+    float32 matrices are stored column by column, and each thread adds up a part of the columns. PyTorch's own
+    product of a matrix and a vector uses one thread only. The layers stay usable, and share this memory.
+    Call `get_ready` before the first use, and again whenever adapters have changed.
     """
 
     def __init__(self, *layers: nn.Linear | Int8Linear):
@@ -74,15 +73,10 @@ class Product:
             begin += layer.out_features
         if "weight" in self.joined:
             columns = self.joined["weight"].t()  # (in, out)
-            self.adds_up = batch_size == 1
             # Equal parts, at most two for each thread, because one of the threads may be slow.
             most = 2 * torch.get_num_threads() if columns.numel() >= MIN_SPLIT_SIZE else 1
-            width, out = columns.shape
-            parts = max(n for n in range(1, most + 1) if (width if self.adds_up else out) % n == 0)
-            if self.adds_up:
-                self.columns = columns.view(parts, -1, out)  # (parts, in / parts, out)
-            else:
-                self.columns = columns.view(width, parts, -1).transpose(0, 1)  # (parts, in, out / parts)
+            parts = max(n for n in range(1, most + 1) if len(columns) % n == 0)
+            self.columns = columns.view(parts, -1, columns.size(1))  # (parts, in / parts, out)
         return batch_size <= self.max_rows and self.find_addresses() == self.addresses
 
     def __call__(self, x):
@@ -90,13 +84,9 @@ class Product:
             y = multiply_int8(x, self.joined["codes"], self.joined["scale"])
         elif len(self.columns) == 1:
             y = torch.mm(x, self.columns[0])
-        elif self.adds_up:
+        else:
             rows = x.view(len(x), len(self.columns), -1).transpose(0, 1)  # (parts, B, in / parts)
             y = torch.bmm(rows, self.columns).sum(0)
-        else:
-            y = x.new_empty(len(x), len(self.columns) * self.columns.size(2))
-            parts_of_y = y.view(len(x), len(self.columns), -1).transpose(0, 1)  # (parts, B, out / parts)
-            torch.bmm(x.expand(len(self.columns), -1, -1), self.columns, out=parts_of_y)
         if "bias" in self.joined:
             y += self.joined["bias"]
         for outputs, lora in self.loras:
