@@ -13,10 +13,9 @@ speed: steps of 8 rows of 512 tokens. Each contender has a process of its own, a
 after round. A ratio compares two contenders within the same round; shown is the median.
 
 pays: train_pretrain.py, dense and with both kinds of experts, on the same data with the same seeds, for the
-same tokens.
-Every run that is done is a line in OUT_DIR/results.jsonl. The same command goes on after a stop, and prints
-the table at its end. With experts the validation loss is measured once more, with the scores of each token
-dealt out to the experts at random: if a router has learnt anything, this loss is higher.
+same tokens. Every run that is done is a line in OUT_DIR/results.jsonl. The same command goes on after a stop,
+and prints the table at its end. With experts the validation loss is measured once more, with the scores of
+each token dealt out to the experts at random: if a router has learnt anything, this loss is higher.
 """
 
 import importlib.util
@@ -35,9 +34,8 @@ from benchmarks.shared import drop_gradients, markdown, output_of, take_turns
 from common.cli import ROOT, Parser, count, run_script, seed
 from common.files import json_text, read_json, write_whole
 
-DENSE, THEIRS, MINIMIND = "dense", "transformers' experts", "MiniMind's experts"
-LARGE, SMALL = "4 experts", "8 half experts"
-NUM_EXPERTS = 4  # of LARGE, THEIRS and MINIMIND
+DENSE, LARGE, SMALL = "dense", "4 experts", "8 half experts"
+THEIRS, MINIMIND = "transformers' experts", "MiniMind's experts"  # as large and as many as those of LARGE
 MINIMIND_FILE = Path("model", "model_minimind.py")
 
 
@@ -58,6 +56,13 @@ def main(args):
     if "pays" in args.jobs:
         results = [run_once(kind, number, args) for number in args.seeds for kind in (DENSE, LARGE, SMALL)]
         print(f"\n{pays_table(results)}")
+
+
+def experts_of(kind: str, dense) -> dict:
+    """{flag of train_pretrain.py: value} of DENSE, LARGE or SMALL. dense: a ModelConfig without experts."""
+    return {DENSE: {}, LARGE: {"num_experts": 4},
+            SMALL: {"num_experts": 8, "experts_per_token": 2, "norm_topk_prob": True,
+                    "moe_intermediate_size": dense.intermediate_size // 2}}[kind]
 
 
 # --- a step -------------------------------------------------------------------------------------------------
@@ -134,12 +139,11 @@ def model_of(args):
     from dataclasses import replace
 
     from model.transformer import CausalLM, preset
+    from trainer.args import EXPERT_FLAGS
 
     dense = replace(preset(args.presets[0]), qk_norm=True)
-    config = replace(dense, num_experts=NUM_EXPERTS)
-    if args.contender == SMALL:
-        config = replace(dense, num_experts=2 * NUM_EXPERTS, num_experts_per_tok=2, norm_topk_prob=True,
-                         moe_intermediate_size=dense.intermediate_size // 2)
+    kind = LARGE if args.contender in (THEIRS, MINIMIND) else args.contender
+    config = replace(dense, **{EXPERT_FLAGS[flag]: value for flag, value in experts_of(kind, dense).items()})
     if args.contender == THEIRS:
         import transformers
 
@@ -155,8 +159,8 @@ def model_of(args):
             hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers, use_moe=True,
             num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads,
             intermediate_size=config.intermediate_size, moe_intermediate_size=config.intermediate_size,
-            num_experts=NUM_EXPERTS, num_experts_per_tok=1, norm_topk_prob=False, vocab_size=6400))
-    return CausalLM(dense if args.contender == DENSE else config)
+            num_experts=config.num_experts, num_experts_per_tok=1, norm_topk_prob=False, vocab_size=6400))
+    return CausalLM(config)
 
 
 def speed_table(measured: dict) -> str:
@@ -188,12 +192,8 @@ def run_once(kind: str, number: int, args) -> dict:
     command = [sys.executable, ROOT / "trainer" / "train_pretrain.py", "--preset", args.presets[0], "--name",
                name, "--out_dir", args.out_dir, "--seed", number, "--max_steps", args.steps,
                "--eval_interval", 0, "--resume", *shlex.split(args.flags)]
-    if kind == LARGE:
-        command += ["--num_experts", NUM_EXPERTS]
-    if kind == SMALL:
-        half = preset(args.presets[0]).intermediate_size // 2
-        command += ["--num_experts", 2 * NUM_EXPERTS, "--experts_per_token", 2, "--norm_topk_prob",
-                    "--moe_intermediate_size", half]
+    for flag, value in experts_of(kind, preset(args.presets[0])).items():
+        command += [f"--{flag}"] if value is True else [f"--{flag}", value]
     command += ["--data_path", *args.data_path] if args.data_path else []
     print(f"{name} ...", file=sys.stderr, flush=True)
     output_of(command)

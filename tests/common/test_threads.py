@@ -119,6 +119,14 @@ def test_threads_sleep_beside_a_busy_program_and_wake_after_it(monkeypatch):
     assert told[:2] == [False, False] and True in told and told[-1] is False
 
 
+def test_many_busy_programs_are_forgotten_as_soon_as_one(monkeypatch):
+    assert decisions(monkeypatch, [4] * 8 + [0] * 2)[-1] is False
+
+
+def test_a_program_that_uses_half_a_core_disturbs_nobody(monkeypatch):
+    assert True not in decisions(monkeypatch, [0.5] * 8)
+
+
 def test_a_program_that_finds_a_free_core_disturbs_nobody(monkeypatch):
     assert True not in decisions(monkeypatch, [1] * 8, num_threads=2, cores=4)
     assert True in decisions(monkeypatch, [3] * 8, num_threads=2, cores=4)
