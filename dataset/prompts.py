@@ -29,15 +29,10 @@ from dataset.replies import read_message
 
 @dataclass(frozen=True)
 class Prompt:
-    """One record. ids: the tokens after which the answer begins. where: such as "data.jsonl:17".
-
-    right: the tokens of the right answer, the end of its turn among them; [] where the record has no answer,
-    or where nobody asked for it.
-    """
+    """One record. ids: the tokens after which the answer begins. where: such as "data.jsonl:17"."""
 
     messages: list[dict]
     ids: list[int]
-    right: list[int]
     test: AnswerTest
     record: dict
     where: str
@@ -47,19 +42,17 @@ class PromptDataset:
     """The prompts of files of records, in memory.
 
     max_length: longer prompts are left out, because no room would be left for an answer. needs_test: so are
-    records with nothing to check an answer by. with_answers: the prompts hold their right answers. Bad
-    records are counted and skipped, and the first few are shown (quiet: none); with strict they are fatal.
-    Raises DataError as dataset/lm_dataset.py does.
+    records with nothing to check an answer by. Bad records are counted and skipped, and the first few are
+    shown (quiet: none); with strict they are fatal. Raises DataError as dataset/lm_dataset.py does.
     """
 
     def __init__(self, data_path, tokenizer, max_length: int, *, needs_test: bool = False,
-                 with_answers: bool = False, strict: bool = False, allow_unusable: bool = False,
-                 quiet: bool = False):
+                 strict: bool = False, allow_unusable: bool = False, quiet: bool = False):
         report, self.prompts, sha256 = Report(strict, 0 if quiet else 3), [], hashlib.sha256()
         for path, line, record in read_records(data_path, report=report):
             try:
                 notes: list[str] = []
-                prompt = read_prompt(tokenizer, record, f"{path}:{line}", notes.append, with_answers)
+                prompt = read_prompt(tokenizer, record, f"{path}:{line}", notes.append)
                 if len(prompt.ids) > max_length:
                     length = len(prompt.ids)
                     raise DataError(f"a prompt of {length} tokens, of which {max_length} fit into a row")
@@ -95,7 +88,7 @@ class PromptDataset:
         return self.prompts[sample].where
 
 
-def read_prompt(tokenizer, record: dict, where: str, note: Callable, with_answers: bool = False) -> Prompt:
+def read_prompt(tokenizer, record: dict, where: str, note: Callable) -> Prompt:
     """The prompt of a record. Raises DataError, with the reason alone, where there is none."""
     last_turn, tools = None, None
     if value_of(record, "conversation") or not record.keys() & {"question", "prompt"}:
@@ -112,13 +105,7 @@ def read_prompt(tokenizer, record: dict, where: str, note: Callable, with_answer
     if "max_reward_tokens" in record and required(record, "max_reward_tokens", int) < 1:
         raise DataError(f"'max_reward_tokens' must be at least 1, not {record['max_reward_tokens']}")
     ids, _ = encode_chat(tokenizer, messages, tools, True)
-    right = []
-    if with_answers and last_turn is not None:
-        whole, mask = encode_chat(tokenizer, [*messages, last_turn], tools)
-        if whole[:len(ids)] != ids or 1 not in mask:  # a template may write a past answer otherwise
-            raise DataError("this model's chat template does not write the right answer behind its prompt")
-        right = whole[len(ids):len(mask) - mask[::-1].index(1)]  # up to the last token that is learnt
-    return Prompt(messages, ids, right, test_of(record, last_turn), record, where)
+    return Prompt(messages, ids, test_of(record, last_turn), record, where)
 
 
 def test_of(record: dict, last_turn: dict | None) -> AnswerTest:

@@ -107,18 +107,24 @@ class ClientGone(Exception):
     """Nobody waits for an answer any more."""
 
 
-def timed_connection(seconds: float) -> type[H11Protocol]:
-    """uvicorn's connection, with a limit to the time in which the head of a request must arrive.
+def limited_connection(seconds: float, max_connections: int) -> type[H11Protocol]:
+    """uvicorn's connection, which nobody can hold for long without a use for it.
 
-    A head is the request line and the headers. The application above does not see a request before its head
-    is whole, so it cannot count this time. uvicorn limits only the size of a head (16 KiB of an unfinished
-    one), and how long nothing at all may come between two requests.
+    Within `seconds` the head of a request must arrive, which is the request line and the headers. The
+    application above does not see a request before its head is whole, so it cannot count this time. uvicorn
+    limits only the size of a head (16 KiB of an unfinished one), and how long nothing at all may come between
+    two requests. Who takes nothing of a long answer for `seconds` is left, too. And where max_connections are
+    open, further ones are refused.
     """
-    class TimedConnection(H11Protocol):
+    class LimitedConnection(H11Protocol):
         deadline: asyncio.TimerHandle | None = None
+        stuck: asyncio.TimerHandle | None = None  # runs while the reader takes less than there is
 
         def connection_made(self, transport) -> None:
             super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                self.answer(503, f"{max_connections:,} connections are open, which is the most: try later")
+                return self.transport.close()
             self.watch()
 
         def data_received(self, data: bytes) -> None:
@@ -128,6 +134,27 @@ def timed_connection(seconds: float) -> type[H11Protocol]:
         def connection_lost(self, error: Exception | None) -> None:
             super().connection_lost(error)
             self.let_be()
+            self.stop_waiting()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.wait_for_reader(self.transport.get_write_buffer_size())
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self.stop_waiting()
+
+        def wait_for_reader(self, size: int) -> None:
+            """Looks again after `seconds`. By then some of these `size` bytes must have gone."""
+            self.stuck = self.loop.call_later(seconds, self.look_again, size)
+
+        def look_again(self, size: int) -> None:
+            now = self.transport.get_write_buffer_size()
+            self.wait_for_reader(now) if now < size else self.transport.abort()
+
+        def stop_waiting(self) -> None:
+            if self.stuck:
+                self.stuck.cancel()
 
         def watch(self) -> None:
             """While no request is being answered, the next head is awaited. More bytes give no more time."""
@@ -159,7 +186,7 @@ def timed_connection(seconds: float) -> type[H11Protocol]:
                           h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event))
 
-    return TimedConnection
+    return LimitedConnection
 
 
 def host_name(host: str) -> str:

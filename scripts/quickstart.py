@@ -38,8 +38,8 @@ ROW_FLAGS = "--log_interval 20 --eval_interval 1000 --max_seq_len"  # ... and th
 CHAT_ROWS = f"{ROW_FLAGS} 256 --batch_size"  # a chat of about eight questions: the model remembers so many
 MUON_FLAGS = "--optimizer muon --learning_rate"  # these two end with a flag whose value each stage gives
 ADAPTER_FLAGS = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {CHAT_ROWS} 4"
-# Half of the questions are new: nobody shows the answers. The rest, with theirs, keep what full_sft knew.
-GRPO_FLAGS = ("--rewards answers length:0.2 --learning_rate 2e-4 --sft_weight 1 --lr_schedule wsd "
+# Half of the questions are new: nobody shows the answers. The rest, and old chats, keep what full_sft knew.
+GRPO_FLAGS = ("--rewards answers length:0.2 --learning_rate 3e-4 --sft_weight 0.5 --lr_schedule wsd "
               "--group_size 4 --updates_per_rollout 2 --temperature 1.2 --max_new_tokens 48 --log_interval 4 "
               "--eval_interval 40 --max_seq_len 256 --batch_size 256")
 STAGES = {
@@ -115,6 +115,8 @@ def training_command(out: Path, stage: str, scale: float) -> list[str]:
     command = [f"{ROOT / 'trainer' / script}", "--data_path", f"{data}.jsonl"]
     if stage not in ADAPTERS:
         command += ["--eval_data_path", f"{data}_eval.jsonl"]
+    if stage == "grpo":
+        command += ["--sft_data_path", f"{out / 'world' / 'sft.jsonl'}"]
     if stage in PARENT:
         command += ["--load_from", f"{out / PARENT[stage]}"]
     command += ["--out_dir", f"{out}", "--name", stage, "--max_steps", f"{max(2, round(steps * scale))}"]

@@ -49,7 +49,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="other servers whose pages may call it")
     add("--max_body_mb", type=positive, default=4.0, metavar="MB", help="a longer request is refused")
     add("--body_seconds", type=positive, default=30.0, metavar="S",
-        help="in which the head of a request must arrive, and then its body")
+        help="in which the head of a request must arrive, and then its body; who reads nothing of an answer "
+             "for so long is left")
+    add("--max_connections", type=count, default=2048, metavar="N", help="further ones are refused")
     add("--grace_seconds", type=positive, default=5.0, metavar="S", help="for open answers, when it stops")
     add("--log_prompts", action="store_true",
         help="print each request on stderr, which may hold private words")
@@ -72,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
 
     from inference.api import make_app
     from inference.engine import Engine
-    from inference.manners import timed_connection
+    from inference.manners import limited_connection
 
     if args.host not in ("127.0.0.1", "::1", "localhost") and args.api_key is None:
         print(f"warning: everybody who reaches {args.host} can use this server: --api_key asks for a key",
@@ -99,6 +101,7 @@ def main(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UsageError(f"--host {args.host} --port {args.port} can't be used: {error.strerror}; --port 0 "
                          "takes any that is free") from None
+    allow_open_files(args.max_connections + 100)
     engine.load()
     for lane in engine.lanes:
         for report in lane.chat_model.reports:
@@ -107,10 +110,26 @@ def main(args: argparse.Namespace) -> None:
     print(f"serving {', '.join(engine.names)} at http://{address}:{listener.getsockname()[1]}", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(args.grace_seconds + 5),
                             access_log=False, server_header=False, ws="none",
-                            http=timed_connection(args.body_seconds))
+                            http=limited_connection(args.body_seconds, args.max_connections))
     Server(config).run(sockets=[listener])
     engine.close(0)
     engine.thread.join(args.grace_seconds)
+
+
+def allow_open_files(wanted: int) -> None:
+    """A connection is an open file, of which many systems let a process have few unless it asks for more."""
+    try:
+        import resource  # there is none on Windows
+    except ImportError:
+        return
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY or allowed >= wanted:
+        return
+    if most != resource.RLIM_INFINITY and most < wanted:
+        print(f"warning: this system allows {most:,} open files, and so fewer than {wanted - 100:,} "
+              "connections: ulimit -n", file=sys.stderr)
+        wanted = most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 if __name__ == "__main__":

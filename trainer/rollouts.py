@@ -62,8 +62,6 @@ class Rollouts:
         every answer counts the same. "constant": a token counts 1 / max_new_tokens, so that neither the
         length of an answer nor that of the others changes what it weighs (Dr. GRPO).
     mask_cut_off: an answer that was cut off at max_new_tokens is not trained.
-    sft_weight: above 0, the right answer of a prompt that has one is learnt, too, as if the model had written
-        it and its advantage were this number. So the model keeps what it could do before.
     greedy: the likeliest answer to each prompt, for validation. Advantages are the rewards themselves.
     """
 
@@ -71,9 +69,8 @@ class Rollouts:
                  ranks: Ranks, *, dtype: torch.dtype, batch_size: int, max_new_tokens: int, seed: int,
                  advantages: Callable = group_advantages, reference: Callable | None = None,
                  complete: Callable | None = None, group_size: int = 1, updates_per_rollout: int = 1,
-                 temperature: float = 1.0, sft_weight: float = 0.0, mean_over: str = "tokens",
-                 mask_cut_off: bool = False, micro_batch_size: int | None = None, show_interval: int = 0,
-                 greedy: bool = False):
+                 temperature: float = 1.0, mean_over: str = "tokens", mask_cut_off: bool = False,
+                 micro_batch_size: int | None = None, show_interval: int = 0, greedy: bool = False):
         self.model, self.tokenizer, self.end_tokens = model, tokenizer, end_tokens
         self.dataset, self.samples, self.rewards = dataset, samples, rewards
         self.ranks, self.dtype = ranks, dtype
@@ -82,7 +79,7 @@ class Rollouts:
         self.num_groups = min(batch_size // group_size, len(samples))  # of a rollout
         self.max_new_tokens, self.mean_over, self.mask_cut_off = max_new_tokens, mean_over, mask_cut_off
         self.micro_batch_size, self.show_interval = micro_batch_size, show_interval
-        self.seed, self.greedy, self.sft_weight = seed, greedy, sft_weight
+        self.seed, self.greedy = seed, greedy
         self.pad_token_id = tokenizer.pad_token_id or 0  # any id will do
         # The present rollout: its number, and what this process learns from
         self.number, self.batches, self.num_answers, self.num_tokens = None, [], 0, 0
@@ -128,10 +125,6 @@ class Rollouts:
                 for sample, group, of_group in zip(samples, groups, advantages.tolist(), strict=True)
                 for (ids, found), advantage in zip(group, of_group, strict=True)
                 if advantage or self.reference or self.complete or self.greedy]
-        if self.sft_weight and not self.greedy:
-            prompts = [self.dataset[sample] for sample in samples]
-            rows += [(prompt.ids, torch.tensor(prompt.right), self.sft_weight, 0.0)
-                     for prompt in prompts if prompt.right]
         lengths = [len(ids) for group in groups for ids, _ in group]
         of_step = {"tokens": sum(lengths), "trained": sum(len(ids) for _, ids, _, _ in rows)}
         self.deal([self.row(*row, of_step) for row in rows], totals)
@@ -323,7 +316,7 @@ def load_rollouts(model, tokenizer, ranks: Ranks, advantages: Callable, referenc
                   complete: Callable | None = None, /, *, rewards, max_seq_len, max_new_tokens, dtype, strict,
                   allow_unusable, batch_size, group_size, updates_per_rollout, temperature,
                   micro_batch_size, show_interval, seed, mask_cut_off=False, mean_over="tokens",
-                  sft_weight=0.0, **flags) -> tuple[Rollouts, Rollouts | None]:
+                  **flags) -> tuple[Rollouts, Rollouts | None]:
     """Returns the Rollouts of training, and those of validation, which may be None. Flags are passed by name.
 
     Raises UsageError where no token ends an answer, and DataError for the files.
@@ -334,20 +327,16 @@ def load_rollouts(model, tokenizer, ranks: Ranks, advantages: Callable, referenc
 
     def read(paths) -> PromptDataset:
         return PromptDataset(paths, tokenizer, max_seq_len - max_new_tokens, needs_test="answers" in rewards,
-                             with_answers=sft_weight > 0, strict=strict, allow_unusable=allow_unusable,
-                             quiet=not ranks.is_main)
+                             strict=strict, allow_unusable=allow_unusable, quiet=not ranks.is_main)
 
     train_set, samples, eval_set, eval_samples = read_data(read, ranks, seed=seed, **flags)
-    if sft_weight and not any(train_set[int(sample)].right for sample in samples):
-        raise UsageError("--sft_weight has no effect: no prompt comes with its right answer")
     judge = Rewards(rewards, **flags)
     same = {"reference": reference, "complete": complete, "batch_size": batch_size, "mean_over": mean_over,
             "max_new_tokens": max_new_tokens, "micro_batch_size": micro_batch_size, "seed": seed,
             "temperature": temperature, "dtype": choose_dtype(dtype, ranks.device)}
     batches = Rollouts(model, tokenizer, end, train_set, samples, judge, ranks, advantages=advantages,
                        group_size=group_size, updates_per_rollout=updates_per_rollout,
-                       sft_weight=sft_weight, mask_cut_off=mask_cut_off,
-                       show_interval=show_interval, **same)
+                       mask_cut_off=mask_cut_off, show_interval=show_interval, **same)
     if not len(eval_samples):
         return batches, None
     return batches, Rollouts(model, tokenizer, end, eval_set, eval_samples, judge, ranks, greedy=True, **same)

@@ -24,6 +24,7 @@ def main(args):
     from trainer import losses, stage
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train
+    from trainer.rehearsal import rehearse
     from trainer.rollouts import group_advantages, load_rollouts, reference_log_probs
 
     ranks = join_ranks(args.device)  # which process of torchrun this is, and its device
@@ -47,6 +48,7 @@ def main(args):
                  "gspo": partial(losses.gspo, low=args.clip_low, high=args.clip_high)}[args.policy_loss]
     loss = partial(losses.policy_loss, objective=objective, temperature=args.temperature,
                    kl_beta=args.kl_beta)
+    batches, loss = rehearse(batches, loss, tokenizer, ranks, **vars(args))  # old chats, if there are some
     result = train(model, batches, loss, eval_batches, args, ranks)
     stage.save_result(model, tokenizer, args, result, ranks)
     leave_ranks(ranks)
@@ -62,8 +64,6 @@ if __name__ == "__main__":
     add("--mean_over", choices=("tokens", "answers", "constant"), default="tokens",
         help="each token counts the same, or each answer; constant: a token counts 1 / --max_new_tokens")
     add("--mask_cut_off", action="store_true", help="answers that were cut off are not trained")
-    add("--sft_weight", type=flags.not_negative, default=0.0, metavar="W",
-        help="also learn the right answers of prompts that have one, with this weight: against forgetting")
     add("--clip_low", type=flags.fraction, default=0.2, metavar="F", help="a ratio is clipped below 1 - F")
     add("--clip_high", type=flags.positive, default=0.2, metavar="F", help="a ratio is clipped above 1 + F")
     # Many prompts with few answers each: every kind of question is asked in every rollout.

@@ -25,6 +25,7 @@ def main(args):
     from trainer.distributed import join_ranks, leave_ranks
     from trainer.loop import train
     from trainer.losses import ppo
+    from trainer.rehearsal import rehearse
     from trainer.rollouts import load_rollouts, reference_log_probs
     from trainer.values import add_value_head, judge_tokens, rewards_differ
 
@@ -48,6 +49,7 @@ def main(args):
                                           **vars(args))
     loss = partial(ppo, value_head=value_head, temperature=args.temperature, low=args.clip_low,
                    high=args.clip_high, value_clip=args.value_clip, value_weight=args.value_weight)
+    batches, loss = rehearse(batches, loss, tokenizer, ranks, **vars(args))  # old chats, if there are some
     result = train(model, batches, loss, eval_batches, args, ranks)
     del model.value_head  # nobody needs it to write answers
     stage.save_result(model, tokenizer, args, result, ranks)

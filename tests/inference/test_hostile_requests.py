@@ -1,6 +1,7 @@
 """What is wrong, huge, deep, slow or cut off, and clients that leave: the server stays well, and says why."""
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
@@ -13,12 +14,14 @@ import time
 
 import pytest
 import torch
+import uvicorn
 from small_chat_model import ROOT
+from uvicorn.server import ServerState
 
 from benchmarks.serving_clients import Server, chat, get, is_idle, leave, metrics, post, read_reply, send
 from common.errors import ModelError, UsageError
 from inference.chat_model import ChatModel
-from inference.manners import Manners
+from inference.manners import Manners, limited_connection
 from model.batch import Batch, Row
 from model.lora import apply_lora, save_lora
 from model.transformer import CausalLM, ModelConfig
@@ -187,6 +190,71 @@ def test_a_request_that_does_not_end_holds_no_connection(server):
         assert "0.5 seconds" in error_of(read_reply(answer))["message"]
     for answer, _ in found[5:]:  # the request itself is whole, or needs no body
         assert read_reply(answer[:answer.index(b"}") + 1]).status == 200
+
+
+@contextlib.asynccontextmanager
+async def long_answers(seconds: float, max_connections: int):
+    """The port of a server whose answers have 3 million letters, and whose system sends nearly none ahead."""
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for number in range(30):
+            await send({"type": "http.response.body", "body": b"a" * 100_000, "more_body": number < 29})
+
+    config = uvicorn.Config(app, log_level="critical")
+    config.load()
+    state, kind = ServerState(), limited_connection(seconds, max_connections)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    listener.bind(("127.0.0.1", 0))
+    server = await asyncio.get_running_loop().create_server(lambda: kind(config, state, {}), sock=listener)
+    yield listener.getsockname()[1]
+    server.close()
+
+
+async def letters_of(port: int, pause: float) -> int:
+    """How many letters come to a client that rests for `pause` seconds after every 200,000 bytes."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=client, limit=4096)
+    writer.write(get("/"))
+    letters, rest = 0, pause
+    try:
+        while part := await reader.read(4096):
+            letters += part.count(b"a")
+            if letters > 200_000 * rest / pause:
+                await asyncio.sleep(pause)
+                rest += pause
+    except ConnectionResetError:
+        pass
+    writer.transport.abort()
+    return letters
+
+
+def test_who_reads_nothing_of_an_answer_is_left_and_who_reads_slowly_is_not():
+    async def work() -> list[int]:
+        async with long_answers(0.3, 10) as port:
+            return await asyncio.gather(letters_of(port, 0.1), letters_of(port, 1.5))
+
+    slow, never = asyncio.run(work())
+    assert slow > 2_999_999 and never < 1_000_000
+
+
+def test_more_connections_than_allowed_are_refused():
+    async def work():
+        async with long_answers(10, 2) as port:
+            first, second = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+            refused = await send(port, get("/"))
+            first[1].close()
+            await first[1].wait_closed()
+            await asyncio.sleep(0.1)
+            answered = await send(port, get("/"))
+            second[1].close()
+            return refused, answered
+
+    refused, answered = asyncio.run(work())
+    assert refused.status == 503 and "2 connections are open" in error_of(refused)["message"]
+    assert answered.status == 200
 
 
 def test_what_looks_hostile_and_is_right(server):

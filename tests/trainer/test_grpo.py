@@ -28,10 +28,14 @@ def flags(workshop):
     return make
 
 
+def with_old_chats(workshop):
+    return {"kl_beta": 0.05, "sft_data_path": workshop.chats, "sft_weight": 0.3, "sft_batch_size": 3}
+
+
 @pytest.fixture(scope="module")
 def whole(workshop, flags):
     """A run that nobody disturbed: its --out_dir."""
-    ended = workshop.run("grpo", *flags(workshop.folder / "whole", kl_beta=0.05))
+    ended = workshop.run("grpo", *flags(workshop.folder / "whole", **with_old_chats(workshop)))
     assert ended.code == 0, ended
     return workshop.folder / "whole", ended
 
@@ -61,7 +65,8 @@ def test_the_log_says_what_happens_in_the_rollouts(whole, read_log):
     out_dir, ended = whole
     log = read_log(out_dir / "grpo")
     steps = [line for line in log if "reward" in line]
-    assert {"reward", "length", "cut_off", "signal", "entropy", "kl", "clipped"} <= steps[0].keys()
+    assert {"reward", "length", "cut_off", "signal", "entropy", "kl", "clipped",
+            "old chats"} <= steps[0].keys()
     assert abs(steps[0]["kl"]) < 1e-6 < steps[-1]["kl"] and steps[0]["clipped"] == 0  # the first ratio is 1
     assert steps[0]["reward"] == steps[1]["reward"] != steps[2]["reward"]  # two updates of each rollout
     evaluations = [line for line in log if "eval_reward" in line]
@@ -80,15 +85,15 @@ def test_stopped_within_a_rollout_and_resumed(workshop, flags, whole, tmp_path, 
             return learning_rate_factor(step, *rest)
 
         monkeypatch.setattr(trainer.loop, "learning_rate_factor", factor)
-        ended = workshop.run("grpo", *flags(tmp_path, kl_beta=0.05), "--resume")
+        ended = workshop.run("grpo", *flags(tmp_path, **with_old_chats(workshop)), "--resume")
         assert ended.code == 130 and f"stopped at step {stop + 1};" in ended.out, ended
     monkeypatch.undo()
-    assert workshop.run("grpo", *flags(tmp_path, kl_beta=0.05), "--resume").code == 0
+    assert workshop.run("grpo", *flags(tmp_path, **with_old_chats(workshop)), "--resume").code == 0
     assert_same(tmp_path, whole[0])
 
 
 def test_two_processes_and_accumulation_equal_one(workshop, flags, whole, tmp_path, read_log):
-    words = workshop.command("grpo", *flags(tmp_path, kl_beta=0.05, micro_batch_size=3))
+    words = workshop.command("grpo", *flags(tmp_path, micro_batch_size=3, **with_old_chats(workshop)))
     process = forks.start(words, processes=2)
     out, err = process.communicate()
     assert process.returncode == 0, err
@@ -125,6 +130,8 @@ def test_gradient_checkpointing_changes_nothing(workshop, flags, tmp_path):
     ({"max_new_tokens": 64}, "--max_new_tokens 64 leaves no room for a prompt in --max_seq_len 64"),
     ({"reward_file": "no.py:score"}, "there is no file no.py"),
     ({"reward_file": None, "data_path": "{texts}"}, "no conversations"),
+    ({"sft_weight": 0.5}, "--sft_weight and --sft_batch_size need --sft_data_path, the old chats"),
+    ({"sft_data_path": "{texts}"}, "no conversations"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(workshop, flags, tmp_path, changes, says):
     changes = {name: workshop.texts if value == "{texts}" else value for name, value in changes.items()}
@@ -148,11 +155,3 @@ def test_a_grown_model_is_treated_gently_but_answers_stay_in_groups(tmp_path):
                         load_from=tmp_path / "base")
     args = parse_args(parser, [])
     assert (args.batch_size, args.group_size, args.learning_rate, args.micro_batch_size) == (256, 16, 1e-5, 8)
-
-
-def test_right_answers_that_are_not_there_can_not_be_learnt(workshop, flags, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "2 + 3?", "answers": ["5"]}\n' * 4, encoding="utf-8")
-    ended = workshop.run("grpo", *flags(tmp_path, data_path=prompts, sft_weight=1, eval_interval=0))
-    assert ended.code == 2
-    assert "--sft_weight has no effect: no prompt comes with its right answer" in ended.error
