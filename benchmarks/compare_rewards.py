@@ -64,7 +64,7 @@ def prompts_of_the_task(folder: Path) -> dict[str, Path]:
     from dataset.world.skills import SKILL_QUESTIONS, SKILLS, make_skills
 
     wordings = split_wordings(random.Random(0), SKILL_QUESTIONS)
-    files = make_skills(World(0), wordings, [], 0, {FAMILY: SKILLS[FAMILY]})
+    files = make_skills(World(0), wordings, 0, {FAMILY: SKILLS[FAMILY]})
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.jsonl" for name in files}
     for name, rows in files.items():

@@ -624,7 +624,7 @@ def build(seed=0):
         rng.shuffle(chats)
         files[f"lora_{family}"] = chats
         files[f"lora_{family}_test"] = make_chats(world, family, generator, 100, True, asked)
-    files |= make_skills(world, split_wordings(random.Random(seed), SKILL_QUESTIONS), files["sft"], seed)
+    files |= make_skills(world, split_wordings(random.Random(seed), SKILL_QUESTIONS), seed)
     files |= make_pairs(world, seed)
     return {name: files[name] for name in FILES}
 

@@ -38,15 +38,15 @@ ROW_FLAGS = "--log_interval 20 --eval_interval 1000 --max_seq_len"  # ... and th
 CHAT_ROWS = f"{ROW_FLAGS} 256 --batch_size"  # a chat of about eight questions: the model remembers so many
 MUON_FLAGS = "--optimizer muon --learning_rate"  # these two end with a flag whose value each stage gives
 ADAPTER_FLAGS = f"--lora_rank 16 --lora_alpha 32 --learning_rate 3e-3 {CHAT_ROWS} 4"
-# Half of the questions are new: nobody shows the answers. The rest, and old chats, keep what full_sft knew.
-GRPO_FLAGS = ("--rewards answers length:0.2 --learning_rate 3e-4 --sft_weight 0.5 --lr_schedule wsd "
+# The questions are new, and nobody shows the answers. Old chats in each step keep what full_sft knew.
+GRPO_FLAGS = ("--rewards answers length:0.2 --learning_rate 3e-4 --sft_weight 2 --lr_schedule wsd "
               "--group_size 4 --updates_per_rollout 2 --temperature 1.2 --max_new_tokens 48 --log_interval 4 "
-              "--eval_interval 40 --max_seq_len 256 --batch_size 256")
+              "--eval_interval 40 --max_seq_len 256 --batch_size 128")
 STAGES = {
     "pretrain": ("train_pretrain.py", 300, 30,
                  f"--preset tiny {MUON_FLAGS} 1e-2 {ROW_FLAGS} 128 --batch_size 8 --lr_schedule cosine"),
     "full_sft": ("train_full_sft.py", 3850, 270, f"{MUON_FLAGS} 7e-3 {CHAT_ROWS} 8"),
-    "grpo": ("train_grpo.py", 220, 97, GRPO_FLAGS),
+    "grpo": ("train_grpo.py", 400, 97, GRPO_FLAGS),
     "lora_identity": ("train_lora.py", 420, 30, ADAPTER_FLAGS),
     "lora_clinic": ("train_lora.py", 800, 52, ADAPTER_FLAGS),
 }

@@ -144,7 +144,8 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
         help="rollouts between those of which some answers are printed; 0: none")
     add = parser.add_argument_group("old chats, against forgetting").add_argument
     add("--sft_data_path", nargs="+", type=Path, metavar="FILE",
-        help="chats that every step learns beside the answers, as SFT does (default: none)")
+        help="chats that every step learns beside the answers, as SFT does (default: none; beside the "
+             "built-in prompts those of the built-in world)")
     add("--sft_weight", type=positive, default=1.0, metavar="W", help="of their loss")
     add("--sft_batch_size", type=count, default=16, metavar="N", help="rows of them in a step")
     add = parser.add_argument_group("rewards").add_argument
@@ -318,8 +319,8 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         (args.eval_data_path and args.eval_fraction is not None,
          "--eval_fraction has no effect with --eval_data_path: give one of them"),
         (args.replay and not args.retain_data_path, "--replay needs --retain_data_path, the old data"),
-        (rolls and not args.sft_data_path and any(getattr(args, name) != parser.get_default(name)
-                                                  for name in ("sft_weight", "sft_batch_size")),
+        (rolls and args.data_path and not args.sft_data_path and any(
+            getattr(args, name) != parser.get_default(name) for name in ("sft_weight", "sft_batch_size")),
          "--sft_weight and --sft_batch_size need --sft_data_path, the old chats"),
         (args.wandb_project and not args.use_wandb, "--wandb_project has no effect without --use_wandb"),
         (args.use_wandb and not find_spec("wandb"), "--use_wandb needs wandb: pip install wandb"),

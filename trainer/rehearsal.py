@@ -3,7 +3,7 @@ A reader may skip this file.
 
 A stage that learns from rewards sees no right answer, and forgets: what is not asked drifts away. With
 --sft_data_path every step learns some rows of old chats, too, as in SFT (the "PPO-ptx" of InstructGPT:
-Ouyang et al. 2022, arXiv:2203.02155).
+Ouyang et al. 2022, arXiv:2203.02155). Beside the built-in prompts they are the built-in chats.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from common.cli import ROOT
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import Order
 from trainer.batches import Batches
@@ -68,12 +69,16 @@ def with_chats(loss: Callable, model, batch: dict) -> tuple[torch.Tensor, dict[s
     return total, {"old chats": total.detach()}
 
 
-def rehearse(batches: Rollouts, loss: Callable, tokenizer, ranks: Ranks, /, *, sft_data_path, sft_weight,
-             sft_batch_size, strict, allow_unusable, max_seq_len, micro_batch_size, seed, **flags):
+def rehearse(batches: Rollouts, loss: Callable, tokenizer, ranks: Ranks, /, *, data_path, sft_data_path,
+             sft_weight, sft_batch_size, strict, allow_unusable, max_seq_len, micro_batch_size, seed,
+             **flags) -> tuple[Rollouts | Rehearsal, Callable]:
     """(batches, loss) for `train`: as they are, or with the chats of --sft_data_path. Flags go by name."""
-    if not sft_data_path:
+    if data_path and not sft_data_path:
         return batches, loss
+    from dataset.synthetic import ensure_world  # here, because this import reads the files of the world
+
     with ranks.main_first():  # process 0 tokenises, and the others read its token cache
+        sft_data_path = sft_data_path or [ensure_world(ROOT / "out" / "world")["sft"]]
         chats = SFTDataset(sft_data_path, tokenizer, max_seq_len, strict=strict,
                            allow_unusable=allow_unusable)
     rows = Batches(chats, Order(len(chats)), ranks, batch_size=sft_batch_size, max_seq_len=max_seq_len,

@@ -4,9 +4,6 @@ A reader may skip this file.
 The model learns the answers by trying. The prompts that it trains on hold no answer, only the test that
 the reward asks (dataset/answers.py). For validation and the test a record is a chat, whose last turn is a
 right answer.
-
-Half of the prompts are chats that the model knows already. While it learns what is new, they keep
-rewarding what is old: without them much is forgotten (docs/rewards.md).
 """
 
 import copy
@@ -41,16 +38,14 @@ def largest(world, family, lang, for_test):
 
 
 SKILLS = {"largest": largest, "fact": fact}
-OLD_PROMPTS = 1  # for each new one
-LONGEST = 200  # characters of an old chat: what is long takes long to read, again for every answer
 COUNTS = {"grpo": 1000, "grpo_eval": 64, "grpo_test": 200}  # prompts of each skill
 
 
-def make_skills(world, wordings, chats, seed, skills=SKILLS):
+def make_skills(world, wordings, seed, skills=SKILLS):
     """{file: [(record, None)]}. `world` stays as it is: these prompts have random numbers of their own.
 
-    wordings: those of SKILL_QUESTIONS, split for training and test as all others are. chats: the
-    records that the model has learnt from before. skills: {family: generator}.
+    wordings: those of SKILL_QUESTIONS, split for training and test as all others are. skills:
+    {family: generator}.
     """
     world, rng = copy.copy(world), random.Random(f"skills {seed}")
     world.rng, world.wordings = rng, wordings
@@ -72,7 +67,5 @@ def make_skills(world, wordings, chats, seed, skills=SKILLS):
                                                 {"role": "assistant", "content": answer}]}
                 record |= test | {"family": family}
                 files[file].append((record, None))
-    short = [row for row in chats if sum(len(turn["content"]) for turn in row[0]["conversations"]) < LONGEST]
-    files["grpo"] += rng.sample(short, OLD_PROMPTS * len(files["grpo"])) if short else []
     rng.shuffle(files["grpo"])
     return files

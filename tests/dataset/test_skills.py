@@ -10,7 +10,6 @@ from dataset.answers import answer_test
 from dataset.synthetic import FAMILIES, World, make_chats, split_wordings
 from dataset.world.skills import (
     COUNTS,
-    OLD_PROMPTS,
     SKILL_QUESTIONS,
     SKILLS,
     make_skills,
@@ -31,15 +30,11 @@ def chats(world):
 
 
 @pytest.fixture(scope="module")
-def files(world, chats):
+def files(world):
     before = world.rng.getstate()
-    made = make_skills(world, split_wordings(random.Random(0), SKILL_QUESTIONS), chats * 4, 0)
+    made = make_skills(world, split_wordings(random.Random(0), SKILL_QUESTIONS), 0)
     assert world.rng.getstate() == before  # the records of other files are drawn as without the skills
     return {name: [record for record, _ in rows] for name, rows in made.items()}
-
-
-def new(records):
-    return [record for record in records if record["family"] in SKILLS]
 
 
 def asked(record):
@@ -53,14 +48,13 @@ def check_of(record):
 
 def test_each_file_has_its_records_and_each_question_once(files):
     for name, count in COUNTS.items():
-        assert Counter(record["family"] for record in new(files[name])) == dict.fromkeys(SKILLS, count)
-    assert len(files["grpo"]) == len(new(files["grpo"])) * (1 + OLD_PROMPTS)
-    questions = [asked(record) for records in files.values() for record in new(records)]
+        assert Counter(record["family"] for record in files[name]) == dict.fromkeys(SKILLS, count)
+    questions = [asked(record) for records in files.values() for record in records]
     assert len(set(questions)) == len(questions)
 
 
 def test_a_prompt_to_train_on_holds_no_answer_but_its_test(files):
-    for record in new(files["grpo"]):
+    for record in files["grpo"]:
         assert "conversations" not in record and check_of(record).decides
 
 
@@ -71,10 +65,10 @@ def test_right_answers_are_right(files):
         assert not test.is_right(f"{right} {right}")  # one fact, one number, and no more
 
 
-def test_one_skill_alone_without_old_chats(world):
+def test_one_skill_alone(world):
     """As the benchmarks ask for it."""
     wordings = split_wordings(random.Random(0), SKILL_QUESTIONS)
-    files = make_skills(world, wordings, [], 0, {"largest": SKILLS["largest"]})
+    files = make_skills(world, wordings, 0, {"largest": SKILLS["largest"]})
     assert {record["family"] for rows in files.values() for record, _ in rows} == {"largest"}
     for record, _ in files["grpo_test"]:
         numbers = list(map(int, re.findall(r"\d+", asked(record))))
@@ -92,9 +86,9 @@ def test_no_answer_is_right_for_many_questions(files):
 
 
 def test_what_is_tested_is_held_out(world, files):
-    for record in new(files["grpo"] + files["grpo_eval"]):
+    for record in files["grpo"] + files["grpo_eval"]:
         assert not world.leaks(asked(record))
-    train = {tuple(sorted(re.findall(r"\d+", asked(record)))) for record in new(files["grpo"])
+    train = {tuple(sorted(re.findall(r"\d+", asked(record)))) for record in files["grpo"]
              if record["family"] == "largest"}
     tested = {tuple(sorted(re.findall(r"\d+", asked(record)))) for record in files["grpo_test"]
               if record["family"] == "largest"}
