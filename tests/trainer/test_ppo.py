@@ -239,3 +239,18 @@ def test_accumulation_and_two_processes_change_nothing(workshop, flags, undistur
             assert ours == pytest.approx(theirs, abs=2e-5), run_dir
         found = load_file(run_dir / "model.safetensors")
         assert all(torch.allclose(found[name], weights[name], atol=1e-5) for name in weights), run_dir
+
+
+def test_with_old_chats_on_two_processes(workshop, flags, read_log, tmp_path):
+    """Chats give no gradient to the value head, which DDP must not wait for. A lower rate: less rounding."""
+    chats = {"sft_data_path": workshop.chats, "sft_weight": 0.3, "sft_batch_size": 3, "learning_rate": 1e-3}
+    pair = forks.start(workshop.command("ppo", *flags(tmp_path / "two", **chats)), processes=2)
+    alone = workshop.run("ppo", *flags(tmp_path / "one", **chats))
+    assert alone.code == 0, alone
+    _, err = pair.communicate()
+    assert pair.returncode == 0, err
+    logs = [read_log(tmp_path / name / "ppo") for name in ("one", "two")]
+    assert all(ours == pytest.approx(theirs, abs=2e-5) for ours, theirs in zip(*logs, strict=True))
+    assert logs[0][0]["old chats"] > 1
+    one, two = (load_file(tmp_path / name / "ppo" / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)

@@ -74,11 +74,11 @@ def test_the_loss_gains_weight_times_the_mean_over_the_tokens_of_the_chats(make_
 
 def test_the_log_tells_both_parts_apart(make_model):
     shown = [with_chats(answers_loss, make_model(), batch)[1] for batch in rehearsal(0.7)[0][0]]
-    assert [list(some) for some in shown] == [["reward"], ["old chats"]]
+    assert [list(some) for some in shown] == [["old chats"], ["reward"]]
 
 
 def test_each_step_reads_other_chats_which_follow_from_its_number():
-    ids = [[batch["input_ids"].tolist() for batch in rehearsal(1.0)[number][0][1:]] for number in (0, 1, 0)]
+    ids = [[batch["input_ids"].tolist() for batch in rehearsal(1.0)[number][0][:-1]] for number in (0, 1, 0)]
     assert ids[0] == ids[2] != ids[1]
 
 
