@@ -13,7 +13,7 @@ from trainer import args as flags
 from trainer.rewards import Answer, Rewards
 
 ASKED = [{"role": "user", "content": "What is 2 + 3?"}]
-PROMPT = Prompt(ASKED, [1, 2], [], AnswerTest(number="5"), {"question": "2 + 3?", "level": 3}, "x.jsonl:7")
+PROMPT = Prompt(ASKED, [1, 2], AnswerTest(number="5"), {"question": "2 + 3?", "level": 3}, "x.jsonl:7")
 
 
 def judge(rewards: Rewards, text: str, num_tokens: int = 4, prompt: Prompt = PROMPT) -> dict:
@@ -42,7 +42,7 @@ def test_length_falls_from_its_limit_to_twice_as_many_tokens(num_tokens, reward)
 
 def test_a_record_may_have_a_limit_of_its_own():
     rewards = Rewards({"length": 1.0})
-    record = Prompt(ASKED, [1], [], AnswerTest(), {"max_reward_tokens": 4}, "x.jsonl:1")
+    record = Prompt(ASKED, [1], AnswerTest(), {"max_reward_tokens": 4}, "x.jsonl:1")
     assert judge(rewards, "x", 6, record)["reward"] == 0.5 and judge(rewards, "x", 6)["reward"] == 1.0
     assert judge(Rewards({"length": 1.0}, max_reward_tokens=3), "x", 6, record)["reward"] == 0.5
 
