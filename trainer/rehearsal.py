@@ -37,7 +37,7 @@ class Rehearsal:
         chats, num_targets, num_chat_tokens = self.chats[number]
         # The loop divides the sum of a step by num_units, and not by the number of the chats' tokens.
         weight = {"chat_weight": torch.tensor(self.weight * num_units / max(1, num_targets))}
-        # The answers come last: DDP waits in the last backward pass for a gradient of every parameter, and the
+        # The answers come last: in the last backward pass DDP waits for a gradient of every parameter, and
         # chats give none to PPO's value head.
         return [*(batch | weight for batch in chats), *micro_batches], num_units, num_tokens + num_chat_tokens
 
