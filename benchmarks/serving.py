@@ -103,18 +103,17 @@ def write_endless(source: Path, target: Path) -> None:
 
 def one_turn(port: int, bodies: list[bytes], clients: int, each: int) -> tuple[float, list[Reply]]:
     """Requests per second of clients that send `each` requests, one after the other; and all replies."""
-    async def client(number: int, until: float) -> list[Reply]:
-        replies = []
-        while time.perf_counter() < until or (until == 0 and len(replies) < each):
-            replies.append(await send(port, bodies[(number + len(replies)) % len(bodies)]))
-        return replies
+    async def client(number: int, each: int) -> list[Reply]:
+        return [await send(port, bodies[(number + i) % len(bodies)]) for i in range(each)]
 
-    async def all_of_them(until: float = 0) -> list[Reply]:
-        return list(itertools.chain(*await asyncio.gather(*[client(n, until) for n in range(clients)])))
+    async def all_of_them(each: int) -> list[Reply]:
+        return list(itertools.chain(*await asyncio.gather(*[client(n, each) for n in range(clients)])))
 
-    asyncio.run(all_of_them(time.perf_counter() + SECONDS_TO_SETTLE))
+    until = time.perf_counter() + SECONDS_TO_SETTLE
+    while time.perf_counter() < until:
+        asyncio.run(all_of_them(1))
     began = time.perf_counter()
-    replies = asyncio.run(all_of_them())
+    replies = asyncio.run(all_of_them(each))
     return len(replies) / (time.perf_counter() - began), replies
 
 

@@ -107,7 +107,7 @@ class ClientGone(Exception):
     """Nobody waits for an answer any more."""
 
 
-def limited_connection(seconds: float, max_connections: int) -> type[H11Protocol]:
+class LimitedConnection(H11Protocol):
     """uvicorn's connection, which nobody can hold for long without a use for it.
 
     Within `seconds` the head of a request must arrive, which is the request line and the headers. The
@@ -116,77 +116,78 @@ def limited_connection(seconds: float, max_connections: int) -> type[H11Protocol
     two requests. Who takes nothing of a long answer for `seconds` is left, too. And where max_connections are
     open, further ones are refused.
     """
-    class LimitedConnection(H11Protocol):
-        deadline: asyncio.TimerHandle | None = None
-        stuck: asyncio.TimerHandle | None = None  # runs while the reader takes less than there is
 
-        def connection_made(self, transport) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > max_connections:
-                self.answer(503, f"{max_connections:,} connections are open, which is the most: try later")
-                return self.transport.close()
-            self.watch()
+    def __init__(self, *of_uvicorn, seconds: float, max_connections: int, **more_of_uvicorn):
+        super().__init__(*of_uvicorn, **more_of_uvicorn)
+        self.seconds, self.max_connections = seconds, max_connections
+        self.deadline: asyncio.TimerHandle | None = None  # of the head
+        self.stuck: asyncio.TimerHandle | None = None  # runs while the reader takes less than there is
 
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self.watch()
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self.answer(503, f"{self.max_connections:,} connections are open, which is the most: try later")
+            return self.transport.close()
+        self.watch()
 
-        def connection_lost(self, error: Exception | None) -> None:
-            super().connection_lost(error)
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.watch()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self.let_be()
+        self.stop_waiting()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.wait_for_reader(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.stop_waiting()
+
+    def wait_for_reader(self, size: int) -> None:
+        """Looks again after `seconds`. By then some of these `size` bytes must have gone."""
+        self.stuck = self.loop.call_later(self.seconds, self.look_again, size)
+
+    def look_again(self, size: int) -> None:
+        now = self.transport.get_write_buffer_size()
+        self.wait_for_reader(now) if now < size else self.transport.abort()
+
+    def stop_waiting(self) -> None:
+        if self.stuck:
+            self.stuck.cancel()
+
+    def watch(self) -> None:
+        """While no request is being answered, the next head is awaited. More bytes give no more time."""
+        if self.cycle and not self.cycle.response_complete:
             self.let_be()
-            self.stop_waiting()
+        elif self.deadline is None and not self.transport.is_closing():
+            self.deadline = self.loop.call_later(self.seconds, self.give_up)
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self.wait_for_reader(self.transport.get_write_buffer_size())
+    def let_be(self) -> None:
+        if self.deadline:
+            self.deadline.cancel()
+        self.deadline = None
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self.stop_waiting()
+    def give_up(self) -> None:
+        self.deadline = None
+        if self.conn.our_state is h11.IDLE:
+            self.answer(408, f"the head of the request did not arrive within {self.seconds:g} seconds")
+        self.transport.close()
 
-        def wait_for_reader(self, size: int) -> None:
-            """Looks again after `seconds`. By then some of these `size` bytes must have gone."""
-            self.stuck = self.loop.call_later(seconds, self.look_again, size)
+    def send_400_response(self, message: str) -> None:
+        """uvicorn calls this for what is no HTTP."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self.answer(400, message)
+        self.transport.close()
 
-        def look_again(self, size: int) -> None:
-            now = self.transport.get_write_buffer_size()
-            self.wait_for_reader(now) if now < size else self.transport.abort()
-
-        def stop_waiting(self) -> None:
-            if self.stuck:
-                self.stuck.cancel()
-
-        def watch(self) -> None:
-            """While no request is being answered, the next head is awaited. More bytes give no more time."""
-            if self.cycle and not self.cycle.response_complete:
-                self.let_be()
-            elif self.deadline is None and not self.transport.is_closing():
-                self.deadline = self.loop.call_later(seconds, self.give_up)
-
-        def let_be(self) -> None:
-            if self.deadline:
-                self.deadline.cancel()
-            self.deadline = None
-
-        def give_up(self) -> None:
-            self.deadline = None
-            if self.conn.our_state is h11.IDLE:
-                self.answer(408, f"the head of the request did not arrive within {seconds:g} seconds")
-            self.transport.close()
-
-        def send_400_response(self, message: str) -> None:
-            """uvicorn calls this for what is no HTTP."""
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                self.answer(400, message)
-            self.transport.close()
-
-        def answer(self, status: int, message: str) -> None:
-            body, headers = refusal_parts(Refused(message, status=status))
-            for event in (h11.Response(status_code=status, headers=[*headers, (b"connection", b"close")]),
-                          h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event))
-
-    return LimitedConnection
+    def answer(self, status: int, message: str) -> None:
+        body, headers = refusal_parts(Refused(message, status=status))
+        for event in (h11.Response(status_code=status, headers=[*headers, (b"connection", b"close")]),
+                      h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
 
 
 def host_name(host: str) -> str:

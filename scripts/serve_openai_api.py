@@ -69,12 +69,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     import socket
+    from functools import partial
 
     import uvicorn
 
     from inference.api import make_app
     from inference.engine import Engine
-    from inference.manners import limited_connection
+    from inference.manners import LimitedConnection
 
     if args.host not in ("127.0.0.1", "::1", "localhost") and args.api_key is None:
         print(f"warning: everybody who reaches {args.host} can use this server: --api_key asks for a key",
@@ -110,7 +111,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"serving {', '.join(engine.names)} at http://{address}:{listener.getsockname()[1]}", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(args.grace_seconds + 5),
                             access_log=False, server_header=False, ws="none",
-                            http=limited_connection(args.body_seconds, args.max_connections))
+                            http=partial(LimitedConnection, seconds=args.body_seconds,
+                                         max_connections=args.max_connections))
     Server(config).run(sockets=[listener])
     engine.close(0)
     engine.thread.join(args.grace_seconds)

@@ -47,9 +47,6 @@ class Rehearsal:
     def identity(self) -> str:
         return f"{self.batches.identity()}, and old chats of {self.chats.identity()}"
 
-    def num_bytes(self) -> int:
-        return self.batches.num_bytes()
-
     def state(self) -> dict:
         return self.batches.state()
 
@@ -68,7 +65,7 @@ def with_chats(loss: Callable, model, batch: dict) -> tuple[torch.Tensor, dict[s
         return loss(model, batch)
     chats = {name: value for name, value in batch.items() if name != "chat_weight"}
     total = batch["chat_weight"] * cross_entropy(model, chats)[0]
-    return total, {"old chats": total.detach()}
+    return total, {"old_chats": total.detach()}
 
 
 def rehearse(batches: Rollouts, loss: Callable, tokenizer, ranks: Ranks, /, *, data_path, sft_data_path,
@@ -77,10 +74,11 @@ def rehearse(batches: Rollouts, loss: Callable, tokenizer, ranks: Ranks, /, *, d
     """(batches, loss) for `train`: as they are, or with the chats of --sft_data_path. Flags go by name."""
     if data_path and not sft_data_path:
         return batches, loss
-    from dataset.synthetic import ensure_world  # here, because this import reads the files of the world
-
     with ranks.main_first():  # process 0 tokenises, and the others read its token cache
-        sft_data_path = sft_data_path or [ensure_world(ROOT / "out" / "world")["sft"]]
+        if not sft_data_path:
+            from dataset.synthetic import ensure_world  # here: this import reads the files of the world
+
+            sft_data_path = [ensure_world(ROOT / "out" / "world")["sft"]]
         chats = SFTDataset(sft_data_path, tokenizer, max_seq_len, strict=strict,
                            allow_unusable=allow_unusable)
     rows = Batches(chats, Order(len(chats)), ranks, batch_size=sft_batch_size, max_seq_len=max_seq_len,

@@ -21,7 +21,7 @@ from uvicorn.server import ServerState
 from benchmarks.serving_clients import Server, chat, get, is_idle, leave, metrics, post, read_reply, send
 from common.errors import ModelError, UsageError
 from inference.chat_model import ChatModel
-from inference.manners import Manners, limited_connection
+from inference.manners import LimitedConnection, Manners
 from model.batch import Batch, Row
 from model.lora import apply_lora, save_lora
 from model.transformer import CausalLM, ModelConfig
@@ -202,11 +202,12 @@ async def long_answers(seconds: float, max_connections: int):
 
     config = uvicorn.Config(app, log_level="critical")
     config.load()
-    state, kind = ServerState(), limited_connection(seconds, max_connections)
+    state, limits = ServerState(), {"seconds": seconds, "max_connections": max_connections}
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     listener.bind(("127.0.0.1", 0))
-    server = await asyncio.get_running_loop().create_server(lambda: kind(config, state, {}), sock=listener)
+    server = await asyncio.get_running_loop().create_server(
+        lambda: LimitedConnection(config, state, {}, **limits), sock=listener)
     yield listener.getsockname()[1]
     server.close()
 

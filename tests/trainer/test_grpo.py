@@ -66,7 +66,7 @@ def test_the_log_says_what_happens_in_the_rollouts(whole, read_log):
     log = read_log(out_dir / "grpo")
     steps = [line for line in log if "reward" in line]
     assert {"reward", "length", "cut_off", "signal", "entropy", "kl", "clipped",
-            "old chats"} <= steps[0].keys()
+            "old_chats"} <= steps[0].keys()
     assert abs(steps[0]["kl"]) < 1e-6 < steps[-1]["kl"] and steps[0]["clipped"] == 0  # the first ratio is 1
     assert steps[0]["reward"] == steps[1]["reward"] != steps[2]["reward"]  # two updates of each rollout
     evaluations = [line for line in log if "eval_reward" in line]

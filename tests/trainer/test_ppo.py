@@ -251,6 +251,6 @@ def test_with_old_chats_on_two_processes(workshop, flags, read_log, tmp_path):
     assert pair.returncode == 0, err
     logs = [read_log(tmp_path / name / "ppo") for name in ("one", "two")]
     assert all(ours == pytest.approx(theirs, abs=2e-5) for ours, theirs in zip(*logs, strict=True))
-    assert logs[0][0]["old chats"] > 1
+    assert logs[0][0]["old_chats"] > 1
     one, two = (load_file(tmp_path / name / "ppo" / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)

@@ -7,7 +7,7 @@ import torch
 
 from trainer.batches import Batches
 from trainer.distributed import Ranks
-from trainer.rehearsal import Rehearsal, with_chats
+from trainer.rehearsal import Rehearsal, rehearse, with_chats
 
 
 class Answers:
@@ -74,7 +74,7 @@ def test_the_loss_gains_weight_times_the_mean_over_the_tokens_of_the_chats(make_
 
 def test_the_log_tells_both_parts_apart(make_model):
     shown = [with_chats(answers_loss, make_model(), batch)[1] for batch in rehearsal(0.7)[0][0]]
-    assert [list(some) for some in shown] == [["old chats"], ["reward"]]
+    assert [list(some) for some in shown] == [["old_chats"], ["reward"]]
 
 
 def test_each_step_reads_other_chats_which_follow_from_its_number():
@@ -87,3 +87,20 @@ def test_a_step_that_is_not_finite_finds_its_record_among_the_chats(make_model):
     assert [where for where, _ in named][0] == "an answer" and named[1][0].startswith("x.jsonl:")
     assert all(with_chats(answers_loss, make_model(), batch)[0].isfinite() for _, batch in named)
     assert rehearsal(1.0).identity() == "answers, and old chats of chats"
+
+
+def test_beside_built_in_prompts_the_built_in_chats_are_learnt(workshop, tokenizer, monkeypatch):
+    """... and beside somebody's own prompts only the chats that they name."""
+    monkeypatch.setattr("dataset.synthetic.ensure_world", lambda folder: {"sft": workshop.chats})
+    monkeypatch.setattr("dataset.token_cache.CACHE_DIR", workshop.folder / "cache")
+
+    def chats(data_path, sft_data_path):
+        batches, loss = rehearse(answers := Answers(), answers_loss, tokenizer, ranks, data_path=data_path,
+                                 sft_data_path=sft_data_path, sft_weight=1.0, sft_batch_size=2, strict=False,
+                                 allow_unusable=False, max_seq_len=64, micro_batch_size=None, seed=1)
+        assert (batches is answers) == (loss is answers_loss)
+        return None if batches is answers else batches.identity()
+
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    assert chats(["mine.jsonl"], None) is None
+    assert chats(None, None) == chats(["mine.jsonl"], [workshop.chats]) is not None
