@@ -127,7 +127,7 @@ def nccl(run: Run):
         yield check(f"all_reduce by {dist.get_backend()}", torch.equal(summed, numbers))
         _, model = pair(run)
         _, right = step_gradients(model, plain_batch())
-        replica = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
         batch = {name: value.to(run.device) for name, value in plain_batch().items()}
         replica(**batch).loss.backward()
         yield compare("gradients of DDP", gradients(model), right, FLOAT32)

@@ -129,8 +129,9 @@ def parallelise(model: nn.Module, kind: str, dtype: torch.dtype, ranks: Ranks) -
     if ranks.world_size == 1:
         return model.to(ranks.device)
     if kind == "ddp":
-        return DistributedDataParallel(model.to(ranks.device), gradient_as_bucket_view=True,
-                                       forward_sync_buffers=False)  # buffers never change
+        replica = DistributedDataParallel(model.to(ranks.device), gradient_as_bucket_view=True)
+        replica.broadcast_buffers = False  # no forward pass changes a buffer
+        return replica
     return shard(model, dtype, ranks)
 
 
