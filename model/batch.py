@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from model.adapters import Adapters
-from model.generate import KVCache, draw, filter_logits, penalize, why_not_finite
+from model.generate import KVCache, choose_token, penalize, why_not_finite
 from model.prefix_cache import PrefixCache
 from model.transformer import CausalLM
 
@@ -94,7 +94,7 @@ class Row:
     num_cached: int = 0  # tokens of the prompt whose keys and values were known already
     finish: str | None = None  # "stop": an end token; "length": max_new_tokens; "error": see error
     error: str | None = None
-    generator: torch.Generator | None = None  # from the seed; the batch makes it
+    numbers: Iterator[float] | None = None  # random ones, from the seed; the batch makes them
 
     @property
     def room(self) -> int:
@@ -155,11 +155,7 @@ class Batch:
         """The same as `add`, in parts: between two parts of a long prompt other rows may grow by `step`, or
         leave. None may join meanwhile."""
         for row in rows:
-            row.generator = torch.Generator(self.device)
-            if row.seed is None:
-                row.generator.seed()
-            else:
-                row.generator.manual_seed(row.seed)
+            row.numbers = random_numbers(row.seed)
         by_key = {prompt_key(row): row for row in rows}
         prompts = list(by_key.values())  # a row of each prompt
         places = [list(by_key).index(prompt_key(row)) for row in rows]  # of each row: the place of its prompt
@@ -317,16 +313,14 @@ class Batch:
             for place, row in enumerate(rows):
                 if row.changes_logits:
                     logits[place] = change(logits[place], row)
-        tokens = logits.argmax(dim=-1)
-        groups = {}  # rows with equal settings are filtered together
+        groups = {}  # rows with equal settings choose together
         for place, row in enumerate(rows):
-            if row.temperature > 0:
-                groups.setdefault((row.temperature, row.top_k, row.top_p), []).append(place)
+            groups.setdefault((row.temperature, row.top_k, row.top_p), []).append(place)
+        tokens = torch.empty(len(rows), dtype=torch.long, device=self.device)
         for settings, places in groups.items():
-            scores = logits if len(places) == len(rows) else logits[places]
-            numbers = torch.cat([torch.rand(1, generator=rows[place].generator, device=self.device)
-                                 for place in places])
-            tokens[places] = draw(filter_logits(scores, *settings).softmax(dim=-1), numbers)
+            scores = logits if len(groups) == 1 else logits[places]
+            numbers = [next(rows[place].numbers) for place in places]
+            tokens[places] = choose_token(scores, *settings, torch.tensor(numbers, device=self.device))
         for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             if not is_finite[place]:
                 row.finish, row.error = "error", why_not_finite(self.model)
@@ -368,6 +362,14 @@ class Batch:
 def prompt_key(row: Row) -> tuple:
     """Rows with the same key can share one pass over their prompt."""
     return id(row.prompt), str(row.adapter), row.top_logprobs, row.prompt_logprobs
+
+
+def random_numbers(seed: int | None) -> Iterator[float]:
+    """Those that `generate` draws for one row with this seed, one after the other."""
+    generator = torch.Generator()
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    while True:
+        yield from torch.rand(64, generator=generator).tolist()  # as 64 calls for one number
 
 
 def note(row: Row, token: int) -> None:

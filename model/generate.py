@@ -90,15 +90,17 @@ def generate(model: CausalLM, input_ids: torch.Tensor, max_new_tokens: int, temp
             raise ModelError(f"prompt_lengths must be one length per row, each from 1 to {shape[1]}")
         start = shape[1] - prompt_lengths
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    # Random numbers come from the CPU, so that a seed draws the same ones on every device.
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     # The loop is another function: a function with `yield` runs only when its first result is asked for,
     # and a wrong argument should raise at once.
-    return _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sampling, generator)
+    return _decode(model, input_ids, max_new_tokens, temperature, top_k, top_p, generator, start, eos,
+                   repetition_penalty)
 
 
 @torch.no_grad()
-def _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sampling, generator):
+def _decode(model, input_ids, max_new_tokens, temperature, top_k, top_p, generator, start, eos,
+            repetition_penalty):
     batch_size, length = input_ids.shape
     dtype = model.model.norm.weight.dtype
     cache = KVCache(model.config, batch_size, length + max_new_tokens, input_ids.device, dtype, start)
@@ -126,7 +128,8 @@ def _decode(model, input_ids, max_new_tokens, start, eos, repetition_penalty, sa
         if seen is not None:
             logits = penalize(logits, seen, repetition_penalty)
         highest = logits.amax()  # of all rows; NaN if any logit is NaN
-        token = choose_token(logits, **sampling, generator=generator)  # (B,)
+        numbers = torch.rand(batch_size, generator=generator).to(logits.device) if temperature else None
+        token = choose_token(logits, temperature, top_k, top_p, numbers)  # (B,)
         if eos:
             token = torch.where(ended, eos_ids[0], token)
             ended |= torch.isin(token, eos_ids)
@@ -153,25 +156,27 @@ def why_not_finite(model: CausalLM) -> str:
     return f"the model's numbers are not finite in {dtype}, though its weights are: {advice}"
 
 
-def choose_token(logits, temperature: float, top_k: int, top_p: float, generator=None) -> torch.Tensor:
-    """logits (B, V) -> token ids (B,): the likeliest at temperature 0, else drawn by probability."""
+def choose_token(logits, temperature: float, top_k: int, top_p: float, numbers=None) -> torch.Tensor:
+    """logits (B, V) -> token ids (B,): the likeliest at temperature 0, else what `numbers` (B,) draw."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
-    return draw(probabilities, torch.rand(len(logits), generator=generator, device=logits.device))
+    probabilities, tokens = likely_tokens(logits, temperature, top_k, top_p)
+    return tokens.gather(1, draw(probabilities, numbers)[:, None]).squeeze(1)
 
 
 def draw(probabilities, numbers) -> torch.Tensor:
-    """probabilities (B, V) -> token ids (B,), drawn by numbers (B,), which are uniform in [0, 1):
+    """probabilities (B, N) -> places in it (B,), drawn by numbers (B,), which are uniform in [0, 1):
 
-        probability of a token   0.5   0.3   0.2
-        cumulated                0.5   0.8   1.0        the number 0.6 draws the second token
+        probabilities   0.5   0.3   0.2
+        cumulated       0.5   0.8   1.0        the number 0.6 draws the second place
+
+    Probabilities that do not add up to 1 are taken as shares of their sum.
     """
     cumulated = probabilities.cumsum(dim=-1)
-    # Rounding must not lead beyond the last token that has a probability. The last sum is 1, up to rounding.
+    # Rounding must not lead beyond the last place that has a probability.
     numbers = numbers.clamp(max=1 - 2**-20)[:, None] * cumulated[:, -1:]
-    token = torch.searchsorted(cumulated, numbers, right=True).squeeze(1)
-    return token.clamp(max=probabilities.size(-1) - 1)  # where the numbers are NaN
+    place = torch.searchsorted(cumulated, numbers, right=True).squeeze(1)
+    return place.clamp(max=probabilities.size(-1) - 1)  # where the numbers are NaN
 
 
 def penalize(logits, seen, penalty: float):
@@ -183,8 +188,12 @@ def penalize(logits, seen, penalty: float):
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def filter_logits(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
-    """Temperature, then top-k, then top-p, as in transformers: logits (B, V), -inf at tokens ruled out.
+def likely_tokens(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+    """The tokens that may be drawn, by temperature, then top-k, then top-p, as in transformers.
+
+    logits (B, V) -> probabilities (B, N), and tokens (B, N) that have them. Tokens that are ruled out have the
+    probability 0, or are left out. The others still have the probability that top-p found, so their sum may
+    be below 1.
 
     top-k keeps the k likeliest tokens, and all that tie with the last of them. top-p ("nucleus", Holtzman et
     al. 2019, arXiv:1904.09751) keeps the likeliest tokens until together they have at least probability p:
@@ -192,20 +201,21 @@ def filter_logits(logits, temperature: float = 1.0, top_k: int = 0, top_p: float
         sum over all likelier tokens              0.0   0.5   0.8
         kept if this sum is below p = 0.7         yes   yes   no
     """
-    logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
+    logits, size = logits / temperature, logits.size(-1)
+    if 0 < top_k < size:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p < 1.0:
-        probabilities, size = logits.softmax(dim=-1), logits.size(-1)
-        # On a CPU a sort takes longer than a step of a small model, and a few tokens mostly make up p.
-        for count in (size,) if logits.is_cuda else (min(LIKELIEST, size), size):
-            likeliest, order = probabilities.topk(count, dim=-1)  # in descending order
-            sums = likeliest.cumsum(dim=-1) - likeliest  # over all likelier tokens
-            if count == size or (sums[:, -1] >= top_p).all():
-                break
-        ruled_out = sums >= top_p
-        ruled_out[:, 0] = False  # the likeliest always stays
-        kept = logits.gather(1, order).masked_fill(ruled_out, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(1, order, kept)  # each at its own place again
-    return logits
+    probabilities = logits.softmax(dim=-1)
+    if top_p == 1.0:
+        return probabilities, torch.arange(size, device=logits.device).expand_as(probabilities)
+    # On a CPU a sort takes longer than a step of a small model, and a few tokens mostly make up p.
+    for count in (size,) if logits.is_cuda else (min(LIKELIEST, size), size):
+        likeliest, tokens = probabilities.topk(count, dim=-1)  # in descending order
+        sums = likeliest.cumsum(dim=-1) - likeliest  # over all likelier tokens
+        if count == size or (sums[:, -1] >= top_p).all():
+            break
+    ruled_out = sums >= top_p
+    ruled_out[:, 0] = False  # the likeliest always stays
+    # Rounding decides the order of nearly equal probabilities. What is drawn must not depend on that.
+    tokens, order = tokens.sort(dim=-1)
+    return likeliest.masked_fill(ruled_out, 0.0).gather(1, order), tokens

@@ -14,7 +14,7 @@ import torch
 
 from common.device import matmul_dtype
 from common.errors import RunError
-from model.generate import KVCache, draw, why_not_finite
+from model.generate import KVCache, choose_token, why_not_finite
 from model.transformer import CausalLM
 
 
@@ -46,7 +46,9 @@ def sample_many(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, 
     ended, ends = torch.zeros_like(rows, dtype=torch.bool), torch.tensor(end_tokens, device=device)
     numbers = None if temperature == 0 else numbers.to(device)
     for step in range(max_new_tokens):
-        new = choose(model, logits, temperature, None if numbers is None else numbers[rows, step])  # (rows,)
+        if not logits.amax(dim=-1).isfinite().all():
+            raise RunError(f"while sampling answers: {why_not_finite(model)}")
+        new = choose_token(logits, temperature, 0, 1.0, None if numbers is None else numbers[rows, step])
         tokens[rows, step] = new
         ended |= torch.isin(new, ends)
         num_left = len(rows) - int(ended.sum())
@@ -70,12 +72,3 @@ def last_logits(model, input_ids, cache: KVCache) -> torch.Tensor:
     output = model(input_ids, cache=cache)
     output.hidden = output.hidden[:, -1:]
     return output.logits[:, 0].float()
-
-
-def choose(model, logits, temperature: float, numbers) -> torch.Tensor:
-    """logits (B, V) -> token ids (B,): the likeliest at temperature 0, else what `numbers` (B,) draw."""
-    if not logits.amax(dim=-1).isfinite().all():
-        raise RunError(f"while sampling answers: {why_not_finite(model)}")
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    return draw((logits / temperature).softmax(dim=-1), numbers)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import ModelError, RunError
-from model.generate import LIKELIEST, draw, filter_logits, generate, penalize
+from model.generate import LIKELIEST, draw, generate, likely_tokens, penalize
 from model.one_token import prepare_to_decode
 from model.transformer import CausalLM, ModelConfig
 
@@ -93,6 +93,13 @@ def test_it_is_an_iterator_of_tokens(model):
     assert list(generate(model, prompt(), 0)) == []
 
 
+def chances(logits, **settings):
+    """The probability of each token (B, V) by `likely_tokens`."""
+    found, tokens = likely_tokens(logits, **settings)
+    assert all(len(row) == found.size(1) for row in map(torch.unique, tokens))  # none is named twice
+    return torch.zeros_like(logits).scatter(1, tokens, found / found.sum(dim=-1, keepdim=True))
+
+
 @pytest.mark.parametrize("settings", [
     {"temperature": 0.7}, {"top_k": 1}, {"top_k": 5}, {"top_k": 500}, {"top_p": 0.0}, {"top_p": 0.3},
     {"top_p": 0.95}, {"temperature": 1.7, "top_k": 20, "top_p": 0.6},
@@ -107,9 +114,9 @@ def test_filters_mean_what_transformers_means(settings):
         expected = TopKLogitsWarper(settings["top_k"])(None, expected)
     if "top_p" in settings:
         expected = TopPLogitsWarper(settings["top_p"])(None, expected)
-    filtered = filter_logits(logits, **settings)
-    torch.testing.assert_close(filtered[1:], expected[1:])
-    torch.testing.assert_close(filtered[0].sort().values, expected[0].sort().values)
+    found, expected = chances(logits, **settings), expected.softmax(dim=-1)
+    torch.testing.assert_close(found[1:], expected[1:])
+    torch.testing.assert_close(found[0].sort().values, expected[0].sort().values)
 
 
 def test_a_wide_nucleus_is_found_too():
@@ -118,7 +125,7 @@ def test_a_wide_nucleus_is_found_too():
     logits = torch.randn(3, 1000)  # nearly flat: hundreds of tokens make up 0.9
     expected = TopPLogitsWarper(0.9)(None, logits)
     assert expected.isfinite().sum(dim=-1).min() > LIKELIEST
-    torch.testing.assert_close(filter_logits(logits, top_p=0.9), expected)
+    torch.testing.assert_close(chances(logits, top_p=0.9), expected.softmax(dim=-1))
 
 
 def test_no_number_draws_a_token_without_probability():
@@ -141,7 +148,7 @@ def test_repetition_penalty_means_what_transformers_means(penalty):
 def test_samples_follow_the_distribution(model):
     ids = prompt(1).expand(4000, 7)
     with torch.no_grad():
-        expected = filter_logits(model(ids[:1]).logits[:, -1], top_k=5).softmax(-1)[0]
+        expected = chances(model(ids[:1]).logits[:, -1], top_k=5)[0]
     counts = torch.bincount(decode(model, ids, 1, top_k=5, seed=0)[:, 0], minlength=97) / 4000
     assert (counts - expected).abs().max() < 0.04
     assert counts[expected == 0].sum() == 0
