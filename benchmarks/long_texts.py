@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shared import COLORS, markdown, new_figure, save_picture
-from common.cli import ROOT, Parser, count, run_script
+from common.cli import ROOT, Parser, count, run_script, seed
 from common.errors import RunError
 from common.files import read_json, write_whole
 
@@ -105,7 +105,7 @@ def train(out: Path, args) -> None:
         run(f"trainer/{script}.py", "--data_path", *files, *begun, "--out_dir", out, "--name",
             name or f"{kind}_at_{length}", "--max_seq_len", length, "--max_steps", steps, "--batch_size",
             max(16, 2048 // length), "--optimizer", "muon", "--learning_rate", rate, "--lr_schedule", "wsd",
-            *more, "--eval_interval", 0, "--log_interval", 50, "--save_interval", 200, "--resume", args=args)
+            "--seed", args.seed, *more, "--eval_interval", 0, "--log_interval", 50, "--save_interval", 200, "--resume", args=args)
 
     stage("text", 128, 600, "7e-3", ["world/pretrain.jsonl", "text_128.jsonl"])
     # A small model finds out what to look for where there is little to look through.
@@ -169,6 +169,7 @@ if __name__ == "__main__":
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "long_texts", metavar="DIR",
                         help="where all results go")
     parser.add_argument("--threads", type=count, metavar="N", help="of each command (default: all cores)")
+    parser.add_argument("--seed", type=seed, default=42, metavar="N", help="of all trainings")
     parser.add_argument("--table_only", action="store_true", help="train and ask nothing")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results into this PNG")
     run_script(main, parser.parse_args())

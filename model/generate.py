@@ -191,9 +191,8 @@ def penalize(logits, seen, penalty: float):
 def likely_tokens(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
     """The tokens that may be drawn, by temperature, then top-k, then top-p, as in transformers.
 
-    logits (B, V) -> probabilities (B, N), and tokens (B, N) that have them. Tokens that are ruled out have the
-    probability 0, or are left out. The others still have the probability that top-p found, so their sum may
-    be below 1.
+    logits (B, V) -> probabilities (B, N), and tokens (B, N) that have them. Tokens that are ruled out have
+    the probability 0, or are left out. What they had is not shared out: the sum may be below 1.
 
     top-k keeps the k likeliest tokens, and all that tie with the last of them. top-p ("nucleus", Holtzman et
     al. 2019, arXiv:1904.09751) keeps the likeliest tokens until together they have at least probability p:

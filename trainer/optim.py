@@ -91,10 +91,10 @@ class Muon(Optimizer):
         # m * momentum + (1 - m) * gradient.
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         # Nesterov's variant does this once more, with the new momentum, and keeps the result apart.
-        ahead = [gradient.lerp(momentum, group["momentum"])
-                 for gradient, momentum in zip(gradients, momenta, strict=True)]
-        whole = [full_tensor(matrix) for matrix in ahead]  # with FSDP each process holds a part of a matrix
-        batch = torch.stack(whole).to(self.dtype)  # (n, rows, columns)
+        pairs = zip(gradients, momenta, strict=True)
+        ahead = [gradient.lerp(momentum, group["momentum"]) for gradient, momentum in pairs]
+        # With FSDP each process holds a part of a matrix.
+        batch = torch.stack([full_tensor(matrix) for matrix in ahead]).to(self.dtype)  # (n, rows, columns)
         updates = share_out(orthogonalise, batch).to(weights[0].dtype)  # each process computes some of the n
         updates = [shard_like(update, weight) for update, weight in zip(updates, weights, strict=True)]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
