@@ -26,7 +26,8 @@ COUNT = ["count up: {list}", "count in order: {list}", "count {list}", "数数{l
 SORT = ["sort {list}", "sort these: {list}", "put {list} from low to high.", "从小到大排：{list}",
         "把{list}从小到大排列。", "order these numbers from small to large: {list}"]
 # The largest number of a list, and rollouts of 16 prompts
-RUNGS = [((4, 5, 6), 60), ((6, 9, 12), 80), ((9, 15, 20, 30), 120), ((30, 60, 99), 200), ((99,), 200), ((99,), 300)]
+RUNGS = [((4, 5, 6), 60), ((6, 9, 12), 80), ((9, 15, 20, 30), 120), ((30, 60, 99), 200), ((99,), 200),
+         ((99,), 300)]
 UPDATES = 3
 FLAGS = (f"--updates_per_rollout {UPDATES} --advantage group_std --learning_rate 3e-4 "
          "--lr_schedule wsd --max_new_tokens 24 --eval_interval 75 --log_interval 15 --show_interval 50 "

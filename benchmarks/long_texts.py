@@ -105,7 +105,8 @@ def train(out: Path, args) -> None:
         run(f"trainer/{script}.py", "--data_path", *files, *begun, "--out_dir", out, "--name",
             name or f"{kind}_at_{length}", "--max_seq_len", length, "--max_steps", steps, "--batch_size",
             max(16, 2048 // length), "--optimizer", "muon", "--learning_rate", rate, "--lr_schedule", "wsd",
-            "--seed", args.seed, *more, "--eval_interval", 0, "--log_interval", 50, "--save_interval", 200, "--resume", args=args)
+            "--seed", args.seed, *more, "--eval_interval", 0, "--log_interval", 50, "--save_interval", 200,
+            "--resume", args=args)
 
     stage("text", 128, 600, "7e-3", ["world/pretrain.jsonl", "text_128.jsonl"])
     # A small model finds out what to look for where there is little to look through.
