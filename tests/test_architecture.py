@@ -2,6 +2,7 @@
 
 import ast
 import io
+import subprocess
 import tokenize
 from pathlib import Path
 
@@ -118,6 +119,14 @@ def test_no_circle():
 
     for module in graph:
         visit(module)
+
+
+def test_no_link_is_committed():
+    """A link leads to something on the machine of whoever committed it."""
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, encoding="utf-8")
+    if listed.returncode:
+        pytest.skip("these files are in no git repository")
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []
 
 
 def test_nobody_imports_a_script():
