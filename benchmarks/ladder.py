@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ROOT, Parser, count, run_script
+from common.cli import ROOT, Parser, count, run_script, seed
 
 COUNT = ["count up: {list}", "count in order: {list}", "count {list}", "数数{list}", "按顺序数{list}",
          "从小到大数：{list}"]
@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
                         default=ROOT / "out/quickstart/full_sft")
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="for data and runs")
     parser.add_argument("--rungs", type=count, default=len(RUNGS), metavar="N", help="only the first N")
+    parser.add_argument("--seed", type=seed, default=42, metavar="N", help="of all runs; the questions stay")
     return parser.parse_args()
 
 
@@ -73,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
             command = [sys.executable, str(ROOT / "trainer/train_grpo.py"), "--data_path", str(data),
                        "--eval_data_path", str(asked), "--load_from", str(model), "--resume",
                        "--out_dir", str(args.folder), "--name", out.name,
-                       "--max_steps", str(rollouts * UPDATES), *FLAGS]
+                       "--max_steps", str(rollouts * UPDATES), "--seed", str(args.seed), *FLAGS]
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True)
         model = out
