@@ -167,7 +167,10 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
 def weighted(text: str) -> tuple[str, float]:
     """"length:0.5" -> ("length", 0.5)."""
     name, _, weight = text.partition(":")
-    value = float(weight or 1)
+    try:
+        value = float(weight or 1)
+    except ValueError:
+        value = 0
     if name not in REWARD_FLAGS or value == 0 or not abs(value) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(REWARD_FLAGS)}, with or without a "
                                          "colon and a weight that is not 0")
@@ -181,6 +184,8 @@ def choose_rewards(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     if not given and not args.data_path:  # the embedded prompts say how short an answer should be
         asked.append(("length", 0.2))
     weights = dict(args.rewards or asked)
+    if len(weights) < len(args.rewards or ()):
+        parser.error("--rewards names a part twice: give each of them one weight")
     for name, flag in REWARD_FLAGS.items():
         is_needed = name in weights and name != "length"  # records may have limits of their own
         if flag and (is_needed and name not in given or name in given and name not in weights):

@@ -227,7 +227,7 @@ class Rollouts:
         return f"{len(self.samples):,} prompts, {self.group_size} answers each"
 
     def identity(self) -> str:
-        return self.dataset.identity
+        return self.dataset.identity + self.rewards.identity
 
     def num_bytes(self) -> int:
         return 0

@@ -88,7 +88,14 @@ def test_stopped_within_a_rollout_and_resumed(workshop, flags, whole, tmp_path, 
         ended = workshop.run("grpo", *flags(tmp_path, **with_old_chats(workshop)), "--resume")
         assert ended.code == 130 and f"stopped at step {stop + 1};" in ended.out, ended
     monkeypatch.undo()
-    assert workshop.run("grpo", *flags(tmp_path, **with_old_chats(workshop)), "--resume").code == 0
+    # The function may lie elsewhere by now, but it must be the same one.
+    for name, text in (("other.py", SCORE + "    # changed\n"), ("moved.py", SCORE)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        changes = with_old_chats(workshop) | {"reward_file": f"{tmp_path / name}:score"}
+        ended = workshop.run("grpo", *flags(tmp_path, **changes), "--resume")
+        if name == "other.py":
+            assert ended.code == 2 and "rewarded by score of a file of sha256" in ended.error, ended
+    assert ended.code == 0, ended
     assert_same(tmp_path, whole[0])
 
 
