@@ -53,6 +53,8 @@ class Manners:
             return await refuse(refused, send)
         except ClientGone:
             return None
+        if scope["method"] == "HEAD":  # as GET, of which uvicorn sends the head alone
+            scope = scope | {"method": "GET"}
         return await self.app(scope, receive, send)
 
     def check_host(self, headers: dict[str, str]) -> None:
@@ -80,6 +82,8 @@ class Manners:
         kind = headers.get("content-type", "")
         if kind.partition(";")[0].strip().lower() != "application/json":
             raise Refused(f"the Content-Type must be application/json, not {kind[:50]!r}", status=415)
+        if (coding := headers.get("content-encoding", "identity")).lower() != "identity":
+            raise Refused(f"the body must come without the Content-Encoding {coding[:50]!r}", status=415)
 
     async def read_body(self, headers: dict[str, str], receive: Callable) -> bytes:
         too_large = Refused(f"the body has more than {self.max_body_bytes:,} bytes", status=413)
