@@ -21,7 +21,7 @@ NEUTRAL = {"store": (False,), "service_tier": ("auto", "default"), "modalities":
 
 
 # Fields of several forms. Of a value that has none of them pydantic says only that it has not the first.
-FORMS = {"prompt": f"a text, or token ids, or a list of up to {MAX_PROMPTS} texts or lists of ids, none empty",
+FORMS = {"prompt": f"a text, or token ids, or a list of up to {MAX_PROMPTS} texts or id lists, none empty",
          "stop": "a text, or a list of texts",
          "tool_choice": 'none, auto, required, or {"type": "function", "function": {"name": ...}}'}
 

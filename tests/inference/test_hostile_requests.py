@@ -105,7 +105,7 @@ REFUSED = {
     "unknown fields": (post(chat("rubbish", **SHORT, **{f"k{n}": 1 for n in range(30_000)})), 400,
                        "k0: .*not know"),
     "many mistakes": (post(chat("rubbish", **SHORT, stop=[1] * 100_000)), 400, "stop"),
-    "a prompt of both kinds": (completion(["a", [1]]), 400, "^prompt: must be a text, or token ids, or a list"),
+    "a prompt of both kinds": (completion(["a", [1]]), 400, "^prompt: must be a text, or token ids"),
     "an id below 0": (completion([1, -1]), 400, "^prompt: must be a text, or token ids, or a list"),
     "a number to stop at": (post(chat("rubbish", **SHORT, stop=5)), 400, "^stop: must be a text, or a list"),
     "no such choice": (post(chat("rubbish", **SHORT, tool_choice="f")), 400,
