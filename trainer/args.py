@@ -31,6 +31,7 @@ EXPERT_FLAGS = {"num_experts": "num_experts", "experts_per_token": "num_experts_
                 "router_balance": "router_aux_loss_coef", "router_z_loss": "router_z_loss_coef"}
 ROUTER_FLAGS = ("router_balance", "router_z_loss")  # they change what is minimised, and no shape
 part = number(float, lambda x: 0 <= x <= 1, "a part of the whole, from 0 to 1")
+temperature = number(float, lambda x: 0.001 <= x <= 1000, "from 0.001 to 1000")
 row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
 
 
@@ -136,7 +137,7 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("rollouts").add_argument
     add("--group_size", type=count, default=16, metavar="N", help="answers to each prompt of a rollout")
     add("--updates_per_rollout", type=count, default=1, metavar="N", help="steps that learn from one rollout")
-    add("--temperature", type=positive, default=1.0, metavar="T", help="of sampling and training")
+    add("--temperature", type=temperature, default=1.0, metavar="T", help="of sampling and training")
     add("--max_new_tokens", type=count, default=64, metavar="N", help="then an answer is cut off")
     add("--kl_beta", type=not_negative, default=0.0, metavar="F",
         help="weight of the KL divergence from the model at the start; 0: no such model is kept")

@@ -131,6 +131,7 @@ def test_gradient_checkpointing_changes_nothing(workshop, flags, tmp_path):
 @pytest.mark.parametrize(("changes", "says"), [
     ({"group_size": 1}, "--group_size 1: a group of one has no mean to compare with"),
     ({"batch_size": 10}, "--batch_size 10 counts answers, so it must be a multiple of --group_size 4"),
+    ({"temperature": "1e-40"}, "--temperature must be from 0.001 to 1000, not 1e-40"),  # gives no numbers
     ({"num_workers": 1}, "--num_workers has no effect here"),
     ({"packing": True}, "--packing: the rows of this stage can't be packed"),
     ({"compile": True}, "--compile would compile anew"),
