@@ -136,8 +136,8 @@ def _decode(model, input_ids, max_new_tokens, temperature, top_k, top_p, generat
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
         is_last = step == max_new_tokens - 1 or bool(eos and ended.all())
-        # A GPU works on while this program goes ahead, until a value is read. `ended` was read just now, so
-        # this value is there, too. Without eos nothing is read in between: the cache keeps a NaN to the end.
+        # To read a value is to wait for the GPU. With eos, `ended` was read just now, so one more value costs
+        # nothing. Without eos the last step is early enough: the cache keeps a NaN to the end.
         if (eos or step == 0 or is_last) and not math.isfinite(highest.item()):
             raise RunError(f"token {step + 1} of the answer: {why_not_finite(model)}")
         yield token
@@ -192,7 +192,7 @@ def likely_tokens(logits, temperature: float = 1.0, top_k: int = 0, top_p: float
     """The tokens that may be drawn, by temperature, then top-k, then top-p, as in transformers.
 
     logits (B, V) -> probabilities (B, N), and tokens (B, N) that have them. Tokens that are ruled out have
-    the probability 0, or are left out. What they had is not shared out: the sum may be below 1.
+    the probability 0, or are left out. The others do not get their share: the sum may be below 1.
 
     top-k keeps the k likeliest tokens, and all that tie with the last of them. top-p ("nucleus", Holtzman et
     al. 2019, arXiv:1904.09751) keeps the likeliest tokens until together they have at least probability p:
