@@ -143,13 +143,16 @@ class RewardModel:
     def __init__(self, path: Path, batch_size: int = 32):
         # Imported here, because it takes seconds.
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()  # a missing head is named below, in one line and not in a table
         self.batch_size = batch_size
         if not (path / "config.json").is_file():
             raise UsageError(f"--reward_model {path}: there is no model in that folder")
         try:  # no code from the folder runs, and nothing is fetched
             self.tokenizer = AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False)
+            self.tokenizer.truncation_side = "left"  # the answer stands at the end of a long text
             self.model, report = AutoModelForSequenceClassification.from_pretrained(
                 path, output_loading_info=True, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError, RuntimeError) as error:

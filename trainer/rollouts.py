@@ -218,8 +218,8 @@ class Rollouts:
         self.without_signal = 0 if has_signal else self.without_signal + 1
         if self.ranks.is_main and self.without_signal and self.without_signal % PATIENCE == 0:
             print(f"warning: in {self.without_signal} rollouts in a row all answers to a prompt had the same "
-                  "reward, so nothing is learnt: ask easier prompts, raise --group_size or --temperature, or "
-                  "add a reward for a first step", flush=True)
+                  "reward, which teaches nothing: ask easier prompts, raise --group_size or --temperature, "
+                  "or add a reward for a first step", flush=True)
 
     # --- what the loop asks of all batches ------------------------------------------------------------------
 

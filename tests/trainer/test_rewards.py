@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 
 import pytest
@@ -166,12 +167,24 @@ def test_a_reward_model_gives_what_transformers_computes(reward_models, tokenize
     assert "rewarded by a model of sha256" in rewards.identity
 
 
+def test_a_reward_model_sees_the_answer_to_a_long_prompt(reward_models):
+    rewards = Rewards({"model": 1.0}, reward_model=reward_models[0] / "one")
+    rewards.parts["model"].tokenizer.model_max_length = 16
+    long = Prompt([{"role": "user", "content": "word " * 50}], [1], AnswerTest(), {}, "x.jsonl:1")
+    assert judge(rewards, "5", prompt=long) != judge(rewards, "seven", prompt=long)
+
+
 @pytest.mark.parametrize(("name", "says"), [("none", "has no head that gives a number"),
                                             ("two", "gives 2 numbers"),
                                             ("absent", "there is no model in that folder")])
-def test_a_reward_model_without_a_number_is_refused(reward_models, name, says):
+def test_a_reward_model_without_a_number_is_refused(reward_models, name, says, monkeypatch):
+    told, log = [], logging.getLogger("transformers")
+    monkeypatch.setattr(log, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(log.handlers[0], "handle", told.append)
+    log.setLevel(logging.WARNING)  # as transformers begins
     with pytest.raises((UsageError, ModelError), match=says):
         Rewards({"model": 1.0}, reward_model=reward_models[0] / name)
+    assert not told  # transformers would print a table of what is missing
 
 
 @pytest.mark.parametrize(("given", "weights"), [
