@@ -145,8 +145,8 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
         help="rollouts between those of which some answers are printed; 0: none")
     add = parser.add_argument_group("old chats, against forgetting").add_argument
     add("--sft_data_path", nargs="+", type=Path, metavar="FILE",
-        help="chats that every step learns beside the answers, as SFT does (default: none; beside the "
-             "built-in prompts those of the built-in world)")
+        help="chats that every step learns beside the answers, as SFT does (default: none; without "
+             "--data_path the chats of the built-in world)")
     add("--sft_weight", type=positive, default=1.0, metavar="W", help="of their loss")
     add("--sft_batch_size", type=count, default=16, metavar="N", help="rows of them in a step")
     add = parser.add_argument_group("rewards").add_argument

@@ -224,7 +224,8 @@ class Rollouts:
     # --- what the loop asks of all batches ------------------------------------------------------------------
 
     def description(self) -> str:
-        return f"{len(self.samples):,} prompts, {self.group_size} answers each"
+        answers = "one answer" if self.group_size == 1 else f"{self.group_size} answers"
+        return f"{len(self.samples):,} prompts, {answers} each"
 
     def identity(self) -> str:
         return self.dataset.identity + self.rewards.identity
