@@ -65,7 +65,8 @@ class PromptDataset:
                 report.note(path, line, text)
             report.usable[path] += 1
             self.prompts.append(prompt)
-            sha256.update(repr((prompt.ids, prompt.test)).encode())
+            # The whole record, since rewards may look at any of its keys.
+            sha256.update(repr((prompt.ids, prompt.test, record)).encode("utf-8", "backslashreplace"))
         for path in check_paths(data_path):
             if not report.usable[path]:
                 raise nothing_usable(path, report)

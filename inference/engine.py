@@ -250,7 +250,7 @@ class Engine:
                 else:
                     is_full = True
             if is_full and len(joining) == end - share:
-                break  # the next time it is the first
+                break  # this request got no row, so it is the first one the next time
             lane.waiting.popleft()
             if request.waiting:
                 lane.waiting.append(request)
@@ -276,7 +276,7 @@ class Engine:
             waiting = [(request, number) for request in lane.waiting for number in request.waiting]
             for row in list(lane.batch.rows):
                 lane.batch.remove(row)
-            lane.batch.prefixes.texts.clear()  # they might be half of what they should be
+            lane.batch.prefixes.texts.clear()  # they may be half-written
             for request, number in [*lane.owner.values(), *waiting]:
                 row = request.rows[number]
                 row.finish, row.error = "error", message

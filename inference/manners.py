@@ -1,9 +1,9 @@
-"""What the server asks of every request before it looks at what it wants. A reader may skip this file.
+"""What the server checks of every request before it reads what is asked. A reader may skip this file.
 
 A page from elsewhere that is open in the same browser can send requests to this machine. It cannot read the
-answers, but it could make the model work, or, by a domain name that suddenly means 127.0.0.1 ("DNS
-rebinding"), read them after all. So the Host must be an address and not a stranger's name, the Origin must be
-this server, and a body must be application/json, which a foreign page may not send without being asked.
+answers, but it could make the model work. By a domain name that suddenly means 127.0.0.1 ("DNS rebinding") it
+could even read them. So the Host must be an address and not a stranger's name, the Origin must be this
+server, and a body must be application/json: before a foreign page may send that, the browser asks us.
 """
 
 import asyncio
@@ -53,6 +53,8 @@ class Manners:
             return await refuse(refused, send)
         except ClientGone:
             return None
+        if scope["method"] == "HEAD":  # as GET, of which uvicorn sends the head alone
+            scope = scope | {"method": "GET"}
         return await self.app(scope, receive, send)
 
     def check_host(self, headers: dict[str, str]) -> None:
@@ -80,6 +82,8 @@ class Manners:
         kind = headers.get("content-type", "")
         if kind.partition(";")[0].strip().lower() != "application/json":
             raise Refused(f"the Content-Type must be application/json, not {kind[:50]!r}", status=415)
+        if (coding := headers.get("content-encoding", "identity")).lower() != "identity":
+            raise Refused(f"the body must come without the Content-Encoding {coding[:50]!r}", status=415)
 
     async def read_body(self, headers: dict[str, str], receive: Callable) -> bytes:
         too_large = Refused(f"the body has more than {self.max_body_bytes:,} bytes", status=413)
@@ -113,8 +117,8 @@ class LimitedConnection(H11Protocol):
     Within `seconds` the head of a request must arrive, which is the request line and the headers. The
     application above does not see a request before its head is whole, so it cannot count this time. uvicorn
     limits only the size of a head (16 KiB of an unfinished one), and how long nothing at all may come between
-    two requests. Who takes nothing of a long answer for `seconds` is left, too. And where max_connections are
-    open, further ones are refused.
+    two requests. A client that reads nothing of a long answer for `seconds` is disconnected, too. While
+    max_connections are open, further ones are refused.
     """
 
     def __init__(self, *of_uvicorn, seconds: float, max_connections: int, **more_of_uvicorn):

@@ -20,6 +20,12 @@ NEUTRAL = {"store": (False,), "service_tier": ("auto", "default"), "modalities":
            "ignore_eos": (False,), "skip_special_tokens": (True,), "add_generation_prompt": (True,)}
 
 
+# Fields of several forms. Of a value that has none of them pydantic says only that it has not the first.
+FORMS = {"prompt": f"a text, or token ids, or a list of up to {MAX_PROMPTS} texts or id lists, none empty",
+         "stop": "a text, or a list of texts",
+         "tool_choice": 'none, auto, required, or {"type": "function", "function": {"name": ...}}'}
+
+
 class Refused(Exception):
     """A request that is answered with an error, in OpenAI's shape."""
 
@@ -264,8 +270,10 @@ class TokenizeRequest(Strict):
 def refusal(errors: list[dict]) -> Refused:
     """What pydantic found wrong with a request, in one line that names the field."""
     first = errors[0]
-    path = ".".join(str(part) for part in first["loc"] if part != "body")
-    reason = first["msg"].removeprefix("Value error, ")
+    name, *parts = [str(part) for part in first["loc"] if part != "body"] or [""]
+    path, reason = ".".join([name, *parts]), first["msg"].removeprefix("Value error, ")
+    if parts and name in FORMS:
+        path, reason = name, f"must be {FORMS[name]}"
     if first["type"] == "extra_forbidden":
         reason = "this server does not know the field"
-    return Refused(f"{path}: {reason}" if path else reason, path.partition(".")[0] or None)
+    return Refused(f"{path}: {reason}" if path else reason, name or None)

@@ -136,8 +136,8 @@ def _decode(model, input_ids, max_new_tokens, temperature, top_k, top_p, generat
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
         is_last = step == max_new_tokens - 1 or bool(eos and ended.all())
-        # A GPU works on while this program goes ahead, until a value is read. `ended` was read just now, so
-        # this value is there, too. Without eos nothing is read in between: the cache keeps a NaN to the end.
+        # To read a value is to wait for the GPU. With eos, `ended` was read just now, so one more value costs
+        # nothing. Without eos the last step is early enough: the cache keeps a NaN to the end.
         if (eos or step == 0 or is_last) and not math.isfinite(highest.item()):
             raise RunError(f"token {step + 1} of the answer: {why_not_finite(model)}")
         yield token
@@ -192,7 +192,7 @@ def likely_tokens(logits, temperature: float = 1.0, top_k: int = 0, top_p: float
     """The tokens that may be drawn, by temperature, then top-k, then top-p, as in transformers.
 
     logits (B, V) -> probabilities (B, N), and tokens (B, N) that have them. Tokens that are ruled out have
-    the probability 0, or are left out. What they had is not shared out: the sum may be below 1.
+    the probability 0, or are left out. The others do not get their share: the sum may be below 1.
 
     top-k keeps the k likeliest tokens, and all that tie with the last of them. top-p ("nucleus", Holtzman et
     al. 2019, arXiv:1904.09751) keeps the likeliest tokens until together they have at least probability p:
@@ -202,19 +202,20 @@ def likely_tokens(logits, temperature: float = 1.0, top_k: int = 0, top_p: float
     """
     logits, size = logits / temperature, logits.size(-1)
     if 0 < top_k < size:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
     probabilities = logits.softmax(dim=-1)
     if top_p == 1.0:
         return probabilities, torch.arange(size, device=logits.device).expand_as(probabilities)
-    # On a CPU a sort takes longer than a step of a small model, and a few tokens mostly make up p.
+    # On a CPU a sort takes longer than a step of a small model, and a few tokens mostly make up p. All are
+    # sorted if they do not, or if the last token kept ties with one ruled out: then the lower id is kept.
     for count in (size,) if logits.is_cuda else (min(LIKELIEST, size), size):
-        likeliest, tokens = probabilities.topk(count, dim=-1)  # in descending order
+        likeliest, tokens = (probabilities.topk(count, dim=-1) if count < size else
+                             probabilities.sort(dim=-1, descending=True, stable=True))
         sums = likeliest.cumsum(dim=-1) - likeliest  # over all likelier tokens
-        if count == size or (sums[:, -1] >= top_p).all():
+        ruled_out = sums >= (top_p or 1e-9)  # the first sum is 0: the likeliest always stays
+        least = likeliest.masked_fill(ruled_out, torch.inf).amin(dim=-1, keepdim=True)  # of those kept
+        if ruled_out[:, -1].all() and (ruled_out == (likeliest < least)).all():
             break
-    ruled_out = sums >= top_p
-    ruled_out[:, 0] = False  # the likeliest always stays
     # Rounding decides the order of nearly equal probabilities. What is drawn must not depend on that.
     tokens, order = tokens.sort(dim=-1)
     return likeliest.masked_fill(ruled_out, 0.0).gather(1, order), tokens

@@ -9,6 +9,7 @@ model. A model is called as its folder is. Ctrl-C, or SIGTERM, ends open answers
 """
 
 import argparse
+import errno
 import importlib.util
 import sys
 from pathlib import Path
@@ -100,8 +101,9 @@ def main(args: argparse.Namespace) -> None:
         listener.bind((args.host, args.port))
         listener.listen()  # now, so that a second server finds the port taken
     except OSError as error:
-        raise UsageError(f"--host {args.host} --port {args.port} can't be used: {error.strerror}; --port 0 "
-                         "takes any that is free") from None
+        advice = "; --port 0 takes any that is free" if error.errno == errno.EADDRINUSE else ""
+        place = f"--host {args.host} --port {args.port}"
+        raise UsageError(f"{place} can't be used: {error.strerror}{advice}") from None
     allow_open_files(args.max_connections + 100)
     engine.load()
     for lane in engine.lanes:

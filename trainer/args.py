@@ -31,6 +31,7 @@ EXPERT_FLAGS = {"num_experts": "num_experts", "experts_per_token": "num_experts_
                 "router_balance": "router_aux_loss_coef", "router_z_loss": "router_z_loss_coef"}
 ROUTER_FLAGS = ("router_balance", "router_z_loss")  # they change what is minimised, and no shape
 part = number(float, lambda x: 0 <= x <= 1, "a part of the whole, from 0 to 1")
+temperature = number(float, lambda x: 0.001 <= x <= 1000, "from 0.001 to 1000")
 row_length = number(int, lambda n: n >= 2, "at least 2 (a token, and one to predict)")
 
 
@@ -136,7 +137,7 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("rollouts").add_argument
     add("--group_size", type=count, default=16, metavar="N", help="answers to each prompt of a rollout")
     add("--updates_per_rollout", type=count, default=1, metavar="N", help="steps that learn from one rollout")
-    add("--temperature", type=positive, default=1.0, metavar="T", help="of sampling and training")
+    add("--temperature", type=temperature, default=1.0, metavar="T", help="of sampling and training")
     add("--max_new_tokens", type=count, default=64, metavar="N", help="then an answer is cut off")
     add("--kl_beta", type=not_negative, default=0.0, metavar="F",
         help="weight of the KL divergence from the model at the start; 0: no such model is kept")
@@ -144,8 +145,8 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
         help="rollouts between those of which some answers are printed; 0: none")
     add = parser.add_argument_group("old chats, against forgetting").add_argument
     add("--sft_data_path", nargs="+", type=Path, metavar="FILE",
-        help="chats that every step learns beside the answers, as SFT does (default: none; beside the "
-             "built-in prompts those of the built-in world)")
+        help="chats that every step learns beside the answers, as SFT does (default: none; without "
+             "--data_path the chats of the built-in world)")
     add("--sft_weight", type=positive, default=1.0, metavar="W", help="of their loss")
     add("--sft_batch_size", type=count, default=16, metavar="N", help="rows of them in a step")
     add = parser.add_argument_group("rewards").add_argument
@@ -167,7 +168,10 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
 def weighted(text: str) -> tuple[str, float]:
     """"length:0.5" -> ("length", 0.5)."""
     name, _, weight = text.partition(":")
-    value = float(weight or 1)
+    try:
+        value = float(weight or 1)
+    except ValueError:
+        value = 0
     if name not in REWARD_FLAGS or value == 0 or not abs(value) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(REWARD_FLAGS)}, with or without a "
                                          "colon and a weight that is not 0")
@@ -181,6 +185,8 @@ def choose_rewards(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     if not given and not args.data_path:  # the embedded prompts say how short an answer should be
         asked.append(("length", 0.2))
     weights = dict(args.rewards or asked)
+    if len(weights) < len(args.rewards or ()):
+        parser.error("--rewards names a part twice: give each of them one weight")
     for name, flag in REWARD_FLAGS.items():
         is_needed = name in weights and name != "length"  # records may have limits of their own
         if flag and (is_needed and name not in given or name in given and name not in weights):

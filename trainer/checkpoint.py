@@ -46,7 +46,7 @@ FLAGS_FREE_TO_CHANGE = (
     "gradient_checkpointing compile").split()
 # Flags that name files. The files may lie elsewhere by now, so their content is compared and not their place.
 FLAGS_OF_FILES = {"--data_path", "--eval_data_path", "--retain_data_path", "--load_from", "--tokenizer",
-                  "--teacher", "--sft_data_path"}
+                  "--teacher", "--sft_data_path", "--reward_file", "--reward_model"}
 OTHER_VERSION = "--resume: another version of this code wrote the checkpoint: use that one, or --overwrite it"
 OTHER_PARAMETERS = "--resume: the checkpoint holds other parameters than this model; --overwrite starts anew"
 

@@ -3,7 +3,7 @@ A reader may skip this file.
 
 A stage that learns from rewards sees no right answer, and forgets: what is not asked drifts away. With
 --sft_data_path every step learns some rows of old chats, too, as in SFT (the "PPO-ptx" of InstructGPT:
-Ouyang et al. 2022, arXiv:2203.02155). Beside the built-in prompts they are the built-in chats.
+Ouyang et al. 2022, arXiv:2203.02155). Without --data_path these are the chats of the built-in world.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from trainer.rollouts import Rollouts
 class Rehearsal:
     """The batches of a stage, with some rows of old chats in each of them. It answers the loop as they do.
 
-    weight: what the mean of the cross-entropy over the tokens of the chats counts in the loss of a step.
+    weight: the loss of a step is that of the answers + weight * the mean cross-entropy of the chats' tokens.
     """
 
     def __init__(self, batches: Rollouts, chats: Batches, weight: float):
@@ -60,7 +60,7 @@ class Rehearsal:
 
 
 def with_chats(loss: Callable, model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`loss` of a micro-batch of answers; of one of chats the cross-entropy, times its weight."""
+    """`loss` for a micro-batch of answers; for one of chats the cross-entropy times "chat_weight"."""
     if "chat_weight" not in batch:
         return loss(model, batch)
     chats = {name: value for name, value in batch.items() if name != "chat_weight"}

@@ -12,9 +12,12 @@ file     what the person's own function says: --reward_file my.py:score, where m
 model    what a reward model says: --reward_model DIR, of transformers' kind "sequence classification"
 """
 
+import copy
+import hashlib
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,10 @@ from common.errors import ModelError, RunError, UsageError
 from common.files import one_line
 from dataset.prompts import Prompt
 from dataset.replies import read_message
+from trainer.checkpoint import identity_of_weights
+
+FILE_OF_REWARDS = "file_of_rewards"  # the name of the module; that of the file could hide another module
+LARGEST_REWARD = 1e30  # sums over a group must stay finite in float32
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Rewards:
     """The weighted sum of several parts: rewards(prompts, answers) -> [{"reward": sum, part: number, ...}].
 
     The arguments are the flags of the same names. weights: {"answers": 1.0, "length": 0.5}.
+    identity: a text with checksums of the files that judge. A resumed run must have the same ones.
     """
 
     def __init__(self, weights: dict[str, float], *, reward_format: str | None = None,
@@ -51,6 +59,13 @@ class Rewards:
                 "length": lambda: shortness(max_reward_tokens), "file": lambda: own_function(reward_file),
                 "model": lambda: RewardModel(reward_model)}
         self.weights, self.parts = weights, {name: make[name]() for name in weights}
+        self.identity = ""
+        if "file" in weights:
+            path, _, name = reward_file.rpartition(":")
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+            self.identity += f", rewarded by {name} of a file of sha256 {digest}"
+        if "model" in weights:
+            self.identity += f", rewarded by a model of {identity_of_weights(self.parts['model'].model)}"
 
     def __call__(self, prompts: list[Prompt], answers: list[Answer]) -> list[dict[str, float]]:
         found = {name: part(prompts, answers) for name, part in self.parts.items()}
@@ -91,10 +106,12 @@ def own_function(path_and_name: str) -> Part:
     if not path or not Path(path).is_file():
         raise UsageError(f"{flag}: there is no file {path or path_and_name}; write it as my.py:function")
     try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        spec = importlib.util.spec_from_file_location(FILE_OF_REWARDS, path)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[FILE_OF_REWARDS] = module  # dataclasses and pickle look for it there
+        sys.path.append(str(Path(path).resolve().parent))  # the file may import others that lie beside it
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the person's file does
+    except (Exception, SystemExit) as error:  # whatever the person's file does
         raise UsageError(f"{flag}: {path} can't be run: {type(error).__name__}: {one_line(error)}") from None
     function = getattr(module, name, None)
     if not callable(function):
@@ -102,17 +119,19 @@ def own_function(path_and_name: str) -> Part:
 
     def judge(prompt: Prompt, answer: Answer) -> float:
         said = f"the prompt of {prompt.where} and the answer {answer.text[:60]!r}"
+        # Copies, because the function may change what it gets, and more answers to the prompt follow.
+        messages, record = copy.deepcopy((prompt.messages, prompt.record))
         try:
-            value = function(prompt.messages, answer.text, prompt.record)
+            value = function(messages, answer.text, record)
+        except (Exception, SystemExit) as error:
+            raise RunError(f"{flag} raised {type(error).__name__}: {one_line(error)}, for {said}") from None
+        try:
             number = float(value)
-        except (TypeError, ValueError) as error:
-            if error.__traceback__.tb_next is None:  # float refused the value; the function has returned
-                raise RunError(f"{flag} returned {repr(value)[:60]}, no number, for {said}") from None
-            raise RunError(f"{flag} raised {type(error).__name__}: {one_line(error)}, for {said}") from None
-        except Exception as error:
-            raise RunError(f"{flag} raised {type(error).__name__}: {one_line(error)}, for {said}") from None
-        if not math.isfinite(number):
-            raise RunError(f"{flag} returned {number}, no finite number, for {said}")
+        except Exception:  # of the value's own __float__, too
+            shown = " ".join(repr(value).split())[:60]
+            raise RunError(f"{flag} returned {shown}, no number, for {said}") from None
+        if not abs(number) < LARGEST_REWARD:
+            raise RunError(f"{flag} returned {number}, no finite number below {LARGEST_REWARD:g}, for {said}")
         return number
 
     return lambda prompts, answers: [judge(*pair) for pair in zip(prompts, answers, strict=True)]
@@ -124,13 +143,16 @@ class RewardModel:
     def __init__(self, path: Path, batch_size: int = 32):
         # Imported here, because it takes seconds.
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()  # a missing head is named below, in one line and not in a table
         self.batch_size = batch_size
         if not (path / "config.json").is_file():
             raise UsageError(f"--reward_model {path}: there is no model in that folder")
         try:  # no code from the folder runs, and nothing is fetched
             self.tokenizer = AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False)
+            self.tokenizer.truncation_side = "left"  # the answer stands at the end of a long text
             self.model, report = AutoModelForSequenceClassification.from_pretrained(
                 path, output_loading_info=True, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError, RuntimeError) as error:

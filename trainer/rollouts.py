@@ -218,16 +218,17 @@ class Rollouts:
         self.without_signal = 0 if has_signal else self.without_signal + 1
         if self.ranks.is_main and self.without_signal and self.without_signal % PATIENCE == 0:
             print(f"warning: in {self.without_signal} rollouts in a row all answers to a prompt had the same "
-                  "reward, so nothing is learnt: ask easier prompts, raise --group_size or --temperature, or "
-                  "add a reward for a first step", flush=True)
+                  "reward, which teaches nothing: ask easier prompts, raise --group_size or --temperature, "
+                  "or add a reward for a first step", flush=True)
 
     # --- what the loop asks of all batches ------------------------------------------------------------------
 
     def description(self) -> str:
-        return f"{len(self.samples):,} prompts, {self.group_size} answers each"
+        answers = "one answer" if self.group_size == 1 else f"{self.group_size} answers"
+        return f"{len(self.samples):,} prompts, {answers} each"
 
     def identity(self) -> str:
-        return self.dataset.identity
+        return self.dataset.identity + self.rewards.identity
 
     def num_bytes(self) -> int:
         return 0

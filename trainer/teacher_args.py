@@ -5,8 +5,8 @@ A reader may skip this file.
 import argparse
 from pathlib import Path
 
-from common.cli import count, number, positive
-from trainer.args import part, tuning_parser
+from common.cli import count, number
+from trainer.args import part, temperature, tuning_parser
 
 inner_part = number(float, lambda x: 0 < x < 1, "above 0 and below 1")
 
@@ -22,7 +22,7 @@ def distillation_parser(description: str) -> argparse.ArgumentParser:
         help="how the probabilities of teacher and student are compared: see trainer/losses.py")
     add("--beta", type=inner_part, default=0.5, metavar="B",
         help="of jensen_shannon: near 0 it acts like forward_kl, near 1 like reverse_kl")
-    add("--temperature", type=positive, default=1.0, metavar="T",
+    add("--temperature", type=temperature, default=1.0, metavar="T",
         help="both models' logits are divided by it before they are compared")
     add("--distillation_weight", type=part, default=1.0, metavar="F",
         help="weight of that comparison; the rest is the weight of the data's own words, as in SFT")

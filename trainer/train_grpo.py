@@ -58,7 +58,7 @@ if __name__ == "__main__":
     parser = flags.rollout_parser(__doc__)
     add = parser.add_argument_group("GRPO").add_argument
     add("--policy_loss", choices=("clipped", "reinforce", "cispo", "gspo"), default="clipped",
-        help="see trainer/losses.py")
+        help="see trainer/losses.py; gspo needs smaller clips, such as 0.02 and 0.03")
     add("--advantage", choices=("group", "group_std"), default="group",
         help="reward minus the mean of its group; group_std: divided by the group's standard deviation")
     add("--mean_over", choices=("tokens", "answers", "constant"), default="tokens",

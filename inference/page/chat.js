@@ -56,7 +56,7 @@ function questionElement(turn) {
     ask(field.value.trim() || turn.question);
     byId("question").focus();
   };
-  field.onkeydown = (event) => event.key === "Escape" && showEditor(false);
+  field.addEventListener("keydown", (event) => event.key === "Escape" && showEditor(false));
   sendOnEnter(field, () => sendButton.click());
   showEditor(false);
   const buttons = make("div", {className: "buttons"}, sendButton, editButton, copy);

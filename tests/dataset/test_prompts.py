@@ -52,6 +52,11 @@ def test_what_is_asked_and_what_is_right(read, tokenizer, record, messages, righ
     assert prompt.test.is_right(right) is True and prompt.test.is_right(wrong) is False
 
 
+def test_the_identity_follows_every_key_that_a_reward_may_read(read):
+    record = {"prompt": "2 + 3?", "answers": ["5"], "max_reward_tokens": 4}
+    assert read(record).identity == read(record).identity != read(record | {"max_reward_tokens": 9}).identity
+
+
 def test_a_prompt_without_a_test_serves_other_rewards(read, capsys):
     record = {"prompt": "Tell me a story."}
     assert read(record).prompts[0].test.is_right("A story.") is None

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import importlib.util
 import json
 import os
@@ -104,6 +105,11 @@ REFUSED = {
     "unknown fields": (post(chat("rubbish", **SHORT, **{f"k{n}": 1 for n in range(30_000)})), 400,
                        "k0: .*not know"),
     "many mistakes": (post(chat("rubbish", **SHORT, stop=[1] * 100_000)), 400, "stop"),
+    "a prompt of both kinds": (completion(["a", [1]]), 400, "^prompt: must be a text, or token ids"),
+    "an id below 0": (completion([1, -1]), 400, "^prompt: must be a text, or token ids, or a list"),
+    "a number to stop at": (post(chat("rubbish", **SHORT, stop=5)), 400, "^stop: must be a text, or a list"),
+    "no such choice": (post(chat("rubbish", **SHORT, tool_choice="f")), 400,
+                       "^tool_choice: must be none, auto, required, or {"),
     "many mistakes in a prompt": (completion([[""] * 100_000]), 400, "prompt"),
     "many biases": (post(chat("rubbish", **SHORT, logit_bias={n: "x" for n in range(30_000)})), 400, "4096"),
     "many answers": (completion(["a"] * 512, n=3), 400, "1024"),
@@ -132,6 +138,7 @@ REFUSED = {
     "slow body": (post(b"{", headers={"Content-Length": "100"}), 408, "0.5 seconds"),
     "not JSON": (post(chat("rubbish"), headers={"Content-Type": "text/plain"}), 415, "application/json"),
     "no type": (post(chat("rubbish"), headers={"Content-Type": None}), 415, "application/json"),
+    "packed": (post(b"x", headers={"Content-Encoding": "gzip"}), 415, "without the Content-Encoding 'gzip'"),
     "foreign Host": (post(chat("rubbish"), headers={"Host": "evil.example"}), 403, "--allowed_hosts"),
     "empty Host": (post(chat("rubbish"), headers={"Host": ""}), 403, "--allowed_hosts"),
     "foreign Origin": (post(chat("rubbish"), headers={"Origin": "http://evil.example"}), 403,
@@ -281,6 +288,18 @@ def test_what_looks_hostile_and_is_right(server):
     assert [read_reply(answer).status for answer in answers] == [200, 200, 200]
 
 
+@pytest.mark.parametrize("path", ["/health", "/", "/v1/models", "/page/page.js", "/nowhere"])
+def test_head_is_get_without_a_body(server, path):
+    found = []
+    for method in ("GET", "HEAD"):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request(method, path)
+        reply = connection.getresponse()
+        found.append((reply.status, reply.getheader("content-length"), reply.read()))
+        connection.close()
+    assert found[0][:2] == found[1][:2] and found[0][2] and not found[1][2]
+
+
 def test_nobody_waits_for_who_sends_too_much(server):
     """While a request is read that takes long, others are answered."""
     async def both():
@@ -419,7 +438,7 @@ def test_mistakes_on_the_command_line(serve, folder, server, tmp_path, capsys, m
     model = ["--load_from", folder / "chat", "--port", "0"]
     with pytest.raises(UsageError, match=f"--port {server.port} can't be used: .*in use"):
         serve(*model, "--port", server.port)
-    with pytest.raises(UsageError, match="can't be used: .*service"):
+    with pytest.raises(UsageError, match="can't be used: [^;]*service[^;]*$"):  # no port helps
         serve(*model, "--host", "no.such.host.invalid")
     with pytest.raises(UsageError, match="--cache_gb is too small"):
         serve(*model, "--cache_gb", "0.00001")

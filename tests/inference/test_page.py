@@ -250,6 +250,28 @@ def test_edit_and_resend(page):
     expect(page.locator(".question p")).to_have_text(["One", "Second"])
 
 
+def test_each_field_takes_what_is_typed(page):
+    """Key by key: `fill` writes into a field even if the page swallows the keys."""
+    ask(page, "One")
+    edit = page.locator(".question").get_by_role("button", name="Edit")
+    edit.focus()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    expect(edit).to_be_focused()
+    page.keyboard.press("Enter")
+    for field in (page.locator(".question textarea"), *map(page.locator, ("#question", "#system", "#tools"))):
+        field.focus()
+        page.keyboard.press("Control+A")
+        page.keyboard.type("x y")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("Backspace")
+        expect(field).to_have_value("xy")
+    page.locator("#tools").fill("")
+    page.locator(".question textarea").focus()
+    sent = posted(page, lambda: page.keyboard.press("Enter"))
+    assert sent["messages"][-1] == {"role": "user", "content": "xy"}
+
+
 def test_copy(open_page):
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
     page.locator("#model option").first.wait_for(state="attached")

@@ -119,6 +119,20 @@ def test_filters_mean_what_transformers_means(settings):
     torch.testing.assert_close(found[0].sort().values, expected[0].sort().values)
 
 
+def test_ties_are_kept_by_their_ids_whatever_stands_beside_them():
+    # Models in bfloat16 often give several tokens the same logit. A flat row has all rows sorted whole.
+    torch.manual_seed(0)
+    flat = torch.zeros(1, 2000)
+    for _ in range(40):
+        logits = (torch.randn(1, 2000) * 4).bfloat16().float()
+        alone, together = chances(logits, top_p=0.6), chances(torch.cat([logits, flat]), top_p=0.6)
+        assert torch.equal(alone[0] > 0, together[0] > 0)
+        tied = logits[0] == logits[0][alone[0] > 0].min()
+        kept = alone[0][tied] > 0
+        assert torch.equal(kept, kept.sort(descending=True).values)  # the lower ids
+    assert torch.equal(chances(flat, top_p=0.25)[0].nonzero()[:, 0], torch.arange(500))
+
+
 def test_a_wide_nucleus_is_found_too():
     from transformers import TopPLogitsWarper
 

@@ -88,7 +88,14 @@ def test_stopped_within_a_rollout_and_resumed(workshop, flags, whole, tmp_path, 
         ended = workshop.run("grpo", *flags(tmp_path, **with_old_chats(workshop)), "--resume")
         assert ended.code == 130 and f"stopped at step {stop + 1};" in ended.out, ended
     monkeypatch.undo()
-    assert workshop.run("grpo", *flags(tmp_path, **with_old_chats(workshop)), "--resume").code == 0
+    # The function may lie elsewhere by now, but it must be the same one.
+    for name, text in (("other.py", SCORE + "    # changed\n"), ("moved.py", SCORE)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        changes = with_old_chats(workshop) | {"reward_file": f"{tmp_path / name}:score"}
+        ended = workshop.run("grpo", *flags(tmp_path, **changes), "--resume")
+        if name == "other.py":
+            assert ended.code == 2 and "rewarded by score of a file of sha256" in ended.error, ended
+    assert ended.code == 0, ended
     assert_same(tmp_path, whole[0])
 
 
@@ -124,6 +131,7 @@ def test_gradient_checkpointing_changes_nothing(workshop, flags, tmp_path):
 @pytest.mark.parametrize(("changes", "says"), [
     ({"group_size": 1}, "--group_size 1: a group of one has no mean to compare with"),
     ({"batch_size": 10}, "--batch_size 10 counts answers, so it must be a multiple of --group_size 4"),
+    ({"temperature": "1e-40"}, "--temperature must be from 0.001 to 1000, not 1e-40"),  # gives no numbers
     ({"num_workers": 1}, "--num_workers has no effect here"),
     ({"packing": True}, "--packing: the rows of this stage can't be packed"),
     ({"compile": True}, "--compile would compile anew"),

@@ -1,6 +1,9 @@
 """Rewards: what each part says, how parts add up, and one line for each mistake of a person."""
 
 import argparse
+import json
+import logging
+import sys
 
 import pytest
 import torch
@@ -69,12 +72,50 @@ def test_a_persons_own_function_sees_prompt_answer_and_record(tmp_path):
     ("return len(3)", "raised TypeError: object of type 'int' has no len()"),
     ("return None", "returned None, no number, for the prompt of x.jsonl:7"),
     ("return 'good'", "returned 'good', no number, for the prompt of x.jsonl:7"),
-    ("return float('nan')", "returned nan, no finite number, for the prompt of x.jsonl:7"),
+    ("return [[1.0],\n        [2.0]]", "returned [[1.0], [2.0]], no number"),
+    ("return score(messages)", "raised TypeError: score() missing 2 required positional arguments"),
+    ("raise SystemExit(0)", "raised SystemExit: 0, for the prompt of x.jsonl:7"),
+    ("return float('nan')", "returned nan, no finite number below 1e+30, for the prompt of x.jsonl:7"),
+    ("return -1e300", "returned -1e+300, no finite number"),  # infinite in float32
+    ("return 10**400", "no number"),  # float raises OverflowError
 ])  # fmt: skip
 def test_a_function_that_fails_is_named_with_the_prompt(tmp_path, body, says):
     with pytest.raises(RunError) as error:
         judge(Rewards({"file": 1.0}, reward_file=own(tmp_path, body)), "a")
     assert says in str(error.value) and "my.py:score" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_function_of_other_arguments_is_named(tmp_path):
+    (tmp_path / "my.py").write_text("def score(messages, answer):\n    return 1\n", encoding="utf-8")
+    with pytest.raises(RunError, match="raised TypeError: score.. takes 2 positional arguments but 3"):
+        judge(Rewards({"file": 1.0}, reward_file=f"{tmp_path / 'my.py'}:score"), "a")
+
+
+def test_a_function_may_change_what_it_gets(tmp_path):
+    body = "messages.append(answer); record.clear(); return len(messages) + 10 * len(record)"
+    rewards = Rewards({"file": 1.0}, reward_file=own(tmp_path, body))
+    assert [judge(rewards, "a")["reward"] for _ in range(2)] == [2.0, 2.0]
+    assert len(PROMPT.messages) == 1 and len(PROMPT.record) == 2
+
+
+def test_a_file_may_hold_dataclasses_and_import_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_my_rewards.py").write_text("SEVEN = 7\n", encoding="utf-8")
+    (tmp_path / "json.py").write_text(  # the name of a module that others import
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from beside_my_rewards import SEVEN\n\n@dataclass\nclass Found:\n    number: int\n\n"
+        "def score(messages, answer, record):\n    return Found(SEVEN).number\n", encoding="utf-8")
+    assert judge(Rewards({"file": 1.0}, reward_file=f"{tmp_path / 'json.py'}:score"), "a")["reward"] == 7
+    assert sys.modules["json"] is json
+
+
+def test_the_identity_follows_the_file_that_judges_and_not_its_place(tmp_path):
+    def identity(folder: str, body: str = "return 1") -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return Rewards({"file": 1.0}, reward_file=own(tmp_path / folder, body)).identity
+
+    assert identity("a") == identity("b") != identity("b", "return 2")
+    assert Rewards({"answers": 1.0}).identity == ""
 
 
 def test_a_file_without_the_function_is_refused(tmp_path):
@@ -86,6 +127,9 @@ def test_a_file_without_the_function_is_refused(tmp_path):
             Rewards({"file": 1.0}, reward_file=name)
     (tmp_path / "my.py").write_text("import nothing_like_it\n", encoding="utf-8")
     with pytest.raises(UsageError, match="can't be run: ModuleNotFoundError"):
+        Rewards({"file": 1.0}, reward_file=path)
+    (tmp_path / "my.py").write_text("import sys\nsys.exit()\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="can't be run: SystemExit"):
         Rewards({"file": 1.0}, reward_file=path)
 
 
@@ -120,14 +164,27 @@ def test_a_reward_model_gives_what_transformers_computes(reward_models, tokenize
         with torch.no_grad():
             assert abs(model(ids).logits.item() - value) < 1e-5
     assert found[0] != found[1]
+    assert "rewarded by a model of sha256" in rewards.identity
+
+
+def test_a_reward_model_sees_the_answer_to_a_long_prompt(reward_models):
+    rewards = Rewards({"model": 1.0}, reward_model=reward_models[0] / "one")
+    rewards.parts["model"].tokenizer.model_max_length = 16
+    long = Prompt([{"role": "user", "content": "word " * 50}], [1], AnswerTest(), {}, "x.jsonl:1")
+    assert judge(rewards, "5", prompt=long) != judge(rewards, "seven", prompt=long)
 
 
 @pytest.mark.parametrize(("name", "says"), [("none", "has no head that gives a number"),
                                             ("two", "gives 2 numbers"),
                                             ("absent", "there is no model in that folder")])
-def test_a_reward_model_without_a_number_is_refused(reward_models, name, says):
+def test_a_reward_model_without_a_number_is_refused(reward_models, name, says, monkeypatch):
+    told, log = [], logging.getLogger("transformers")
+    monkeypatch.setattr(log, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(log.handlers[0], "handle", told.append)
+    log.setLevel(logging.WARNING)  # as transformers begins
     with pytest.raises((UsageError, ModelError), match=says):
         Rewards({"model": 1.0}, reward_model=reward_models[0] / name)
+    assert not told  # transformers would print a table of what is missing
 
 
 @pytest.mark.parametrize(("given", "weights"), [
@@ -146,7 +203,8 @@ def test_the_flags_say_which_parts_count(given, weights):
 @pytest.mark.parametrize(("given", "says"), [
     (["--rewards", "answer"], "'answer' is none of answers, format, length, file, model"),
     (["--rewards", "answers:0"], "a weight that is not 0"),
-    (["--rewards", "answers:much"], "answers:much"),
+    (["--rewards", "answers:much"], "'answers:much' is none of answers, format"),
+    (["--rewards", "answers", "answers:2"], "--rewards names a part twice"),
     (["--rewards", "format"], "--rewards format needs --reward_format"),
     (["--rewards", "answers", "--max_reward_tokens", "9"], "no effect: add length to --rewards"),
     (["--rewards", "answers", "--reward_format", "a"], "no effect: add format to --rewards"),
@@ -161,5 +219,5 @@ def test_a_part_without_its_flag_and_a_flag_without_its_part_are_refused(given, 
 
 def test_a_weight_is_a_number_behind_a_colon():
     assert flags.weighted("length:-2") == ("length", -2.0)
-    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+    with pytest.raises(argparse.ArgumentTypeError):
         flags.weighted("length:nan")

@@ -49,6 +49,9 @@ def judge(prompts, answers):
             for prompt, answer in zip(prompts, answers, strict=True)]
 
 
+judge.identity = ", even numbers"
+
+
 def make(model, ranks=None, **changes):
     settings = dict(dtype=torch.float32, batch_size=16, group_size=4, max_new_tokens=LONGEST, seed=5)
     settings |= changes
