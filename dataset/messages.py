@@ -4,6 +4,8 @@ Other projects write conversations in other ways. Here is what they write, and w
 dataset/keys.py has the names that a key may have.
 """
 
+import re
+
 from common.errors import DataError
 from dataset.json_records import is_conversation, parse_cell, parse_field, rows_of
 from dataset.keys import (
@@ -36,6 +38,8 @@ CALL_ROLES = ("function_call", "tool_call")  # LLaMA-Factory's: the content is t
 NO_ANSWER = ("", "无")  # as the last answer: MiniMind's prompts for reinforcement learning end so
 TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
 CALL_PARTS = ("tool_use", "tool_call", "function_call")
+# Control tokens of many models, as letters in a text. Files that were made for one project have them there.
+SPELLED = re.compile(r"<[|｜][\w▁]{1,40}[|｜]>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>")
 
 
 class NothingToLearn(DataError):
@@ -188,6 +192,8 @@ def _to_message(turn: object, name: str, note: Note) -> dict:
             note(f"a message of the {message['role']} is marked as to be learnt: only answers are")
         is_absent = content is None and (message["role"] == "system" or "" in map(turn.get, NAMES["content"]))
         message["content"] = "" if is_absent else _content(content, name, note)[0]
+    if found := SPELLED.search(message["content"]):
+        note(f"{found[0][:20]!r} is spelled in a message, and read as text: the format writes its own tokens")
     name_unknown(turn, MESSAGE_KEYS[message["role"]], "message", note)
     return message
 
@@ -195,12 +201,21 @@ def _to_message(turn: object, name: str, note: Note) -> dict:
 def _answer(content: object, calls: object, reasoning: object, name: str, note: Note) -> dict:
     """The content, tool_calls and reasoning_content of an assistant's message."""
     content, thoughts, more_calls = _content("" if content is None else content, name, note, True)
+    if calls and "<tool_call>" in content:
+        raise DataError(f"{name} has tool calls in its content and other ones beside it")
+    if "<think>" not in content.partition("</think>")[0] and "</think>" in content:
+        # Where a prompt ends in <think>, a server returns what the model wrote after it.
+        content = "<think>\n" + content.lstrip()
+        note("an answer with a </think> and no <think>: what stands before it is read as a thought")
+    if content.count("<think>") != content.count("</think>"):
+        note("an answer has a <think> that is not closed")
     if reasoning is None:
         reasoning = "".join(thoughts)
     elif not isinstance(reasoning, str):
         raise DataError(f"the reasoning_content of {name} is not text")
     elif thoughts:
         raise DataError(f"{name} has its reasoning among its parts and beside them")
+    reasoning = _thought(reasoning, name)
     if reasoning and content.lstrip().startswith("<think>"):
         written = content.lstrip().removeprefix("<think>").partition("</think>")[0]
         if written.strip() != reasoning.strip():
@@ -212,6 +227,15 @@ def _answer(content: object, calls: object, reasoning: object, name: str, note: 
     if reasoning:
         message["reasoning_content"] = reasoning
     return message
+
+
+def _thought(reasoning: str, name: str) -> str:
+    """The reasoning beside a content, without the signs around it; "" where it is blank."""
+    words = reasoning.strip()
+    inner = words.removeprefix("<think>").removesuffix("</think>")
+    if "<think>" in inner or "</think>" in inner:
+        raise DataError(f"the reasoning_content of {name} has a <think> or </think> within")
+    return inner.strip() if inner != words or not words else reasoning
 
 
 def _content(content, name: str, note: Note, is_answer: bool = False) -> tuple[str, list[str], list]:

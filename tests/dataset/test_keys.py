@@ -151,6 +151,42 @@ def test_reasoning_in_the_content_and_beside_it():
         to_messages(chat({**message, "reasoning_content": "Oh."}))
 
 
+@pytest.mark.parametrize("answer, content, note", [
+    # What a server returns where its prompt ends in <think>
+    ({"content": "Hm.\n</think>\n\nA"}, "<think>\nHm.\n</think>\n\nA", "a </think> and no <think>"),
+    ({"content": "\nHm.</think>A", "reasoning": "Hm."}, "<think>\nHm.</think>A", "a </think> and no <think>"),
+    ({"content": "<think>Hm."}, "<think>Hm.", "that is not closed"),
+    ({"content": "<think>Hm.</think>A"}, "<think>Hm.</think>A", None),
+])  # fmt: skip
+def test_a_thought_of_which_one_sign_is_missing(tokenizer, answer, content, note):
+    record = chat({"role": "assistant", **answer})
+    assert to_messages(record)[0][1] == {"role": "assistant", "content": content}
+    assert note in notes_on(record)[0] if note else notes_on(record) == []
+
+
+def test_signs_of_a_thought_beside_a_content():
+    for beside in ("<think>\nHm.\n</think>", "Hm.</think>", "<think>Hm."):
+        assert to_messages(chat({**ANSWER, "reasoning_content": beside}))[0][1]["reasoning_content"] == "Hm."
+    assert to_messages(chat({**ANSWER, "reasoning_content": " \n"}))[0][1] == ANSWER
+    assert to_messages(chat({**ANSWER, "reasoning_content": " Hm."}))[0][1]["reasoning_content"] == " Hm."
+    with pytest.raises(DataError, match="has a <think> or </think> within"):
+        to_messages(chat({**ANSWER, "reasoning_content": "Hm.</think>A</think>"}))
+
+
+@pytest.mark.parametrize("token", ["</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>",
+                                   "<eos>", "<｜end▁of▁sentence｜>"])  # fmt: skip
+def test_a_control_token_in_a_text_is_named(tokenizer, tmp_path, token):
+    """Files made for one model hold its tokens as letters, which another would learn to spell."""
+    for record in (chat({**ANSWER, "content": f"A{token}"}),
+                   {"instruction": f"{token}Q", "output": "A"}):
+        assert notes_on(record)[0].startswith(f"{token!r} is spelled in a message, and read as text")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"One{token}Two"}), encoding="utf-8")
+    documents = PretrainDataset(tmp_path / "a.jsonl", tokenizer, split_documents=True, cache_dir=tmp_path)
+    assert [tokenizer.decode(ids) for ids, _ in documents] == ["One<|endoftext|>", "Two<|endoftext|>"]
+    for text in ("a<b and c>d", "x |> y <| z", "[1] <s", "<script>", "<think>\nHm.\n</think>\n\nA"):
+        assert notes_on(chat({**ANSWER, "content": text})) == []
+
+
 @pytest.mark.parametrize("calls", [
     {"tool_calls": [CALL]},
     {"tool_calls": json.dumps([CALL])},
@@ -179,10 +215,19 @@ def test_a_call_as_text_keeps_its_text_and_absent_arguments_are_none():
 
     assert arguments_of(arguments='{"a":1}') == '{"a":1}' and arguments_of(arguments="{'a': 1}") == {"a": 1}
     assert arguments_of() == arguments_of(arguments="") == arguments_of(arguments=None) == {}
+    assert arguments_of(arguments="null") == {} and arguments_of(arguments="[1]") == "[1]"
+    assert arguments_of(arguments=json.dumps('{"a": "\\"b"}')) == '{"a": "\\"b"}'  # JSON text of JSON text
+    assert arguments_of(arguments={"a": '{"b": 1}'}) == {"a": '{"b": 1}'}
+    for wrong in ({"a": float("nan")}, '{"a": [-Infinity]}'):
+        with pytest.raises(DataError, match="NaN and infinity are not valid JSON"):
+            arguments_of(arguments=wrong)
     with pytest.raises(DataError, match="different things"):
         arguments_of(arguments={"a": 1}, parameters={"a": 2})
     with pytest.raises(DataError, match="other ones beside it"):
         to_messages(chat({"role": "function_call", "content": json.dumps(CALL), "tool_calls": [CALL]}))
+    with pytest.raises(DataError, match="other ones beside it"):
+        spelled = f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"
+        to_messages(chat({"role": "assistant", "content": spelled, "tool_calls": [CALL]}))
     assert "'foo' of a tool call" in notes_on(chat({**ANSWER, "tool_calls": [{"name": "f", "foo": 1}]}))[0]
 
 
