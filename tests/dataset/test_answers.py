@@ -72,7 +72,8 @@ def test_final_number(text, number):
     assert final_number(text) == number
 
 
-@pytest.mark.parametrize("part", ["1,", "(", "1 ", "-", "1/", "\\boxed{", "一", "9", "{,}", "1.111", "#### 9", "#", "\\frac"])
+@pytest.mark.parametrize("part", ["1,", "(", "1 ", "-", "1/", "\\boxed{", "一", "9", "{,}", "1.111",
+                                  "#### 9", "#", "\\frac"])  # fmt: skip
 def test_a_long_answer_is_read_in_no_time(part):
     began = time.perf_counter()
     final_number(part * 20_000)
