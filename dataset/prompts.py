@@ -112,7 +112,9 @@ def test_of(record: dict, last_turn: dict | None) -> AnswerTest:
     """How answers to the record are checked. last_turn: the right answer that its conversation ends with."""
     if "gt" in record and not record.keys() & {"answers", "contains"} and not is_empty(record["gt"]):
         expected = record["gt"] if isinstance(record["gt"], list) else [record["gt"]]
-        return answer_test({"contains": [str(text) for text in expected]}, "")
+        # A table has 5.0 for 5 where another row has no number.
+        texts = [f"{value:.15g}" if isinstance(value, float) else str(value) for value in expected]
+        return answer_test({"contains": texts}, "")
     if last_turn is None and "answer" in record and not record.keys() & {"answers", "contains"}:
         return answer_test({"question": "", "answer": str(record["answer"])})
     if last_turn is None:

@@ -114,10 +114,10 @@ def read_parquet(file) -> Iterator[tuple[int, object]]:
         # Unless told so, pyarrow holds a whole group of rows, and some files of many gigabytes are one group.
         table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         for batch in table.iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
+            for record in batch.to_pylist(maps_as_pydicts="strict"):
                 row += 1
                 yield row, without_nulls(json.loads(json.dumps(record, default=_as_json)))
-    except (ValueError, NotImplementedError) as error:  # pyarrow's own errors are ValueErrors
+    except (ValueError, KeyError, NotImplementedError) as error:  # pyarrow's own errors are ValueErrors
         raise Stop(row + 1, f"not valid Parquet ({reason_of(error)})") from None
 
 

@@ -278,6 +278,11 @@ def test_parquet(tmp_path):
     assert read(tmp_path / "c.parquet") == [
         (1, {"text": "a", "messages": [{"content": {"bytes": 1}}], "date": "2000-01-01", "n": 1.5})
     ]
+    # A map, as Spark writes objects, is an object, and no list of pairs.
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    maps = pyarrow.table({"a": pyarrow.array([[("city", "Oslo"), ("no", None)]], kind)})
+    parquet.write_table(maps, tmp_path / "e.parquet")
+    assert read(tmp_path / "e.parquet") == [(1, {"a": {"city": "Oslo"}})]
     whole = (tmp_path / "a.parquet").read_bytes()
     for cut in range(0, len(whole), 97):
         with pytest.raises(DataError) as error:
