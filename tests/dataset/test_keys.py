@@ -23,7 +23,7 @@ def learnt(record: dict) -> list[str]:
 
 def notes_on(record: dict) -> list[str]:
     notes = []
-    to_messages(record, notes.append)
+    learnt_messages(record, notes.append)
     return notes
 
 
@@ -153,15 +153,16 @@ def test_reasoning_in_the_content_and_beside_it():
 
 @pytest.mark.parametrize("answer, content, note", [
     # What a server returns where its prompt ends in <think>
-    ({"content": "Hm.\n</think>\n\nA"}, "<think>\nHm.\n</think>\n\nA", "a </think> and no <think>"),
-    ({"content": "\nHm.</think>A", "reasoning": "Hm."}, "<think>\nHm.</think>A", "a </think> and no <think>"),
+    ({"content": "Hm.\n</think>\n\nA"}, "Hm.\n</think>\n\nA", "a </think> and no <think>"),
+    ({"content": "\nHm.</think>A", "reasoning": "Hm."}, "\nHm.</think>A", "a </think> and no <think>"),
     ({"content": "<think>Hm."}, "<think>Hm.", "that is not closed"),
     ({"content": "<think>Hm.</think>A"}, "<think>Hm.</think>A", None),
 ])  # fmt: skip
-def test_a_thought_of_which_one_sign_is_missing(tokenizer, answer, content, note):
+def test_a_thought_of_which_one_sign_is_missing_is_named(tokenizer, answer, content, note):
     record = chat({"role": "assistant", **answer})
-    assert to_messages(record)[0][1] == {"role": "assistant", "content": content}
+    assert learnt_messages(record)[0][1] == {"role": "assistant", "content": content}
     assert note in notes_on(record)[0] if note else notes_on(record) == []
+    to_messages(record, pytest.fail)  # a request to a server may go on with such an answer
 
 
 def test_signs_of_a_thought_beside_a_content():
@@ -180,6 +181,7 @@ def test_a_control_token_in_a_text_is_named(tokenizer, tmp_path, token):
     for record in (chat({**ANSWER, "content": f"A{token}"}),
                    {"instruction": f"{token}Q", "output": "A"}):
         assert notes_on(record)[0].startswith(f"{token!r} is spelled in a message, and read as text")
+        to_messages(record, pytest.fail)  # a person may type it to a server
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"One{token}Two"}), encoding="utf-8")
     documents = PretrainDataset(tmp_path / "a.jsonl", tokenizer, split_documents=True, cache_dir=tmp_path)
     assert [tokenizer.decode(ids) for ids, _ in documents] == ["One<|endoftext|>", "Two<|endoftext|>"]
@@ -239,6 +241,26 @@ def test_function_call_beside_text_and_in_a_turn_of_its_own():
     turns = [{"from": "human", "value": "Q"}, {"from": "function_call", "value": json.dumps(CALL)},
              {"from": "observation", "value": "3 C"}, {"from": "gpt", "value": "A"}]  # fmt: skip
     assert to_messages({"conversations": turns})[0][1]["tool_calls"] == [CALL]
+
+
+def test_calls_in_turns_of_their_own_belong_to_the_answer_before_them():
+    """As ms-swift has them: several calls at once, perhaps after words, before the first result comes."""
+    def turns(*flags):
+        calls = [{"role": "tool_call", "content": json.dumps({**CALL, "name": name})} for name in "ab"]
+        calls = [call | flag for call, flag in zip(calls, flags, strict=True)]
+        result = {"role": "tool_response", "content": "3 C"}
+        return [ASK, {**ANSWER, "content": "I look."}, *calls, result, result, ANSWER]
+
+    messages, _ = to_messages({"messages": turns({}, {})})
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert messages[1] == {"role": "assistant", "content": "I look.",
+                           "tool_calls": [{**CALL, "name": "a"}, {**CALL, "name": "b"}]}  # fmt: skip
+    assert notes_on({"messages": turns({}, {})}) == []
+    alone = turns({"loss": False}, {"loss": False})
+    assert learnt({"messages": [ASK, *alone[2:]]}) == ["A"]
+    with pytest.raises(DataError, match="message 3 goes on with the answer before it, and is marked unlike"):
+        to_messages({"messages": alone})
+    assert "each is a turn of its own" in notes_on({"messages": [ASK, ANSWER, ANSWER]})[0]
 
 
 @pytest.mark.parametrize("parts, message", [
