@@ -23,7 +23,16 @@ def read_tools(tools: object) -> list | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError("tools is not a list of objects")
-    return tools
+    return [_with_schema(tool) for tool in tools]
+
+
+def _with_schema(tool: dict) -> dict:
+    """The tool, with its parameters as an object. Tables have them as JSON text: each tool has other ones."""
+    for key in ("function", "parameters"):
+        value = parse_json(tool[key]) if isinstance(tool.get(key), str) else tool.get(key)
+        if isinstance(value, dict):
+            tool = {**tool, key: _with_schema(value) if key == "function" else value}
+    return tool
 
 
 def read_calls(calls: object, name: str, note: Note) -> list[dict]:

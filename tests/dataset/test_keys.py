@@ -340,6 +340,20 @@ def test_tools_of_a_system_message(name, tools):
         to_messages({"conversations": turns, "tools": [{"name": "other"}]})
 
 
+def test_parameters_of_tools_may_be_json_text():
+    """A column of a table holds values of one type, and no two tools have the same parameters."""
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    flat, nested = {"name": "f", "parameters": schema}, {"type": "function", "function": {"name": "f"}}
+    nested["function"]["parameters"] = schema
+    as_text = {**nested, "function": {"name": "f", "parameters": json.dumps(schema)}}
+    twice = {**nested, "function": json.dumps(as_text["function"])}
+    for written in (as_text, twice, nested):
+        assert to_messages(chat(tools=[written]))[1] == [nested]
+    assert to_messages(chat(tools=[{**flat, "parameters": json.dumps(schema)}]))[1] == [flat]
+    words = {"name": "f", "parameters": "the city", "description": '{"a": 1}'}
+    assert to_messages(chat(tools=[words]))[1] == [words]
+
+
 def test_a_system_message_of_tools_alone_and_empty_strings():
     absent = {"reasoning_content": "", "tools": "", "tool_calls": ""}
     turns = [{"role": "system", "tools": json.dumps([TOOL])}, {**ASK, **absent}, {**ANSWER, **absent}]
