@@ -167,7 +167,7 @@ def answer_test(record: dict, last_turn: str | None = None, calls: Sequence[dict
     answers = tuple(required(record, "answers", list)) if "answers" in record else ()
     if (last_turn or calls) and not contains and not answers:
         return AnswerTest(last_turn, answers=(last_turn,), calls=tuple(calls))
-    return AnswerTest(last_turn, contains=contains, answers=answers)
+    return AnswerTest(last_turn or None, contains=contains, answers=answers)
 
 
 def required(record: dict, key: str, kind: type):

@@ -96,16 +96,21 @@ def read_prompt(tokenizer, record: dict, where: str, note: Callable) -> Prompt:
         if messages[-1]["role"] == "assistant":
             messages, last_turn = messages[:-1], read_message(messages[-1])
     else:
-        asked = record.get("question", record.get("prompt"))
-        turns = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-        messages, tools = to_messages({"messages": turns} | {key: record[key] for key in ("system", "tools")
-                                                             if key in record}, note)
+        messages, tools = read_asked(record, note)
     if not messages or messages[-1]["role"] == "assistant":
         raise DataError("the prompt ends with an answer, and holds no question")
     if "max_reward_tokens" in record and required(record, "max_reward_tokens", int) < 1:
         raise DataError(f"'max_reward_tokens' must be at least 1, not {record['max_reward_tokens']}")
     ids, _ = encode_chat(tokenizer, messages, tools, True)
     return Prompt(messages, ids, test_of(record, last_turn), record, where)
+
+
+def read_asked(record: dict, note: Callable) -> tuple[list[dict], list | None]:
+    """The messages and tools of a record with a "question" or a "prompt": a text, or a list of messages."""
+    asked = record.get("question", record.get("prompt"))
+    turns = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+    beside = {key: record[key] for key in ("system", "tools") if key in record}
+    return to_messages({"messages": turns} | beside, note)
 
 
 def test_of(record: dict, last_turn: dict | None) -> AnswerTest:
