@@ -252,8 +252,9 @@ def _answer(content: object, calls: object, reasoning: object, name: str, note: 
             raise DataError(f"{name} has one reasoning in its content and another one beside it")
         reasoning = ""
     message = {"content": content}
-    if calls or more_calls:
-        message["tool_calls"] = read_calls(calls or [], name, note) + read_calls(more_calls, name, note)
+    if calls is not None or more_calls:
+        calls = [] if calls is None else read_calls(calls, name, note)
+        message["tool_calls"] = calls + read_calls(more_calls, name, note)
     if reasoning:
         message["reasoning_content"] = reasoning
     return message

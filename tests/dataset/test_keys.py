@@ -227,6 +227,9 @@ def test_a_call_as_text_keeps_its_text_and_absent_arguments_are_none():
         arguments_of(arguments={"a": 1}, parameters={"a": 2})
     with pytest.raises(DataError, match="other ones beside it"):
         to_messages(chat({"role": "function_call", "content": json.dumps(CALL), "tool_calls": [CALL]}))
+    for wrong in (0, False, 5, ["f"]):
+        with pytest.raises(DataError):
+            to_messages(chat({**ANSWER, "function_call": wrong}))
     with pytest.raises(DataError, match="other ones beside it"):
         spelled = f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"
         to_messages(chat({"role": "assistant", "content": spelled, "tool_calls": [CALL]}))
