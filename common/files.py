@@ -133,6 +133,28 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+# How files begin -> what they are, and the endings that say so
+BEGINNINGS = {
+    b"version https://git-lfs": ("only a pointer of Git LFS: fetch the file itself with `git lfs pull`", ()),
+    b"<!doctype html": ("a web page, as a failed download leaves one", ()),
+    b"<html": ("a web page, as a failed download leaves one", ()),
+    b"\x1f\x8b\x08": ("packed with gzip: its name must end in .gz", (".gz",)),
+    b"PAR1": ("a Parquet file: its name must end in .parquet", (".parquet",)),
+    b"(\xb5/\xfd": ("packed with Zstandard: unpack it first", (".zst",)),
+}
+
+
+def kind_unlike_name(path: Path) -> str | None:
+    """What a file is that is not what its name says, such as "a web page"; None where that is unknown."""
+    with suppress(OSError), path.open("rb") as file:
+        beginning = file.read(32)
+        for mark, (what, endings) in BEGINNINGS.items():
+            is_like_it = beginning.lower().startswith(mark.lower())
+            if is_like_it and not str(path).lower().endswith(endings or "/"):
+                return what
+    return None
+
+
 def without_wrappers(name: str) -> str:
     """The name of a parameter without the prefixes that DDP and torch.compile add."""
     return re.sub(r"^(module\.)+|_orig_mod\.", "", name)
@@ -147,6 +169,8 @@ def explained(where: Path):
         prefix = "" if str(where) in str(error) else f"{where}: "
         raise ModelError(prefix + one_line(error)) from None
     except Exception as error:
+        if what := kind_unlike_name(where):
+            raise ModelError(f"{where} is {what}") from None
         raise ModelError(f"{where} is damaged or cut off, or of another kind ({one_line(error)})") from None
 
 
@@ -159,7 +183,8 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {one_line(error)}") from None
+        what = kind_unlike_name(path) or f"not valid JSON: {one_line(error)}"
+        raise ModelError(f"{path} is {what}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} must hold one JSON object")
     return value

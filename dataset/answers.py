@@ -46,8 +46,9 @@ class AnswerTest:
 # Full-width signs such as "３", "％" and "－" -> ASCII. The full-width comma stays, because it only separates
 # clauses.
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if code != 0xFF0C}
-LATEX = ((r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2"), (r"\{,\}", ","), (r"\\[,;! ]", "\u2009"))
-SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "万": 1e4, "亿": 1e8}
+LATEX = ((r"(?<=\d) ?\\[dt]?frac", r" \\frac"), (r"\\[dt]?frac(\d)(\d)", r"\1/\2"),
+         (r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2"), (r"\{,\}", ","), (r"\\[,;! ]", "\u2009"))
+SCALES = {"k": 1e3, "K": 1e3, "thousand": 1e3, "million": 1e6, "billion": 1e9, "万": 1e4, "亿": 1e8}
 CHINESE = re.compile("负?[零〇一二两三四五六七八九十百千万亿]{1,40}")
 GAP = "[ \u00a0\u2009\u202f'’]"  # what stands between groups of three digits: spaces, or 1'234
 NUMBER = re.compile(r"""
@@ -60,9 +61,9 @@ NUMBER = re.compile(r"""
           | (?P<comma> (?<!,) (?: [1-9]\d{0,2} (?:(?:\.|GAP)\d{3})+ | \d+ ) ,\d+ ) (?![\d,])  # 1.234,5
           | (?P<plain> \d+ (?:\.\d+)? | (?<![\w.])\.\d+ ) )
         (?: [eE] (?P<e>[-+]?\d+) \b | [ ]?(?:[x×*·]|\\times|\\cdot)[ ]?10\^\{?(?P<ten>[-\u2212]?\d+)
-          | \^\{?(?P<power>-?\d+) | :(?P<minutes>\d\d)(?!\d) | (?P<half>[¼-¾⅐-⅞]) )?
+          | \^\{?(?P<power>-?\d+) | :(?P<minutes>\d\d)(?!\d) | [ ]?(?P<half>[¼-¾⅐-⅞]) )?
       | (?P<vulgar>[¼-¾⅐-⅞]) )
-    (?: \s?(?P<scale> thousand|million|billion|万|亿) )?
+    (?: \s? (?P<scale> thousand|million|billion|万|亿 ) | (?P<k>[kK]) (?![\w/]) )?
     """.replace("GAP", GAP), re.VERBOSE)
 
 
@@ -73,14 +74,17 @@ def final_number(text: str) -> str | None:
         1,234.50   1 234.5   1.234,50   $1,234.50   12km   **42**    a comma before three digits groups them
         3,5 -> 3.5                                   ... before one, two or four digits it is a decimal comma
         -5   −5   -$5   负5, but 10-3 -> 3           a minus after a number is an operation, or a range
-        3/4   ½   1½   1 3/4   \\frac{3}{4} -> 0.75    but 3/4/2025, a date, ends in 2025
+        3/4   ½   1 ½   1 3/4   \\frac34 -> 0.75        but 3/4/2025, a date, ends in 2025
         1e3   3 × 10^8   2^10 -> 1024                a power has its value; m^2, CO2, x_1 hold no number
-        5% -> 5   5 million   12万 -> 120000          per cent is a unit; these words are part of the number
+        5% -> 5   5 million   12万   12k -> 12000     per cent is a unit; these words are part of the number
         9:30 -> 9:30, 9:00 -> 9                      a time or a ratio
         ３４   四十二 -> 42                            Chinese numerals count where there are no digits
     """
-    text = text.split("####")[-1]
-    text = (re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text) or [text])[-1].translate(FULL_WIDTH)
+    # A model that does not stop asks itself more questions. So the first line with one number alone counts.
+    lines = re.findall(r"####[ \t]?(\S{1,30})[ \t]*$", text, re.MULTILINE)
+    lines = [line for line in lines if re.search(r"\d", line)]
+    text = (lines[:1] or [part for part in text.split("####") if part.strip()] or [""])[-1]
+    text = (re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})+)\}", text) or [text])[-1].translate(FULL_WIDTH)
     for pattern, meaning in LATEX:
         text = re.sub(pattern, meaning, text)
     for searched in (re.sub(r"\([^()]*\)", " ", text), text):  # remarks in brackets come second
@@ -111,7 +115,7 @@ def number_text(found: re.Match) -> str:
         value += unicodedata.numeric(vulgar)
     try:
         value *= 10.0 ** int((found["e"] or found["ten"] or "0").replace("\u2212", "-"))
-        value = value ** int(found["power"] or 1) * SCALES.get(found["scale"], 1)
+        value = value ** int(found["power"] or 1) * SCALES.get(found["scale"] or found["k"], 1)
     except (OverflowError, ZeroDivisionError, ValueError):  # 1e999, 0^-1, 1e99...9
         value = math.inf
     return f"{(-value if found['sign'] else value) + 0.0:.15g}"  # + 0.0: -0 becomes 0
@@ -163,7 +167,7 @@ def answer_test(record: dict, last_turn: str | None = None, calls: Sequence[dict
     answers = tuple(required(record, "answers", list)) if "answers" in record else ()
     if (last_turn or calls) and not contains and not answers:
         return AnswerTest(last_turn, answers=(last_turn,), calls=tuple(calls))
-    return AnswerTest(last_turn, contains=contains, answers=answers)
+    return AnswerTest(last_turn or None, contains=contains, answers=answers)
 
 
 def required(record: dict, key: str, kind: type):

@@ -159,10 +159,13 @@ class ForeignTemplate:
         """Raises DataError where the template leaves something out, or writes an answer twice."""
         for leaf in leaves:
             message = messages[leaf.message]
-            if leaf.kind == "reasoning_content":
+            # A thought at the beginning of the words vanishes together with the first mark of the words.
+            without_thought = leaf.kind == "content" and thinks(message) and len(leaf.places) == 1
+            if leaf.kind == "reasoning_content" or without_thought:
                 # Thoughts about earlier questions are left out by some templates, as their models expect.
                 is_old = any(later["role"] == "user" for later in messages[leaf.message:])
-                if not leaf.places and not (is_old and self._shows_thoughts()):
+                is_left_out = without_thought or not leaf.places
+                if is_left_out and not (is_old and self._shows_thoughts()):
                     raise DataError("this model's chat template leaves out what the assistant thought")
             elif leaf.kind == "name" and not leaf.places:
                 raise DataError("this model's chat template leaves out tool calls")
@@ -206,8 +209,8 @@ class ForeignTemplate:
         ends = [found for found in control if places[-1] <= found[0] and found[1] <= end]
         if calls and places[-1] in calls[-1].places:  # the sign that ends a call may be a control token, too
             ends = [found for found in ends if found[2] == self._end_of_turn()]
-        elif ends and text[places[-1]:ends[0][0]].strip():
-            ends = []
+        elif ends and (text[places[-1]:ends[0][0]].strip() or ends[0][2] != self._end_of_turn()):
+            ends = []  # the control token belongs to the next message
         if not ends:
             raise DataError("this model's chat template has no control token that ends an answer")
         after_tool = number > 0 and messages[number - 1]["role"] == "tool"
@@ -216,7 +219,8 @@ class ForeignTemplate:
         start = places[0] if found is None else begin + found
         first = next(leaf for leaf in leaves if leaf.message == number and places[0] in leaf.places)
         if first.kind == "content" and not thinks(messages[number]):
-            if text[start:places[0]].strip():  # The template writes no prompt, so the words alone are learnt.
+            before = text[start:places[0]].strip()
+            if before and "think>" not in before:  # The template writes no prompt, so only words are learnt
                 start = places[0]
         elif found is None:
             raise DataError("this model's chat template writes a prompt that is not found in a conversation")

@@ -12,7 +12,6 @@ of each dataset:
 The first label is always -100: nothing comes before it from which it could be predicted.
 """
 
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 
@@ -23,12 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from common.errors import DataError
 from dataset import chat
 from dataset.keys import FLAGS, is_learnt, name_unknown
-from dataset.messages import NothingToLearn, learnt_messages
+from dataset.messages import SPELLED, NothingToLearn, learnt_messages
 from dataset.records import check_paths, keys_of
 from dataset.token_cache import cached_tokens
-
-# Files of documents for other projects have these tokens in their text.
-MARKS = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>|</?s>")
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -99,7 +95,7 @@ class PretrainDataset(TokenDataset):
     kind = "pretrain"
 
     def __init__(self, data_path, tokenizer, max_length: int = 512, *, split_documents=False, **settings):
-        """split_documents: text between <|im_start|> and <|im_end|> is a document of its own."""
+        """split_documents: text between two control tokens, as <|im_start|>, is a document of its own."""
         self.settings = {"split_documents": split_documents}
         super().__init__(data_path, tokenizer, max_length, **settings)
 
@@ -114,12 +110,12 @@ class PretrainDataset(TokenDataset):
         name_unknown(record, {"text", *FLAGS}, "record", note)
         if is_learnt(record, note) is False:
             raise NothingToLearn("a text that is marked as not to be learnt")
-        documents = [text for text in MARKS.split(record["text"]) if text.strip()]
+        documents = [text for text in SPELLED.split(record["text"]) if text.strip()]
         if self.settings["split_documents"] and documents:
             return documents
-        if MARKS.search(record["text"]):
+        if SPELLED.search(record["text"]):
             note("control tokens are spelled in the text, and read as text: with --split_documents what "
-                 "stands between <|im_start|> and <|im_end|>, or <s> and </s>, becomes a document")
+                 "stands between two of them becomes a document")
         return [record["text"]]
 
     def encode(self, tokenizer, texts: list[str]) -> list[list[int]]:

@@ -4,6 +4,8 @@ Other projects write conversations in other ways. Here is what they write, and w
 dataset/keys.py has the names that a key may have.
 """
 
+import re
+
 from common.errors import DataError
 from dataset.json_records import is_conversation, parse_cell, parse_field, rows_of
 from dataset.keys import (
@@ -36,6 +38,8 @@ CALL_ROLES = ("function_call", "tool_call")  # LLaMA-Factory's: the content is t
 NO_ANSWER = ("", "无")  # as the last answer: MiniMind's prompts for reinforcement learning end so
 TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
 CALL_PARTS = ("tool_use", "tool_call", "function_call")
+# Control tokens of many models, as letters in a text. Files that were made for one project have them there.
+SPELLED = re.compile(r"<[|｜][\w▁]{1,40}[|｜]>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>")
 
 
 class NothingToLearn(DataError):
@@ -61,7 +65,14 @@ def to_messages(record: dict, note: Note = no_note,
     turns, known = _turns_of(record, note, side)
     if not isinstance(turns, list) or not turns:
         raise DataError("the conversation is not a list of messages")
-    messages = [_to_message(turn, f"message {number}", note) for number, turn in enumerate(turns, 1)]
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        message = _to_message(turn, f"message {number}", note)
+        last = messages[-1] if messages and messages[-1]["role"] == message["role"] == "assistant" else None
+        if last and value_of(turn, "role") in CALL_ROLES:
+            _join_calls(last, message, number)
+        else:
+            messages.append(message)
     _leave_out_empty_answers(messages, note)
     _add_system(messages, record, note)
     tools = without_filled_nulls(messages, _tools_of(record, turns[0]), note)
@@ -74,12 +85,36 @@ def to_messages(record: dict, note: Note = no_note,
 def learnt_messages(record: dict, note: Note = no_note) -> tuple[list[dict], list | None]:
     """`to_messages` of a record to learn from. Raises NothingToLearn where it has no answer for that."""
     messages, tools = to_messages(record, note)
+    check_words(messages, note)
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise NothingToLearn("a conversation with no assistant message, or with an empty one: a prompt")
     if not any(message.get("trained", True) for message in answers):
         raise NothingToLearn("a conversation whose every answer is marked as not to be learnt")
     return messages, tools
+
+
+def check_words(messages: list[dict], note: Note) -> None:
+    """Notes what looks wrong in words that are to be learnt.
+
+    In a request to a server all of this is right: a person may write what they like, and an answer that goes
+    on may begin anywhere.
+    """
+    before = None
+    for message in messages:
+        content = message["content"]
+        if found := SPELLED.search(content):
+            note(f"{found[0][:20]!r} is spelled in a message, and read as text: the format has tokens for it")
+        if message["role"] == before == "assistant":
+            note("an answer follows another answer: each is a turn of its own")
+        before = message["role"]
+        if message["role"] != "assistant":
+            continue
+        if "</think>" in content and "<think>" not in content.partition("</think>")[0]:
+            # A server returns such an answer where the prompt ends in <think>.
+            note("an answer has a </think> and no <think> before it: is the beginning of a thought missing?")
+        elif content.count("<think>") != content.count("</think>"):
+            note("an answer has a <think> that is not closed")
 
 
 # --- record -> turns ----------------------------------------------------------------------------------------
@@ -192,26 +227,46 @@ def _to_message(turn: object, name: str, note: Note) -> dict:
     return message
 
 
+def _join_calls(answer: dict, calls: dict, number: int) -> None:
+    """Adds the calls of a turn of their own to the answer just before it: both are one turn of the model."""
+    if answer.get("trained", True) != calls.get("trained", True) or "reasoning_content" in calls:
+        raise DataError(f"message {number} goes on with the answer before it, and is marked unlike it")
+    answer["tool_calls"] = answer.get("tool_calls", []) + calls.get("tool_calls", [])
+
+
 def _answer(content: object, calls: object, reasoning: object, name: str, note: Note) -> dict:
     """The content, tool_calls and reasoning_content of an assistant's message."""
     content, thoughts, more_calls = _content("" if content is None else content, name, note, True)
+    if calls and "<tool_call>" in content:
+        raise DataError(f"{name} has tool calls in its content and other ones beside it")
     if reasoning is None:
         reasoning = "".join(thoughts)
     elif not isinstance(reasoning, str):
         raise DataError(f"the reasoning_content of {name} is not text")
     elif thoughts:
         raise DataError(f"{name} has its reasoning among its parts and beside them")
-    if reasoning and content.lstrip().startswith("<think>"):
+    reasoning = _thought(reasoning, name)
+    if reasoning and ("</think>" in content or content.lstrip().startswith("<think>")):
         written = content.lstrip().removeprefix("<think>").partition("</think>")[0]
         if written.strip() != reasoning.strip():
             raise DataError(f"{name} has one reasoning in its content and another one beside it")
         reasoning = ""
     message = {"content": content}
-    if calls or more_calls:
-        message["tool_calls"] = read_calls(calls or [], name, note) + read_calls(more_calls, name, note)
+    if calls is not None or more_calls:
+        calls = [] if calls is None else read_calls(calls, name, note)
+        message["tool_calls"] = calls + read_calls(more_calls, name, note)
     if reasoning:
         message["reasoning_content"] = reasoning
     return message
+
+
+def _thought(reasoning: str, name: str) -> str:
+    """The reasoning beside a content, without the signs around it; "" where it is blank."""
+    words = reasoning.strip()
+    inner = words.removeprefix("<think>").removesuffix("</think>")
+    if "<think>" in inner or "</think>" in inner:
+        raise DataError(f"the reasoning_content of {name} has a <think> or </think> within")
+    return inner.strip() if inner != words or not words else reasoning
 
 
 def _content(content, name: str, note: Note, is_answer: bool = False) -> tuple[str, list[str], list]:

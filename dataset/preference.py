@@ -21,7 +21,7 @@ from common.errors import DataError
 from dataset import chat
 from dataset.keys import Note, is_empty
 from dataset.lm_dataset import TokenDataset, collate
-from dataset.messages import NothingToLearn, to_messages
+from dataset.messages import NothingToLearn, check_words, to_messages
 from dataset.records import keys_of
 
 SIDES = ("chosen", "rejected")
@@ -128,6 +128,8 @@ def to_pair(record: dict, note: Note) -> list[tuple[list[dict], list | None]]:
             raise NothingToLearn(f"the {side} answer of the pair is empty")
     sides = [to_messages(record, note, side) for side in SIDES]
     (chosen, _), (rejected, _) = sides
+    for messages in (chosen, rejected):
+        check_words(messages, note)
     if said(chosen) == said(rejected):
         raise NothingToLearn("a pair without a difference between the chosen and the rejected answer")
     shared = 0

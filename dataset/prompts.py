@@ -97,10 +97,7 @@ def read_prompt(tokenizer, record: dict, where: str, note: Callable) -> Prompt:
         if messages[-1]["role"] == "assistant":
             messages, last_turn = messages[:-1], read_message(messages[-1])
     else:
-        asked = record.get("question", record.get("prompt"))
-        turns = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-        messages, tools = to_messages({"messages": turns} | {key: record[key] for key in ("system", "tools")
-                                                             if key in record}, note)
+        messages, tools = read_asked(record, note)
     if not messages or messages[-1]["role"] == "assistant":
         raise DataError("the prompt ends with an answer, and holds no question")
     if "max_reward_tokens" in record and required(record, "max_reward_tokens", int) < 1:
@@ -109,11 +106,21 @@ def read_prompt(tokenizer, record: dict, where: str, note: Callable) -> Prompt:
     return Prompt(messages, ids, test_of(record, last_turn), record, where)
 
 
+def read_asked(record: dict, note: Callable) -> tuple[list[dict], list | None]:
+    """The messages and tools of a record with a "question" or a "prompt": a text, or a list of messages."""
+    asked = record.get("question", record.get("prompt"))
+    turns = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+    beside = {key: record[key] for key in ("system", "tools") if key in record}
+    return to_messages({"messages": turns} | beside, note)
+
+
 def test_of(record: dict, last_turn: dict | None) -> AnswerTest:
     """How answers to the record are checked. last_turn: the right answer that its conversation ends with."""
     if "gt" in record and not record.keys() & {"answers", "contains"} and not is_empty(record["gt"]):
         expected = record["gt"] if isinstance(record["gt"], list) else [record["gt"]]
-        return answer_test({"contains": [str(text) for text in expected]}, "")
+        # A table has 5.0 for 5 where another row has no number.
+        texts = [f"{value:.15g}" if isinstance(value, float) else str(value) for value in expected]
+        return answer_test({"contains": texts}, "")
     if last_turn is None and "answer" in record and not record.keys() & {"answers", "contains"}:
         return answer_test({"question": "", "answer": str(record["answer"])})
     if last_turn is None:

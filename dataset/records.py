@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import DataError
+from common.files import kind_unlike_name
 from dataset.json_records import Stop, read_json, reason_of
 from dataset.tables import read_csv, read_parquet
 
@@ -121,6 +122,8 @@ def check_paths(paths) -> list[str]:
             raise DataError(f"{path}: is a pipe or a device; save what it gives as a file first")
         if size == 0:
             raise DataError(f"{path}: the file is empty")
+        if what := kind_unlike_name(file):
+            raise DataError(f"{path}: is {what}")
     return paths
 
 

@@ -13,6 +13,7 @@ from common.errors import DataError
 from dataset.json_records import MAX_RECORD_BYTES, Stop, head_of, lines_of, reason_of, too_long, without_nulls
 
 MAX_CHARACTERS_READ_AGAIN = 64 * MAX_RECORD_BYTES  # of a .csv file, because of wrong quotes
+NOT_A_NUMBER = ("nan", "NaN")  # what pandas writes for an empty cell of a table that was turned into text
 SEP_LINE = re.compile(rb"sep=([,;|:\t])[\r\n]+")  # Excel's first line: what stands between the cells
 
 
@@ -35,7 +36,8 @@ def read_csv(file) -> Iterator[tuple[int, object]]:
         if isinstance(row, DataError):
             yield line, row
         elif len(row) == len(names):
-            yield line, dict(zip(names, row, strict=True))
+            cells = ("" if cell in NOT_A_NUMBER else cell for cell in row)
+            yield line, dict(zip(names, cells, strict=True))
         else:
             more_or_fewer = "more" if len(row) > len(names) else "fewer"
             end = f" (its last line is {last_line})" if last_line > line else ""
@@ -112,10 +114,10 @@ def read_parquet(file) -> Iterator[tuple[int, object]]:
         # Unless told so, pyarrow holds a whole group of rows, and some files of many gigabytes are one group.
         table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         for batch in table.iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
+            for record in batch.to_pylist(maps_as_pydicts="strict"):
                 row += 1
                 yield row, without_nulls(json.loads(json.dumps(record, default=_as_json)))
-    except (ValueError, NotImplementedError) as error:  # pyarrow's own errors are ValueErrors
+    except (ValueError, KeyError, NotImplementedError) as error:  # pyarrow's own errors are ValueErrors
         raise Stop(row + 1, f"not valid Parquet ({reason_of(error)})") from None
 
 

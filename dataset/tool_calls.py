@@ -4,6 +4,8 @@ A tool call comes back as {"name", "arguments"}, as dataset/chat.py writes it. O
 with one more level and the arguments as text; with other names for its keys; or the whole list as text.
 """
 
+import json
+
 from common.errors import DataError
 from dataset.json_records import parse_field, parse_json, rows_of, without_nulls
 from dataset.keys import NAMES, Note, is_empty, name_unknown, value_of
@@ -21,7 +23,16 @@ def read_tools(tools: object) -> list | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError("tools is not a list of objects")
-    return tools
+    return [_with_schema(tool) for tool in tools]
+
+
+def _with_schema(tool: dict) -> dict:
+    """The tool, with its parameters as an object. Tables have them as JSON text: each tool has other ones."""
+    for key in ("function", "parameters"):
+        value = parse_json(tool[key]) if isinstance(tool.get(key), str) else tool.get(key)
+        if isinstance(value, dict):
+            tool = {**tool, key: _with_schema(value) if key == "function" else value}
+    return tool
 
 
 def read_calls(calls: object, name: str, note: Note) -> list[dict]:
@@ -45,13 +56,25 @@ def read_calls(calls: object, name: str, note: Note) -> list[dict]:
         if not isinstance(call, dict) or not isinstance(value_of(call, "name"), str):
             raise DataError(f"{name}: a tool call without a name")
         name_unknown(call, known, "tool call", note)
-        arguments = value_of(call, "arguments")
-        if isinstance(arguments, str) and arguments.strip():
-            value = parse_field(arguments, f"the arguments of the tool call in {name}")
-            arguments = value if isinstance(parse_json(arguments), DataError) else arguments
-        has_none = arguments is None or isinstance(arguments, str) and not arguments.strip()
-        result.append({"name": value_of(call, "name"), "arguments": {} if has_none else arguments})
+        arguments = _arguments(value_of(call, "arguments"), f"the arguments of the tool call in {name}")
+        result.append({"name": value_of(call, "name"), "arguments": arguments})
     return result
+
+
+def _arguments(arguments: object, where: str) -> object:
+    """An object, or JSON text of one as it was written. where: for complaints. Raises DataError."""
+    value = arguments
+    if isinstance(arguments, str) and arguments.strip():
+        value = parse_field(arguments, where)
+        if isinstance(value, str) and isinstance(inner := parse_json(value), dict):
+            arguments, value = value, inner  # JSON text of JSON text, as some servers write it
+        elif isinstance(parse_json(arguments), DataError):  # a literal of Python
+            arguments = value
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise DataError(f"{where}: NaN and infinity are not valid JSON") from None
+    return {} if value is None or isinstance(value, str) and not value.strip() else arguments
 
 
 def without_filled_nulls(messages: list[dict], tools: list | None, note: Note) -> list | None:

@@ -51,6 +51,12 @@ class Sampling:
 # As eval_model.py's flags
 SAMPLING_RANGES = {"temperature": (0, 1000), "top_p": (0, 1), "top_k": (0, 2**31),
                    "repetition_penalty": (0.001, 1000)}
+# More settings by which transformers chooses words -> the values of them that change nothing
+NOT_USED = {"min_p": (0,), "typical_p": (1,), "top_h": (), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
+            "num_beams": (1,), "penalty_alpha": (0,), "guidance_scale": (1,), "no_repeat_ngram_size": (0,),
+            "min_length": (0,), "min_new_tokens": (0,), "stop_strings": ([],), "bad_words_ids": ([],),
+            "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "forced_bos_token_id": (),
+            "forced_eos_token_id": (), "sequence_bias": ({},), "watermarking_config": ()}
 
 
 class ChatModel:
@@ -62,7 +68,8 @@ class ChatModel:
     context: how many tokens, prompt and answer together, the model was trained to see.
     max_positions: how many tokens the model can see. Beyond `context` a small model forgets how to speak.
     adapter: the adapters in use, for a person to read. adapted_layers: how many layers they change.
-    reports: one line for each adapter that was loaded at the start, and one on a tokenizer that was missing.
+    reports: one line for each adapter that was loaded at the start, one on a tokenizer that was missing, and
+        one on settings of generation_config.json that are not used.
     """
 
     def __init__(self, path, adapters=(), device="auto", dtype="auto", quantize="none", plain=False,
@@ -102,6 +109,7 @@ class ChatModel:
         self.adapter, self.adapted_layers = None, 0
         # All are loaded now, so that a bad one is found now. The first comes last and stays in use.
         self.reports = [OWN_IS_TAKEN.format(path)] if gets_our_own(self.path) and not tokenizer else []
+        self.reports += unused_settings(self.model.generation_config or {})
         self.reports += [report for name in reversed(adapters) if (report := self.switch(name))]
 
     # --- adapters -----------------------------------------------------------------------------------------
@@ -242,6 +250,13 @@ def own_sampling(settings: dict, path: Path) -> Sampling:
     if settings.get("do_sample") is False or sampling.temperature < 0.001:
         sampling.temperature = 0.0
     return sampling
+
+
+def unused_settings(settings: dict) -> list[str]:
+    """One line on what generation_config.json asks for and does not get here; none if it gets all."""
+    unused = [name for name, neutral in NOT_USED.items()
+              if settings.get(name) is not None and settings[name] not in neutral]
+    return [f"generation_config.json sets {', '.join(unused)}, which is not used here"] if unused else []
 
 
 def checked_end_tokens(model, tokenizer, path: Path) -> list[int]:

@@ -10,6 +10,7 @@ The records, and when an answer is right:
     {"question", "choices", "answer": 2}                               the likeliest choice is that index
     {"question", "answer": "... #### 42"}                              its final number is that (GSM8K)
     {"prompt"}, or a longer talk that the user ends                    answered for people to read, not scored
+        "contains", "answers", "gt" or "answer"                        ... scored by it: dataset/prompts.py
     {"text"}                                                           loss alone
 
 A record with a conversation, in any format of dataset/messages.py, is scored as one, whatever else it holds.
@@ -30,9 +31,10 @@ from common.errors import DataError, RunError
 from dataset.answers import AnswerTest, answer_test, required
 from dataset.chat import assistant_text, encode_chat, encode_continuation, encode_text
 from dataset.foreign_chat import thinks
-from dataset.keys import no_note, value_of
+from dataset.keys import name_unknown, no_note, value_of
 from dataset.lm_dataset import PretrainDataset, SFTDataset, collate
 from dataset.messages import to_messages
+from dataset.prompts import read_asked, test_of
 from dataset.records import Report, read_records, reason_of
 from dataset.replies import Reply, read_message
 from inference.chat_model import DEFAULT_NEW_TOKENS, ChatModel, Sampling
@@ -79,12 +81,16 @@ def parse_question(record: dict, file: Path, line: int | None = None, note=no_no
             kind, messages, last_turn = "chat", messages[:-1], messages[-1]
             said = read_message(last_turn)
             test = answer_test(record, said["content"], said.get("tool_calls", ()))
-    elif "choices" in record or "question" in record:
-        kind = "choice" if "choices" in record else "prompt"
-        test = answer_test(record)
+        else:
+            test = test_of(record, None)
+    elif "choices" in record:
+        kind, test = "choice", answer_test(record)
         messages = [{"role": "user", "content": required(record, "question", str)}]
-    elif "prompt" in record:
-        messages = [{"role": "user", "content": required(record, "prompt", str)}]
+        name_unknown(record, {"question", "choices", "answer"}, "record", note)
+    elif "question" in record or "prompt" in record:
+        test = answer_test(record) if "question" in record else test_of(record, None)
+        messages, tools = read_asked(record, note)
+        name_unknown(record, {"question", "prompt", "answer", "system", "tools"}, "record", note)
     else:
         kind = "text"
     family = str(record.get("family", file.stem))

@@ -17,6 +17,9 @@ from model.moe import SETTINGS as EXPERT_SETTINGS
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "MinistralForCausalLM", "Qwen2ForCausalLM",
                  "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM")
+# What the classes of transformers take where a config.json does not name it
+DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6}
+DEFAULTS_OF_MIXTRAL = {"rope_theta": 1e6, "rms_norm_eps": 1e-5}
 MODEL_TYPES = {"Qwen3Moe": "qwen3_moe"}  # where model_type is not the name of the class in small letters
 
 
@@ -83,14 +86,23 @@ def config_from_dict(raw: dict) -> ModelConfig:
         raise ModelError("of quantized weights only bitsandbytes' NF4 is read; use the unquantized model")
 
     # transformers 5 writes rope_parameters alone. Older versions write rope_theta and rope_scaling.
-    rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
+    parameters, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    for name in parameters.keys() & scaling.keys():
+        is_added = name == "rope_type" and parameters[name] == "default"  # a scaling, added by hand
+        if parameters[name] != scaling[name] and not is_added:
+            raise ModelError(f"rope_parameters and rope_scaling differ in {name}: keep one of the two")
+    rope = parameters | scaling
     check_types(rope)
-    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    default = DEFAULTS_OF_MIXTRAL if family == "Mixtral" else DEFAULTS
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or default["rope_theta"]
     if any(isinstance(value, dict) for value in rope.values()):
         raise ModelError("rotary settings that differ between layers are not supported")
     if (rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ModelError("partial_rotary_factor is not supported")
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
+    original_length = raw.get("original_max_position_embeddings")
+    if rope["rope_type"] in ("llama3", "yarn") and original_length:  # beside rope_scaling, as Phi-3 has it
+        rope["original_max_position_embeddings"] = original_length
 
     window, layer_types = _windows(raw, family)
     # A missing key has the default of its class, such as Qwen3's head_dim and Mistral's window.
@@ -101,7 +113,8 @@ def config_from_dict(raw: dict) -> ModelConfig:
         qk_norm=family in ("Qwen3", "Qwen3Moe"),
         attention_bias=family == "Qwen2", tie_word_embeddings=raw.get("tie_word_embeddings", False),
         rope_theta=float(theta), rope_scaling=None if rope["rope_type"] == "default" else rope,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6), initializer_range=raw.get("initializer_range", 0.02),
+        rms_norm_eps=raw.get("rms_norm_eps", default["rms_norm_eps"]),
+        initializer_range=raw.get("initializer_range", 0.02),
         max_position_embeddings=raw.get("max_position_embeddings", 32768),
         sliding_window=window, layer_types=layer_types, **_experts(raw, family))
 

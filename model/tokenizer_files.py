@@ -57,7 +57,11 @@ def load_tokenizer(path):
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # damaged files raise all kinds, and a panic of Rust is no Exception
-        raise ModelError(f"the tokenizer in {path} can't be read: {files.one_line(error)}") from None
+        what = files.kind_unlike_name(path / VOCABULARY)
+        reason = f"{VOCABULARY} is {what}" if what else files.one_line(error)
+        if VOCABULARY not in as_read:
+            reason = f"{VOCABULARY} is missing, and it could not be made from the files that are there"
+        raise ModelError(f"the tokenizer in {path} can't be read: {reason}") from None
     tokenizer.as_read = (_tokens(tokenizer), as_read)
     return tokenizer
 

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from common import files
+from common.errors import ModelError
 from common.files import read_json_if_there, remove, temporary_path, write_whole, writing
 
 
@@ -135,3 +136,22 @@ def test_permissions_follow_the_umask_whoever_made_the_file(tmp_path, umask):
     for path in (tmp_path / "folder" / "private", tmp_path / "file"):
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask
     assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json",
+                                  "generation_config.json"])  # fmt: skip
+def test_a_file_of_a_model_that_is_only_a_pointer(tmp_path, name):
+    """`git clone` without LFS leaves such files; a download from a page behind a login leaves HTML."""
+    from model.tokenizer_files import load_tokenizer
+    from model.transformer import CausalLM, ModelConfig
+    from model.weights import load_model, save_model
+
+    save_model(CausalLM(ModelConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)),
+               tmp_path / "m")  # fmt: skip
+    reader = load_tokenizer if name == "tokenizer.json" else load_model
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for content, words in ((pointer, "git lfs pull"), ("<html>Sign in</html>", "is a web page")):
+        (tmp_path / "m" / name).write_text(content, encoding="utf-8")
+        with pytest.raises(ModelError, match=f"{name} is .*") as caught:
+            reader(tmp_path / "m")
+        assert words in str(caught.value) and "\n" not in str(caught.value)

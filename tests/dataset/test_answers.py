@@ -54,6 +54,15 @@ SPELLINGS = [
     ("一亿二千万", "120000000"),
     ("二〇二六年", "2026"), ("负五", "-5"), ("四十二个在一起", "42"), ("7个一组", "7"),
     ("two hundred", None), ("no digits", None), ("", None),
+    # The first line that holds the mark and a number alone; an empty mark or box says nothing.
+    ("so 18\n#### 18\n\nQuestion: 3 + 4?\nAnswer: 7\n#### 7", "18"),
+    ("#### Step 1: 3 + 4\n#### Sum\n7", "7"),
+    ("18 ####", "18"), ("#### 18\n####", "18"), ("\\boxed{18}, \\boxed{}", "18"),
+    ("\\boxed{$9{,}500}", "9500"), ("The total is 72, altogether, of 9.", "9"), ("\\boxed{8,000}", "8000"),
+    # LaTeX's short fractions, mixed numbers, and a thousand as one letter
+    ("\\frac12", "0.5"), ("-\\dfrac34", "-0.75"), ("3\\frac{1}{2}", "3.5"), ("3 \\tfrac12", "3.5"),
+    ("12 ½", "12.5"), ("line 5\n\\frac{1}{2}", "0.5"), ("$50k", "50000"), ("1.5K.", "1500"), ("5km", "5"),
+    ("12 kg", "12"), ("5k/h", "5"),
     ("12345678901", "12345678901"),  # two large numbers that differ stay different
 ]
 
@@ -63,7 +72,8 @@ def test_final_number(text, number):
     assert final_number(text) == number
 
 
-@pytest.mark.parametrize("part", ["1,", "(", "1 ", "-", "1/", "\\boxed{", "一", "9", "{,}", "1.111"])
+@pytest.mark.parametrize("part", ["1,", "(", "1 ", "-", "1/", "\\boxed{", "一", "9", "{,}", "1.111",
+                                  "#### 9", "#", "\\frac"])  # fmt: skip
 def test_a_long_answer_is_read_in_no_time(part):
     began = time.perf_counter()
     final_number(part * 20_000)

@@ -404,3 +404,40 @@ def test_what_a_foreign_template_has_no_place_for_is_named(messages, tools, reas
     tokenizer = tool_tokenizer(TEMPLATES["zephyr"])
     with pytest.raises(DataError, match=reason):
         chat.encode_chat(tokenizer, messages, tools)
+
+
+EMPTY_THOUGHT = template(by_role(
+    "<|U|>{{ m.content }}", "<|A|>{A{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+    "{% else %}<think></think>{% endif %}{{ m.content }}<eot>A}"), prompt="<|A|>")  # fmt: skip
+
+
+def test_an_empty_thought_after_the_prompt_is_the_models_own():
+    """The prompt has no switch for it, so the model that answers has to write these signs."""
+    tokenizer = tool_tokenizer(EMPTY_THOUGHT)
+    assert agree(tokenizer, [ASK, TOLD], **AS_IT_IS) == "<think></think>3 C.<eot>"
+    mixed = [ASK, TOLD, ASK, {**TOLD, "reasoning_content": "Hm."}]
+    assert agree(tokenizer, mixed, **AS_IT_IS) == (
+        "<think></think>3 C.<eot><think>Hm.</think>3 C.<eot>")
+
+
+def test_a_thought_in_the_words_that_a_template_takes_out():
+    """DeepSeek-R1's takes it out of every answer, Qwen3's out of answers to earlier questions."""
+    cut_off = "{% set c = m.content.split('</think>')[-1] %}<|A|>{A{{ c }}<eot>A}"
+    thought = {**TOLD, "content": "<think>\nHm.\n</think>\n\n3 C."}
+    tokenizer = tool_tokenizer(template(by_role("<|U|>{{ m.content }}", cut_off), prompt="<|A|>"))
+    assert agree(tokenizer, [ASK, TOLD], **AS_IT_IS) == "3 C.<eot>"
+    with pytest.raises(DataError, match="leaves out what the assistant thought"):
+        chat.encode_chat(tokenizer, [ASK, thought])
+    qwen3 = tool_tokenizer(THINKING)
+    ids, mask = chat.encode_chat(qwen3, [ASK, thought, ASK, thought])
+    learnt = qwen3.decode([index for index, on in zip(ids, mask, strict=True) if on])
+    assert learnt == "3 C.<|im_end|><think>\nHm.\n</think>\n\n3 C.<|im_end|>"
+
+
+def test_the_token_that_begins_the_next_question_ends_no_answer():
+    """Here only the last answer has an end, so a model would learn to write the next question's sign."""
+    answer = "<|A|>{A{{ m.content }}{% if loop.last %}<eot>{% endif %}A}"
+    tokenizer = tool_tokenizer(template(by_role("<|U|>{{ m.content }}", answer), prompt="<|A|>"))
+    assert agree(tokenizer, [ASK, TOLD], **AS_IT_IS) == "3 C.<eot>"
+    with pytest.raises(DataError, match="no control token that ends an answer"):
+        chat.encode_chat(tokenizer, [ASK, TOLD, ASK, TOLD])

@@ -23,7 +23,7 @@ def learnt(record: dict) -> list[str]:
 
 def notes_on(record: dict) -> list[str]:
     notes = []
-    to_messages(record, notes.append)
+    learnt_messages(record, notes.append)
     return notes
 
 
@@ -151,6 +151,44 @@ def test_reasoning_in_the_content_and_beside_it():
         to_messages(chat({**message, "reasoning_content": "Oh."}))
 
 
+@pytest.mark.parametrize("answer, content, note", [
+    # What a server returns where its prompt ends in <think>
+    ({"content": "Hm.\n</think>\n\nA"}, "Hm.\n</think>\n\nA", "a </think> and no <think>"),
+    ({"content": "\nHm.</think>A", "reasoning": "Hm."}, "\nHm.</think>A", "a </think> and no <think>"),
+    ({"content": "<think>Hm."}, "<think>Hm.", "that is not closed"),
+    ({"content": "<think>Hm.</think>A"}, "<think>Hm.</think>A", None),
+])  # fmt: skip
+def test_a_thought_of_which_one_sign_is_missing_is_named(tokenizer, answer, content, note):
+    record = chat({"role": "assistant", **answer})
+    assert learnt_messages(record)[0][1] == {"role": "assistant", "content": content}
+    assert note in notes_on(record)[0] if note else notes_on(record) == []
+    to_messages(record, pytest.fail)  # a request to a server may go on with such an answer
+
+
+def test_signs_of_a_thought_beside_a_content():
+    for beside in ("<think>\nHm.\n</think>", "Hm.</think>", "<think>Hm."):
+        assert to_messages(chat({**ANSWER, "reasoning_content": beside}))[0][1]["reasoning_content"] == "Hm."
+    assert to_messages(chat({**ANSWER, "reasoning_content": " \n"}))[0][1] == ANSWER
+    assert to_messages(chat({**ANSWER, "reasoning_content": " Hm."}))[0][1]["reasoning_content"] == " Hm."
+    with pytest.raises(DataError, match="has a <think> or </think> within"):
+        to_messages(chat({**ANSWER, "reasoning_content": "Hm.</think>A</think>"}))
+
+
+@pytest.mark.parametrize("token", ["</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>",
+                                   "<eos>", "<｜end▁of▁sentence｜>"])  # fmt: skip
+def test_a_control_token_in_a_text_is_named(tokenizer, tmp_path, token):
+    """Files made for one model hold its tokens as letters, which another would learn to spell."""
+    for record in (chat({**ANSWER, "content": f"A{token}"}),
+                   {"instruction": f"{token}Q", "output": "A"}):
+        assert notes_on(record)[0].startswith(f"{token!r} is spelled in a message, and read as text")
+        to_messages(record, pytest.fail)  # a person may type it to a server
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"One{token}Two"}), encoding="utf-8")
+    documents = PretrainDataset(tmp_path / "a.jsonl", tokenizer, split_documents=True, cache_dir=tmp_path)
+    assert [tokenizer.decode(ids) for ids, _ in documents] == ["One<|endoftext|>", "Two<|endoftext|>"]
+    for text in ("a<b and c>d", "x |> y <| z", "[1] <s", "<script>", "<think>\nHm.\n</think>\n\nA"):
+        assert notes_on(chat({**ANSWER, "content": text})) == []
+
+
 @pytest.mark.parametrize("calls", [
     {"tool_calls": [CALL]},
     {"tool_calls": json.dumps([CALL])},
@@ -179,10 +217,22 @@ def test_a_call_as_text_keeps_its_text_and_absent_arguments_are_none():
 
     assert arguments_of(arguments='{"a":1}') == '{"a":1}' and arguments_of(arguments="{'a': 1}") == {"a": 1}
     assert arguments_of() == arguments_of(arguments="") == arguments_of(arguments=None) == {}
+    assert arguments_of(arguments="null") == {} and arguments_of(arguments="[1]") == "[1]"
+    assert arguments_of(arguments=json.dumps('{"a": "\\"b"}')) == '{"a": "\\"b"}'  # JSON text of JSON text
+    assert arguments_of(arguments={"a": '{"b": 1}'}) == {"a": '{"b": 1}'}
+    for wrong in ({"a": float("nan")}, '{"a": [-Infinity]}'):
+        with pytest.raises(DataError, match="NaN and infinity are not valid JSON"):
+            arguments_of(arguments=wrong)
     with pytest.raises(DataError, match="different things"):
         arguments_of(arguments={"a": 1}, parameters={"a": 2})
     with pytest.raises(DataError, match="other ones beside it"):
         to_messages(chat({"role": "function_call", "content": json.dumps(CALL), "tool_calls": [CALL]}))
+    for wrong in (0, False, 5, ["f"]):
+        with pytest.raises(DataError):
+            to_messages(chat({**ANSWER, "function_call": wrong}))
+    with pytest.raises(DataError, match="other ones beside it"):
+        spelled = f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"
+        to_messages(chat({"role": "assistant", "content": spelled, "tool_calls": [CALL]}))
     assert "'foo' of a tool call" in notes_on(chat({**ANSWER, "tool_calls": [{"name": "f", "foo": 1}]}))[0]
 
 
@@ -194,6 +244,26 @@ def test_function_call_beside_text_and_in_a_turn_of_its_own():
     turns = [{"from": "human", "value": "Q"}, {"from": "function_call", "value": json.dumps(CALL)},
              {"from": "observation", "value": "3 C"}, {"from": "gpt", "value": "A"}]  # fmt: skip
     assert to_messages({"conversations": turns})[0][1]["tool_calls"] == [CALL]
+
+
+def test_calls_in_turns_of_their_own_belong_to_the_answer_before_them():
+    """As ms-swift has them: several calls at once, perhaps after words, before the first result comes."""
+    def turns(*flags):
+        calls = [{"role": "tool_call", "content": json.dumps({**CALL, "name": name})} for name in "ab"]
+        calls = [call | flag for call, flag in zip(calls, flags, strict=True)]
+        result = {"role": "tool_response", "content": "3 C"}
+        return [ASK, {**ANSWER, "content": "I look."}, *calls, result, result, ANSWER]
+
+    messages, _ = to_messages({"messages": turns({}, {})})
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert messages[1] == {"role": "assistant", "content": "I look.",
+                           "tool_calls": [{**CALL, "name": "a"}, {**CALL, "name": "b"}]}  # fmt: skip
+    assert notes_on({"messages": turns({}, {})}) == []
+    alone = turns({"loss": False}, {"loss": False})
+    assert learnt({"messages": [ASK, *alone[2:]]}) == ["A"]
+    with pytest.raises(DataError, match="message 3 goes on with the answer before it, and is marked unlike"):
+        to_messages({"messages": alone})
+    assert "each is a turn of its own" in notes_on({"messages": [ASK, ANSWER, ANSWER]})[0]
 
 
 @pytest.mark.parametrize("parts, message", [
@@ -271,6 +341,20 @@ def test_tools_of_a_system_message(name, tools):
     assert to_messages({"conversations": turns, "tools": [TOOL]})[1] == [TOOL]
     with pytest.raises(DataError, match="differ"):
         to_messages({"conversations": turns, "tools": [{"name": "other"}]})
+
+
+def test_parameters_of_tools_may_be_json_text():
+    """A column of a table holds values of one type, and no two tools have the same parameters."""
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    flat, nested = {"name": "f", "parameters": schema}, {"type": "function", "function": {"name": "f"}}
+    nested["function"]["parameters"] = schema
+    as_text = {**nested, "function": {"name": "f", "parameters": json.dumps(schema)}}
+    twice = {**nested, "function": json.dumps(as_text["function"])}
+    for written in (as_text, twice, nested):
+        assert to_messages(chat(tools=[written]))[1] == [nested]
+    assert to_messages(chat(tools=[{**flat, "parameters": json.dumps(schema)}]))[1] == [flat]
+    words = {"name": "f", "parameters": "the city", "description": '{"a": 1}'}
+    assert to_messages(chat(tools=[words]))[1] == [words]
 
 
 def test_a_system_message_of_tools_alone_and_empty_strings():

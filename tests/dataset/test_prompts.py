@@ -43,6 +43,8 @@ def read(tmp_path, tokenizer):
     ({"conversations": [*TURNS, {"role": "assistant", "content": ""}], "gt": ["5"]}, TURNS, "2 + 3 = 5", "4"),
     ({"conversations": [*TURNS, {"role": "assistant", "content": "无"}], "gt": 5}, TURNS, "2 + 3 = 5", "4"),
     ({"conversations": TURNS, "gt": "5"}, TURNS, "5", "4"),
+    ({"conversations": TURNS, "gt": 5.0}, TURNS, "It is 5.", "4"),
+    ({"prompt": TURNS, "gt": [2.5]}, TURNS, "2.5", "2"),
     ({"messages": [*TURNS, {"role": "assistant", "content": f"{THOUGHT}5"}]}, TURNS, "5", f"{THOUGHT}6"),
 ])  # fmt: skip
 def test_what_is_asked_and_what_is_right(read, tokenizer, record, messages, right, wrong):

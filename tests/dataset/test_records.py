@@ -230,6 +230,28 @@ def test_csv_rows_of_the_wrong_width(tmp_path, capsys):
     assert "a.csv:3: fewer" in err and "a.csv:4: more" in err and "a.csv:5: not valid UTF-8" in err
 
 
+def test_csv_cells_without_a_value(tmp_path):
+    """pandas writes nan where a table was turned into text before. Other words may be what the cell says."""
+    rows = "text,note\nnan,a\nNaN,b\nNone,c\nnull,d\nnan bread,e\nNAN,f\n"
+    records = [record for _, record in read(write(tmp_path / "a.csv", rows))]
+    assert [record["text"] for record in records] == ["", "", "None", "null", "nan bread", "NAN"]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "Git LFS.*git lfs pull"),
+    (b"<!DOCTYPE html>\n<html></html>", "a web page"),
+    (gzip.compress(b'{"text": "a"}'), "packed with gzip: its name must end in .gz"),
+    (b"PAR1\x15\x04", "a Parquet file: its name must end in .parquet"),
+    (b"(\xb5/\xfd\x04\x00", "packed with Zstandard: unpack it first"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a"])
+def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, words):
+    write(tmp_path / "good.jsonl", '{"text": "a"}')
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: is .*{words}"):
+        next(read_records([tmp_path / "good.jsonl", tmp_path / name]))  # before the first is read
+
+
 def test_csv_with_two_columns_of_one_name(tmp_path):
     with pytest.raises(DataError, match="a.csv.*1: two columns of the same name"):
         read(write(tmp_path / "a.csv", "text,n,text\na,1,b\n"))
@@ -256,6 +278,11 @@ def test_parquet(tmp_path):
     assert read(tmp_path / "c.parquet") == [
         (1, {"text": "a", "messages": [{"content": {"bytes": 1}}], "date": "2000-01-01", "n": 1.5})
     ]
+    # A map, as Spark writes objects, is an object, and no list of pairs.
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    maps = pyarrow.table({"a": pyarrow.array([[("city", "Oslo"), ("no", None)]], kind)})
+    parquet.write_table(maps, tmp_path / "e.parquet")
+    assert read(tmp_path / "e.parquet") == [(1, {"a": {"city": "Oslo"}})]
     whole = (tmp_path / "a.parquet").read_bytes()
     for cut in range(0, len(whole), 97):
         with pytest.raises(DataError) as error:

@@ -106,6 +106,16 @@ def test_a_model_from_elsewhere_keeps_its_context_after_our_fine_tuning(home, tm
     assert ChatModel(home / "chat").context == 64  # it grew here, in rows of 64
 
 
+def test_settings_of_the_model_that_are_not_used_are_named(home, tmp_path):
+    shutil.copytree(home / "chat", tmp_path / "m")
+    neutral = {"num_beams": 1, "min_p": None, "min_length": 0, "stop_strings": [], "top_k": 5}
+    for more, reports in (({}, []), ({"min_p": 0.1, "num_beams": 4, "stop_strings": ["#"]}, [
+            "generation_config.json sets min_p, num_beams, stop_strings, which is not used here"])):
+        (tmp_path / "m" / "generation_config.json").write_text(json.dumps(neutral | more), encoding="utf-8")
+        chat_model = ChatModel(tmp_path / "m")
+        assert chat_model.reports == reports and chat_model.sampling.top_k == 5
+
+
 def test_a_base_model_is_plain_unless_it_has_an_adapter(home):
     message = [{"role": "user", "content": "Hi"}]
     base, chat_model = ChatModel(home / "base"), ChatModel(home / "chat")

@@ -76,6 +76,35 @@ def test_kinds_of_records():
     assert last not in parse_question(turns("a", "b"), path).messages
 
 
+@pytest.mark.parametrize(("record", "right", "wrong"), [
+    ({"prompt": "2 + 3?", "contains": ["5"]}, "It is 5.", "It is 6."),
+    ({"prompt": [{"role": "user", "content": "2 + 3?"}], "answer": "5"}, "So it is 5.0", "5 or 6"),
+    ({"prompt": "2 + 3?", "gt": 5}, "5", "6"),
+    (turns("Hi", "Hello!", "2 + 3?", gt="5"), "5", "6"),
+    (turns("2 + 3?", answers=["5", "five"]), "five", "It is 5."),
+])  # fmt: skip
+def test_a_prompt_with_something_to_check_it_by_is_scored(record, right, wrong):
+    """The same files serve train_grpo.py, so both must mean the same by these keys."""
+    test = parse_question(record, Path("g.jsonl")).test
+    assert test.is_right(right) is True and test.is_right(wrong) is False
+
+
+def test_a_key_beside_a_prompt_is_obeyed_or_named():
+    def notes_on(record):
+        notes = []
+        question = parse_question(record, Path("g.jsonl"), 1, notes.append)
+        return [message["role"] for message in question.messages], notes
+
+    user = ["user"]
+    assert notes_on({"prompt": "a", "completion": "b"}) == (
+        user, ["the key 'completion' of a record is not used"])  # fmt: skip
+    assert notes_on({"question": "a", "answer": "1", "options": ["1", "2"]}) == (
+        user, ["the key 'options' of a record is not used"])  # fmt: skip
+    assert notes_on({"question": "a", "choices": ["b"], "answer": 0, "system": "S", "id": 3}) == (
+        user, ["the key 'system' of a record is not used"])  # fmt: skip
+    assert notes_on({"question": "a", "answer": "1", "system": "S"}) == (["system", "user"], [])
+
+
 def test_a_limit_spreads_over_the_file(tmp_path):
     data = write(tmp_path / "t.jsonl", *(turns("q", str(i)) for i in range(10)))
     assert [question.test.reference for question in read_questions(data, 4)] == ["0", "2", "5", "7"]

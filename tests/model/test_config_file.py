@@ -9,6 +9,7 @@ import pytest
 
 from common.errors import ModelError
 from model import config_file
+from model.config import rope_frequencies
 from model.config_file import TYPES, config_from_dict, config_to_dict
 from model.transformer import CausalLM, ModelConfig
 from model.weights import load_model, save_model
@@ -95,3 +96,40 @@ def test_what_transformers_writes_passes(family, tmp_path):
     assert config_from_dict(raw).hidden_size == 32
     unset = dict.fromkeys(("pad_token_id", "rope_scaling", "quantization_config", "router_jitter_noise"))
     assert config_from_dict(raw | unset) == config_from_dict(raw)
+
+
+@pytest.mark.parametrize("family", [name.removesuffix("ForCausalLM") for name in config_file.ARCHITECTURES])
+def test_a_missing_key_has_the_default_of_its_class(family):
+    """Old and hand-made files name little. What they leave out is what transformers would fill in."""
+    import transformers
+
+    experts = {"num_experts_per_tok": 2, "num_local_experts": 4, "moe_intermediate_size": 24}
+    short = SHAPE | (experts if family in ("Mixtral", "Qwen3Moe") else {})
+    short |= {"architectures": [f"{family}ForCausalLM"], "head_dim": 8, "max_position_embeddings": 64,
+              "layer_types": None}
+    full = getattr(transformers, f"{family}Config")(**short).to_dict()
+    unlike = {"initializer_range", "router_aux_loss_coef"}  # a trained model computes the same with any
+    ours, theirs = (vars(config_from_dict(raw)) for raw in (short, full | {"layer_types": None}))
+    assert {key for key in ours if ours[key] != theirs[key]} <= unlike
+
+
+def test_rotary_settings_that_stand_in_two_places():
+    """transformers gives a length beside the rotary settings precedence over one within them."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    raw = {key: value for key, value in RAW.items() if not key.startswith("rope")}
+    raw |= {"max_position_embeddings": 64, "head_dim": 32}
+    for inner in ({}, {"original_max_position_embeddings": 32}):
+        change = {"rope_scaling": scaling | inner, "original_max_position_embeddings": 16}
+        theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(json.loads(json.dumps(raw | change)))).inv_freq
+        ours = config_from_dict(raw | change)
+        assert rope_frequencies(ours, "cpu")[0].allclose(theirs)
+        assert ours.rope_scaling["original_max_position_embeddings"] == 16
+    with pytest.raises(ModelError, match="^rope_parameters and rope_scaling differ in factor: keep one of"):
+        config_from_dict(raw | {"rope_scaling": scaling, "rope_parameters": scaling | {"factor": 8.0}})
+    for parameters in ({"rope_type": "default"}, scaling):  # the scaling was added by hand, or both agree
+        both = {"rope_scaling": scaling, "rope_parameters": parameters | {"rope_theta": 5000.0}}
+        assert config_from_dict(raw | both).rope_theta == 5000.0
+        assert config_from_dict(raw | both).rope_scaling["factor"] == 4.0
