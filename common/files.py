@@ -133,7 +133,7 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-# How files begin -> what they are, and the endings that say so
+# How files begin -> what they are, and the endings of names that say so, if there are any
 BEGINNINGS = {
     b"version https://git-lfs": ("only a pointer of Git LFS: fetch the file itself with `git lfs pull`", ()),
     b"<!doctype html": ("a web page, as a failed download leaves one", ()),
@@ -149,8 +149,8 @@ def kind_unlike_name(path: Path) -> str | None:
     with suppress(OSError), path.open("rb") as file:
         beginning = file.read(32)
         for mark, (what, endings) in BEGINNINGS.items():
-            is_like_it = beginning.lower().startswith(mark.lower())
-            if is_like_it and not str(path).lower().endswith(endings or "/"):
+            begins_so = beginning.lower().startswith(mark.lower())
+            if begins_so and not str(path).lower().endswith(endings):  # with (), endswith is False
                 return what
     return None
 

@@ -365,11 +365,14 @@ def prompt_key(row: Row) -> tuple:
 
 
 def random_numbers(seed: int | None) -> Iterator[float]:
-    """Those that `generate` draws for one row with this seed, one after the other."""
+    """Those that `generate` draws for one row with this seed, one after the other, without an end."""
     generator = torch.Generator()
-    generator.seed() if seed is None else generator.manual_seed(seed)
-    while True:
-        yield from torch.rand(64, generator=generator).tolist()  # as 64 calls for one number
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    while True:  # 64 in one call are the numbers that 64 calls would give, in less time
+        yield from torch.rand(64, generator=generator).tolist()
 
 
 def note(row: Row, token: int) -> None:

@@ -130,7 +130,8 @@ def parallelise(model: nn.Module, kind: str, dtype: torch.dtype, ranks: Ranks) -
         return model.to(ranks.device)
     if kind == "ddp":
         replica = DistributedDataParallel(model.to(ranks.device), gradient_as_bucket_view=True)
-        replica.broadcast_buffers = False  # no forward pass changes a buffer
+        # No forward pass changes a buffer. (As an argument it has another name in PyTorch 2.11.)
+        replica.broadcast_buffers = False
         return replica
     return shard(model, dtype, ranks)
 

@@ -90,7 +90,8 @@ class Muon(Optimizer):
         # lerp(a, b, t) is a + t (b - a). So with m = group["momentum"], a momentum becomes
         # m * momentum + (1 - m) * gradient.
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        # Nesterov's variant does this once more, with the new momentum, and keeps the result apart.
+        # Nesterov's variant does this once more, with the new momentum, and keeps the result apart. (One by
+        # one, because PyTorch 2.11 has no such operation for lists of matrices that FSDP has cut up.)
         pairs = zip(gradients, momenta, strict=True)
         ahead = [gradient.lerp(momentum, group["momentum"]) for gradient, momentum in pairs]
         # With FSDP each process holds a part of a matrix.
