@@ -75,9 +75,9 @@ def test_final_number(text, number):
 @pytest.mark.parametrize("part", ["1,", "(", "1 ", "-", "1/", "\\boxed{", "一", "9", "{,}", "1.111",
                                   "#### 9", "#", "\\frac"])  # fmt: skip
 def test_a_long_answer_is_read_in_no_time(part):
-    began = time.perf_counter()
+    began = time.thread_time()  # on a busy machine other programs' time must not count
     final_number(part * 20_000)
-    assert time.perf_counter() - began < 1  # 0.05 s; a pattern that goes back again and again takes minutes
+    assert time.thread_time() - began < 10  # 0.05 s; a pattern that goes back again and again takes minutes
 
 
 def test_every_reference_of_gsm8k_is_read():
