@@ -240,7 +240,7 @@ def test_csv_cells_without_a_value(tmp_path):
 @pytest.mark.parametrize("content, words", [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "Git LFS.*git lfs pull"),
     (b"<!DOCTYPE html>\n<html></html>", "a web page"),
-    (gzip.compress(b'{"text": "a"}'), "packed with gzip: its name must end in .gz"),
+    (gzip.compress(b'{"text": "a"}', mtime=0), "packed with gzip: its name must end in .gz"),
     (b"PAR1\x15\x04", "a Parquet file: its name must end in .parquet"),
     (b"(\xb5/\xfd\x04\x00", "packed with Zstandard: unpack it first"),
 ])  # fmt: skip
