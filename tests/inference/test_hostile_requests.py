@@ -194,11 +194,16 @@ def test_a_request_that_does_not_end_holds_no_connection(server):
 
     found = asyncio.run(all_of_them())
     assert max(seconds for _, seconds in found) < 2.5
+    # To go on sending after the end can reset the connection before the answer was read, on a busy machine.
+    assert not any(isinstance(answer, Exception) for answer, _ in found[:2])  # these two send nothing more
     for answer, seconds in found[:5]:
-        assert read_reply(answer).status == 408 and seconds > 0.4
-        assert "0.5 seconds" in error_of(read_reply(answer))["message"]
+        assert seconds > 0.4
+        if not isinstance(answer, ConnectionError):
+            assert read_reply(answer).status == 408
+            assert "0.5 seconds" in error_of(read_reply(answer))["message"]
     for answer, _ in found[5:]:  # the request itself is whole, or needs no body
-        assert read_reply(answer[:answer.index(b"}") + 1]).status == 200
+        if not isinstance(answer, ConnectionError):
+            assert read_reply(answer[:answer.index(b"}") + 1]).status == 200
 
 
 @contextlib.asynccontextmanager
