@@ -8,7 +8,7 @@
     python eval_model.py --data_path out/world/sft_test.jsonl      # loss, bits per byte, exact match
     python eval_model.py --tasks arc piqa ceval --download         # tasks that others publish, by lm-eval
     python eval_model.py --needle 128 256 512 --json needle.json   # a fact in a long text: is it found?
-    python eval_model.py --quantize int8                           # weights in 8 bits: faster on a CPU
+    python eval_model.py --quantize int8 --compile                 # in 8 bits, by a compiled step: faster
 
 --load_from also takes the folder of any Llama, Mistral, Qwen2 or Qwen3 model. --lora takes folders, or names
 of folders beside the model or in out/. --data_path takes every chat format, texts, multiple choice and sums:
@@ -65,6 +65,8 @@ def build_parser() -> Parser:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the weights; auto: float32, on CUDA bfloat16 (old ones float16)")
     add("--quantize", choices=("none", "int8"), default="none", help="int8: in 8 bits, faster on a CPU")
+    add("--compile", action="store_true",
+        help="decode with C++ compiled for this CPU, while no adapter is in use")
     add_rope_scaling(add)
     ask = parser.add_argument_group("what to ask (none of these: a conversation)")
     add = ask.add_mutually_exclusive_group().add_argument
@@ -304,7 +306,7 @@ def main(args: argparse.Namespace) -> None:
     from inference.chat_model import ChatModel, Sampling
 
     chat_model = ChatModel(args.load_from, args.lora, args.device, args.dtype, args.quantize, args.plain,
-                           args.tokenizer, args.thinking, args.rope_scaling)
+                           args.tokenizer, args.thinking, args.rope_scaling, args.compile)
     for report in chat_model.reports:
         note(report)
     typed = {name: value for name, value in vars(args).items()

@@ -25,6 +25,7 @@ from dataset.foreign_chat import MODEL_WRITES
 from dataset.replies import MARKS, Reply, ends_in_thought, mark_ids
 from inference.answer import AnswerReader, Piece
 from model.adapters import Adapters, report_line, report_lora
+from model.compiled_step import compile_decoding
 from model.generate import generate
 from model.int8 import quantize_int8
 from model.one_token import prepare_to_decode
@@ -73,13 +74,15 @@ class ChatModel:
     """
 
     def __init__(self, path, adapters=(), device="auto", dtype="auto", quantize="none", plain=False,
-                 tokenizer=None, thinking=False, rope_scaling=None):
+                 tokenizer=None, thinking=False, rope_scaling=None, compile=False):
         """Loads the model in the folder or .pth file `path`, and the adapters: folders, files or names, see
         `find`. The first adapter is in use at the start. device, dtype: a name, or auto. quantize: none or
         int8. tokenizer: the folder of another tokenizer than the model's own. thinking: whether a template
         that has a switch for it lets each answer begin with a thought. rope_scaling: as load_model takes it.
+        compile: decode with model/compiled_step.py.
 
-        Raises ModelError for unusable weights, tokenizers and adapters, UsageError for a missing device.
+        Raises ModelError for unusable weights, tokenizers and adapters, UsageError for a missing device or
+        where nothing can be compiled.
         """
         self.path, self.device, self.thinking = Path(path), choose_device(device), thinking
         dtype = choose_decoding_dtype(dtype, self.device)
@@ -87,6 +90,8 @@ class ChatModel:
         if quantize == "int8":
             quantize_int8(self.model)
         prepare_to_decode(self.model)
+        if compile:
+            compile_decoding(self.model)
         wait_as_others_allow()
         self.num_parameters = count_parameters(self.model)
         self.tokenizer = load_tokenizer(tokenizer or self.path)

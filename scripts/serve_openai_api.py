@@ -32,6 +32,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights")
     add("--quantize", choices=("none", "int8"), default="none", help="int8: in 8 bits, faster on a CPU")
+    add("--compile", action="store_true",
+        help="decode with C++ compiled for this CPU where no adapter is in use")
     add_rope_scaling(add)
     add = parser.add_argument_group("decoding").add_argument
     add("--max_batch_size", type=count, default=32, metavar="N", help="answers that are decoded together")
@@ -83,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
               file=sys.stderr)
     engine = Engine(args.load_from, args.lora, max_rows=args.max_batch_size, max_waiting=args.max_waiting,
                     cache_bytes=int(args.cache_gb * 2**30), device=args.device, dtype=args.dtype,
-                    quantize=args.quantize, rope_scaling=args.rope_scaling)
+                    quantize=args.quantize, rope_scaling=args.rope_scaling, compile=args.compile)
     app = make_app(engine, api_key=args.api_key, hosts=args.allowed_hosts, origins=args.allowed_origins,
                    max_body_bytes=int(args.max_body_mb * 2**20), body_seconds=args.body_seconds,
                    log_prompts=args.log_prompts)

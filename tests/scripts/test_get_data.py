@@ -351,7 +351,7 @@ def test_the_real_table_on_the_command_line(hub, tmp_path):
                            stdin=subprocess.DEVNULL)
     assert ended.returncode == 0 and not ended.stderr, ended.stderr
     assert (tmp_path / "minimind-rlaif.jsonl").read_bytes() == CHATS
-    # The token is for the hub, and not for its store. A client of another test may ask at a port that was its own before.
+    # The token is for the hub, and not for its store. A client of an earlier test may ask at this port, too.
     told = {(of_store, "hf_mine" in headers.get("Authorization", headers.get("authorization", "")))
             for _, path, headers, of_store in hub.requests
             if of_store or "jingyaogong/minimind_dataset" in path}

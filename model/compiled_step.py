@@ -1,0 +1,211 @@
+"""Decoding on a CPU with a step that is compiled for this machine. A reader may skip this file.
+
+    model = compile_decoding(prepare_to_decode(load_model("out/full_sft")))  # then generate
+
+model/one_token.cpp is the forward pass for one token in each row, in C++. It is compiled once (some seconds)
+by the C++ compiler of the system, and kept among the user's cached files. The step reads a copy of the
+weights, so a model takes twice the memory. While an adapter is in use, and for very many rows, the model
+decodes as without it.
+"""
+
+import copy
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.errors import RunError, UsageError
+from model.generate import KVCache
+from model.int8 import MULTIPLIES_WHOLE_NUMBERS, Int8Linear
+from model.transformer import CausalLM, RMSNorm
+
+SOURCE = Path(__file__).with_name("one_token.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+MAX_ROWS = 64  # with more rows of x, PyTorch's own products are faster
+MAX_INT8_ROWS = 8 if MULTIPLIES_WHOLE_NUMBERS else MAX_ROWS  # see `multiply_int8` in model/int8.py
+
+Pointer, Size = ctypes.c_void_p, ctypes.c_int64
+
+
+class LinearInC(ctypes.Structure):
+    _fields_ = [("weight", Pointer), ("scale", Pointer), ("bias", Pointer), ("in", Size), ("out", Size)]
+
+
+class LayerInC(ctypes.Structure):
+    _fields_ = [*((name, LinearInC) for name in ("qkv", "o", "gate", "up", "down")),
+                *((name, Pointer) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
+                ("window", Size)]
+
+
+class ModelInC(ctypes.Structure):
+    _fields_ = [("layers", ctypes.POINTER(LayerInC)),
+                *((name, Size) for name in ("num_layers", "width", "heads", "kv_heads", "head_dim",
+                                            "intermediate_size")),
+                ("eps", ctypes.c_float), ("embedding", Pointer), ("norm", Pointer), ("head", LinearInC)]
+
+
+class CacheInC(ctypes.Structure):
+    _fields_ = [*((name, Pointer) for name in ("keys", "values")),
+                *((name, Size) for name in ("layer_stride", "row_stride", "head_stride")),
+                *((name, Pointer) for name in ("cos", "sin")), ("length", Size), ("start", Pointer)]
+
+
+class CompiledStep:
+    """`CausalLM.forward` for one new token in each row: float32 or int8 weights, on a CPU."""
+
+    def __init__(self, model: CausalLM):
+        self.model, self.otherwise = model, model.one_token
+        self.library = load_library()
+        self.max_rows = MAX_INT8_ROWS if isinstance(model.lm_head, Int8Linear) else MAX_ROWS
+        self.packed = None  # the state of the weights when they were copied, see `state`
+
+    def __deepcopy__(self, memo):
+        """That of the copied model. What C++ knows are addresses, which can't be copied."""
+        step = copy.copy(self)
+        step.model, step.otherwise = copy.deepcopy((self.model, self.otherwise), memo)
+        step.packed = step.kept = step.in_c = None
+        return step
+
+    def state(self) -> list[tuple[int, int]]:
+        """Where each parameter lies, and how often it was written: a change of the weights changes this."""
+        return [(parameter.data_ptr(), parameter._version) for parameter in self.model.parameters()]
+
+    def get_ready(self, batch_size: int) -> bool:
+        """Copies weights that have changed. Called before each text. False if neither this step nor the one
+        of model/one_token.py can serve."""
+        adapted = any(getattr(getattr(module, "lora", None), "active", False)
+                      for module in self.model.modules())
+        self.serves = not adapted and batch_size <= self.max_rows and is_float32_on_cpu(self.model)
+        if not self.serves:
+            return self.otherwise is not None and self.otherwise.get_ready(batch_size)
+        if (state := self.state()) != self.packed:
+            self.pack()
+            self.packed = state
+        return True
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Copies the weights into the order in which the step reads them."""
+        config, decoder = self.model.config, self.model.model
+        self.kept = []  # tensors that C++ knows the addresses of
+        layers = []
+        for block, window in zip(decoder.layers, config.windows, strict=True):
+            attention, mlp = block.self_attn, block.mlp
+            layers.append(LayerInC(
+                self.linear(attention.q_proj, attention.k_proj, attention.v_proj),
+                self.linear(attention.o_proj), self.linear(mlp.gate_proj), self.linear(mlp.up_proj),
+                self.linear(mlp.down_proj), self.norm(block.input_layernorm),
+                self.norm(block.post_attention_layernorm), self.norm(attention.q_norm),
+                self.norm(attention.k_norm), window or 0))
+        self.in_c = ModelInC(
+            (LayerInC * len(layers))(*layers), len(layers), config.hidden_size, config.num_attention_heads,
+            config.num_key_value_heads, config.head_dim, config.intermediate_size, config.rms_norm_eps,
+            self.address(decoder.embed_tokens.weight), self.norm(decoder.norm),
+            self.linear(self.model.lm_head))
+
+    def address(self, tensor: torch.Tensor) -> int:
+        self.kept.append(tensor.contiguous())
+        return self.kept[-1].data_ptr()
+
+    def norm(self, module: RMSNorm | nn.Identity) -> int | None:
+        return self.address(module.weight) if isinstance(module, RMSNorm) else None
+
+    def linear(self, *layers: nn.Linear | Int8Linear) -> LinearInC:
+        """Several layers with the same input as one: their outputs stand side by side."""
+        size = self.library.block_size()
+        quantized = isinstance(layers[0], Int8Linear)
+        weight = torch.cat([layer.codes if quantized else layer.weight for layer in layers])  # (out, in)
+        out, width = weight.shape
+        more = -out % size  # outputs to fill up the last block
+        blocks = F.pad(weight, (0, 0, 0, more)).view(-1, size, width).mT  # (blocks, in, size)
+
+        def fill(parts):  # (out,) in float32 and padded likewise
+            return self.address(F.pad(torch.cat(parts).float(), (0, more)))
+
+        scale = fill([layer.scale for layer in layers]) if quantized else None
+        bias = None if layers[0].bias is None else fill([layer.bias for layer in layers])
+        return LinearInC(self.address(blocks), scale, bias, width, out)
+
+    @torch.inference_mode()
+    def __call__(self, ids, cache: KVCache):
+        """The logits (B, V) after ids (B,), which are appended to the cache."""
+        if not self.serves:
+            return self.otherwise(ids, cache)
+        if cache.length == cache.max_length:
+            raise RunError(f"the KV cache holds {cache.max_length} tokens, and all are in use")
+        ids = ids.contiguous()
+        start = None if cache.start is None else cache.start.contiguous()
+        in_c = CacheInC(cache.k.data_ptr(), cache.v.data_ptr(), *cache.k.stride()[:3],
+                        *(table.data_ptr() for table in cache.rope), cache.length,
+                        None if start is None else start.data_ptr())
+        logits = torch.empty(len(ids), self.model.config.vocab_size)
+        self.library.one_token(ctypes.byref(self.in_c), ctypes.byref(in_c), Pointer(ids.data_ptr()),
+                               Size(len(ids)), Pointer(logits.data_ptr()), Size(torch.get_num_threads()))
+        cache.length += 1
+        return logits
+
+
+def compile_decoding(model: CausalLM) -> CausalLM:
+    """Lets the model decode with the compiled step. This is the last thing to do, after prepare_to_decode.
+
+    Raises UsageError where the step does not fit the model, and where no C++ compiler is found or it fails.
+    """
+    layers = {type(module) for module in model.modules() if hasattr(module, "in_features")}
+    if model.config.num_experts or layers not in ({nn.Linear}, {Int8Linear}) or not is_float32_on_cpu(model):
+        raise UsageError("--compile needs a model without experts, on a CPU, in float32 or with --quantize "
+                         "int8")
+    model.one_token = CompiledStep(model)
+    return model
+
+
+def is_float32_on_cpu(model: CausalLM) -> bool:
+    """Whether norms, and with them all that is not in 8 bits, are so."""
+    weight = model.model.norm.weight
+    return weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
+def load_library() -> ctypes.CDLL:
+    """The compiled step: from the user's cached files, or compiled now."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise UsageError("--compile needs a C++ compiler, and none is here (on Debian, Ubuntu: apt install "
+                         "g++; on macOS: xcode-select --install)")
+    native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
+    command = [compiler, "-std=c++17", "-O3", "-shared", "-fPIC", native]
+    if sys.platform.startswith("linux"):
+        command.append("-fopenmp")  # elsewhere the compilers have no OpenMP of their own: one thread computes
+    # What the compiler knows of itself and of this CPU: another machine with the same home compiles anew.
+    about = run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+    source = SOURCE.read_text(encoding="utf-8")
+    name = hashlib.sha256("\n".join([*command, about, source]).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seedling"
+    library = folder / f"one_token_{name[:16]}.so"
+    if not library.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+                made = Path(unfinished) / library.name
+                run([*command, "-o", str(made), str(SOURCE)])
+                made.replace(library)  # at once, so that nobody finds half a file
+        except OSError as error:
+            message = f"--compile: {folder} can't be written ({error.strerror}): set XDG_CACHE_HOME"
+            raise UsageError(message) from error
+    return ctypes.CDLL(str(library))
+
+
+def run(command: list[str]) -> str:
+    """What the compiler prints. Raises UsageError with its first line of complaint."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        complaint = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
+        raise UsageError(f"--compile: {command[0]} could not compile {SOURCE.name}: {complaint}")
+    return done.stdout

@@ -1,0 +1,249 @@
+// The forward pass for one new token in each row, once more, in C++. A reader may skip this file.
+//
+// model/compiled_step.py compiles it and calls `one_token`. It computes what `CausalLM` (model/transformer.py)
+// computes, in the same order of steps. What Python starts as some hundred operations is one call here. All threads
+// go through the layers together, and wait for each other five times in a layer.
+//
+// Shapes: B rows, C width, H heads, K key/value heads, D head dim, I intermediate size, V vocabulary.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// A register holds WIDTH numbers, and there are 16 or 32 registers. A product keeps 4 * ROWS sums in them.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, ROWS = 6;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8, ROWS = 3;
+#else
+constexpr int WIDTH = 4, ROWS = 3;
+#endif
+constexpr int BLOCK = 4 * WIDTH;  // outputs that are computed at once
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH)));
+
+struct Linear {           // y = W x + b; null where a layer does not exist
+    const void* weight;   // float or int8 codes, by blocks of outputs: (out / BLOCK, in, BLOCK), padded with zeros
+    const float* scale;   // of each output, (out,) padded likewise; null for float
+    const float* bias;    // the same shape, or null
+    int64_t in, out;
+};
+
+struct Layer {
+    Linear qkv, o, gate, up, down;
+    const float *input_norm, *mlp_norm, *q_norm, *k_norm;  // the last two may be null
+    int64_t window;       // how many tokens a token sees; 0: all before it
+};
+
+struct Model {
+    const Layer* layers;
+    int64_t num_layers, width, heads, kv_heads, head_dim, intermediate_size;
+    float eps;
+    const float* embedding;  // (V, C)
+    const float* norm;
+    Linear head;
+};
+
+struct Cache {
+    float *keys, *values;                      // (layers, B, K, S, D), with these distances between two of each:
+    int64_t layer_stride, row_stride, head_stride;
+    const float *cos, *sin;                    // (positions, D), as `rope_tables` makes them
+    int64_t length;                            // tokens that are stored: the new one comes to this place
+    const int64_t* start;                      // (B,) where each row begins, or null
+};
+
+static Vector load(const float* from) { Vector v; __builtin_memcpy(&v, from, sizeof v); return v; }
+static void read_block(const float* from, Vector (&parts)[4]) {
+    for (int part = 0; part < 4; part++) parts[part] = load(from + part * WIDTH);
+}
+static void read_block(const int8_t* from, Vector (&parts)[4]) {
+    float numbers[BLOCK];  // compilers make a few wide instructions of this loop, and keep it in registers
+    for (int i = 0; i < BLOCK; i++) numbers[i] = from[i];
+    read_block(numbers, parts);
+}
+
+// The outputs of one block for `rows` rows of x (rows, in): y (rows, out), or y += with `add`.
+// A row's sums are made in the same order, however many rows go through at once.
+template <int N, class Weight>
+static void multiply_block(const Linear& w, int64_t block, const float* x, int64_t rows, float* y, bool add) {
+    const Weight* const weight = static_cast<const Weight*>(w.weight) + block * w.in * BLOCK;
+    const int64_t begin = block * BLOCK, count = std::min<int64_t>(BLOCK, w.out - begin);
+    for (; rows >= N; rows -= N, x += N * w.in, y += N * w.out) {
+        Vector sums[N][4] = {};
+        for (int64_t i = 0; i < w.in; i++) {
+            Vector parts[4];
+            read_block(weight + i * BLOCK, parts);
+            for (int part = 0; part < 4; part++)
+                for (int row = 0; row < N; row++) sums[row][part] += parts[part] * x[row * w.in + i];
+        }
+        for (int row = 0; row < N; row++) {
+            float result[BLOCK];
+            __builtin_memcpy(result, sums[row], sizeof result);
+            float* const to = y + row * w.out + begin;
+            for (int64_t i = 0; i < count; i++) {
+                float sum = result[i];
+                if (w.scale) sum *= w.scale[begin + i];
+                if (w.bias) sum += w.bias[begin + i];
+                to[i] = add ? to[i] + sum : sum;
+            }
+        }
+    }
+    if constexpr (N > 1) multiply_block<N - 1, Weight>(w, block, x, rows, y, add);
+}
+
+static void multiply(const Linear& w, int64_t block, const float* x, int64_t rows, float* y, bool add = false) {
+    if (w.scale) multiply_block<ROWS, int8_t>(w, block, x, rows, y, add);
+    else multiply_block<ROWS, float>(w, block, x, rows, y, add);
+}
+
+static int64_t blocks(const Linear& w) { return (w.out + BLOCK - 1) / BLOCK; }
+
+static float dot(const float* a, const float* b, int64_t count) {
+    float sum = 0;
+    #pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// RMSNorm of a vector of `count` numbers; y may be x.
+static void normalize(const float* x, const float* weight, int64_t count, float eps, float* y) {
+    const float factor = 1 / std::sqrt(dot(x, x, count) / count + eps);
+    for (int64_t i = 0; i < count; i++) y[i] = x[i] * factor * weight[i];
+}
+
+// `rotate` in model/transformer.py: x * cos + (x with its halves swapped) * sin.
+static void rotate(float* x, const float* cos, const float* sin, int64_t count) {
+    const int64_t half = count / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float first = x[i], second = x[i + half];
+        x[i] = first * cos[i] + second * sin[i];
+        x[i + half] = second * cos[i + half] + first * sin[i + half];
+    }
+}
+
+// e^x for x <= 0, to float32's precision: 2^n e^r with x = n ln 2 + r, and the first terms of the series of e^r.
+// std::exp does the same for one number at a time; this is computed for a register full of them.
+static inline float exp_of_negative(float x) {
+    x = std::max(x, -87.0f);  // below it the result would be less than the smallest float
+    const float n = std::nearbyint(x * 1.44269504f);
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const float e = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
+    const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;  // 2^n as a float
+    float power;
+    __builtin_memcpy(&power, &bits, sizeof power);
+    return e * power;
+}
+
+// One key/value head of one row: q, k, v (of qkv) -> attended, for the H / K query heads that share the head.
+static void attend(const Model& m, const Layer& layer, const Cache& cache, int64_t number, int64_t row, int64_t head,
+                   float* qkv, float* attended, std::vector<float>& scores) {
+    const int64_t size = m.head_dim, group = m.heads / m.kv_heads;
+    const int64_t start = cache.start ? cache.start[row] : 0, last = cache.length;
+    const int64_t position = std::max<int64_t>(last - start, 0);
+    const float *cos = cache.cos + position * size, *sin = cache.sin + position * size;
+    const int64_t place = number * cache.layer_stride + row * cache.row_stride + head * cache.head_stride;
+    float *keys = cache.keys + place, *values = cache.values + place;
+
+    float* k = qkv + (m.heads + head) * size;
+    if (layer.k_norm) normalize(k, layer.k_norm, size, m.eps, k);
+    rotate(k, cos, sin, size);
+    std::copy_n(k, size, keys + last * size);
+    std::copy_n(qkv + (m.heads + m.kv_heads + head) * size, size, values + last * size);
+
+    const int64_t first = layer.window ? std::max(start, last - layer.window + 1) : start;
+    const int64_t count = last + 1 - first;
+    scores.resize(std::max<size_t>(scores.size(), count));
+    for (int64_t n = head * group; n < (head + 1) * group; n++) {
+        float *q = qkv + n * size, *y = attended + n * size;
+        if (layer.q_norm) normalize(q, layer.q_norm, size, m.eps, q);
+        rotate(q, cos, sin, size);
+        const float factor = 1 / std::sqrt(static_cast<float>(size));
+        float highest = -INFINITY, sum = 0;
+        for (int64_t s = 0; s < count; s++) {
+            scores[s] = dot(q, keys + (first + s) * size, size) * factor;
+            highest = std::max(highest, scores[s]);
+        }
+        float* p = scores.data();
+        #pragma omp simd reduction(+ : sum)
+        for (int64_t s = 0; s < count; s++) sum += p[s] = exp_of_negative(p[s] - highest);
+        std::fill_n(y, size, 0.0f);
+        for (int64_t s = 0; s < count; s++) {
+            const float *v = values + (first + s) * size, weight = p[s] / sum;
+            for (int64_t i = 0; i < size; i++) y[i] += weight * v[i];
+        }
+    }
+}
+
+// gate becomes silu(gate) * up, with silu(x) = x / (1 + e^-x); the exponent is kept below 0, where e^x is small.
+static void activate(float* gate, const float* up, int64_t count) {
+    #pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        const float e = exp_of_negative(-std::fabs(gate[i]));
+        gate[i] *= (gate[i] < 0 ? e : 1) / (1 + e) * up[i];
+    }
+}
+
+extern "C" int block_size() { return BLOCK; }
+
+// The logits (B, V) after ids (B,); their keys and values are written into the cache.
+extern "C" void one_token(const Model* model, const Cache* cache, const int64_t* ids, int64_t rows, float* logits,
+                          int64_t num_threads) {
+    const Model& m = *model;
+    const int64_t qkv_size = (m.heads + 2 * m.kv_heads) * m.head_dim, attended_size = m.heads * m.head_dim;
+    static thread_local std::vector<float> memory;
+    memory.resize(rows * (m.width + qkv_size + attended_size + 2 * m.intermediate_size));
+    float* const x = memory.data();  // (B, C)
+    float* const qkv = x + rows * m.width;  // (B, (H + 2 K) D)
+    float* const attended = qkv + rows * qkv_size;  // (B, H D)
+    float* const gate = attended + rows * attended_size;  // (B, I)
+    float* const up = gate + rows * m.intermediate_size;  // (B, I)
+    for (int64_t row = 0; row < rows; row++) std::copy_n(m.embedding + ids[row] * m.width, m.width, x + row * m.width);
+
+    #pragma omp parallel num_threads(num_threads)
+    {
+#ifdef _OPENMP
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+        const int64_t thread = 0, threads = 1;
+#endif
+        static thread_local std::vector<float> normed_memory, scores;
+        normed_memory.resize(rows * m.width);
+        float* const normed = normed_memory.data();  // (B, C); each thread has its own
+        // Calls work(n) for this thread's share of 0, 1, ..., count - 1, then waits for the other threads.
+        auto share = [&](int64_t count, auto work) {
+            for (int64_t n = count * thread / threads; n < count * (thread + 1) / threads; n++) work(n);
+            #pragma omp barrier
+        };
+        auto norm_rows = [&](const float* weight) {
+            for (int64_t row = 0; row < rows; row++)
+                normalize(x + row * m.width, weight, m.width, m.eps, normed + row * m.width);
+        };
+        for (int64_t number = 0; number < m.num_layers; number++) {
+            const Layer& layer = m.layers[number];
+            norm_rows(layer.input_norm);
+            share(blocks(layer.qkv), [&](int64_t block) { multiply(layer.qkv, block, normed, rows, qkv); });
+            share(rows * m.kv_heads, [&](int64_t n) {
+                const int64_t row = n / m.kv_heads, head = n % m.kv_heads;
+                attend(m, layer, *cache, number, row, head, qkv + row * qkv_size, attended + row * attended_size, scores);
+            });
+            share(blocks(layer.o), [&](int64_t block) { multiply(layer.o, block, attended, rows, x, true); });
+            norm_rows(layer.mlp_norm);
+            share(blocks(layer.gate), [&](int64_t block) {
+                multiply(layer.gate, block, normed, rows, gate);
+                multiply(layer.up, block, normed, rows, up);
+                const int64_t begin = block * BLOCK, count = std::min<int64_t>(BLOCK, m.intermediate_size - begin);
+                for (int64_t row = 0; row < rows; row++) {
+                    const int64_t place = row * m.intermediate_size + begin;
+                    activate(gate + place, up + place, count);
+                }
+            });
+            share(blocks(layer.down), [&](int64_t block) { multiply(layer.down, block, gate, rows, x, true); });
+        }
+        norm_rows(m.norm);
+        share(blocks(m.head), [&](int64_t block) { multiply(m.head, block, normed, rows, logits); });
+    }
+}

@@ -1,0 +1,136 @@
+"""CompiledStep against CausalLM.forward: both give the same logits."""
+
+import os
+import shutil
+from copy import deepcopy
+
+import pytest
+import torch
+from test_one_token import SHAPES, adapted, ids, small, step_by_step
+
+from common.errors import RunError, UsageError
+from model import compiled_step
+from model.adapters import Adapters
+from model.compiled_step import COMPILERS, MAX_INT8_ROWS, MAX_ROWS, compile_decoding
+from model.generate import KVCache, generate
+from model.int8 import Int8Linear, quantize_int8
+from model.one_token import prepare_to_decode
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("shape", [*SHAPES, "odd sizes"])
+def test_it_is_the_forward_pass(shape, rows):
+    odd = {"hidden_size": 36, "intermediate_size": 90, "head_dim": 6, "attention_bias": True}
+    model = small(**SHAPES.get(shape, odd))
+    with torch.no_grad():
+        expected = model(ids(rows)).logits[:, 6:]
+    found = step_by_step(compile_decoding(model), ids(rows))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_a_row_is_the_same_to_the_bit_whatever_its_company_and_the_threads(threads):
+    tokens, start = ids(9), torch.tensor([0, 4, 1, 0, 3, 2, 5, 0, 4])
+    alone = [step_by_step(compile_decoding(small()), tokens[row:row + 1, start[row]:], 6 - start[row])
+             for row in range(9)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        # The ordinary forward pass rounds as the company has it, so no prompt goes through it here.
+        model = compile_decoding(small())
+        model.one_token.get_ready(9)
+        cache = KVCache(model.config, 9, 14, dtype=torch.float32)
+        together = [model.one_token(tokens[:, t], cache) for t in range(14)]
+        for row in (0, 8):
+            cache = KVCache(model.config, 1, 14, dtype=torch.float32)
+            for t in range(14):
+                assert torch.equal(model.one_token(tokens[row:row + 1, t], cache)[0], together[t][row])
+        padded = step_by_step(compile_decoding(small()), tokens, start=start)
+    finally:
+        torch.set_num_threads(before)
+    for row in range(9):
+        torch.testing.assert_close(padded[row], alone[row][0], rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("rows", [1, MAX_INT8_ROWS])
+def test_int8_is_that_of_the_dequantized_weights(rows):
+    model = quantize_int8(small(attention_bias=True))
+    exact = deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Int8Linear):
+            linear = torch.nn.Linear(layer.in_features, layer.out_features)
+            linear.weight, linear.bias = torch.nn.Parameter(layer.dequantize()), layer.bias
+            exact.set_submodule(name, linear)
+    with torch.no_grad():
+        expected = exact(ids(rows)).logits[:, 6:]
+        compile_decoding(model)
+        cache = KVCache(model.config, rows, 14, dtype=torch.float32)
+        exact(ids(rows)[:, :6], cache=cache)
+        model.one_token.get_ready(rows)
+        found = torch.stack([model.one_token(ids(rows)[:, t], cache) for t in range(6, 14)], dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
+
+
+def test_weights_that_change_are_seen_and_adapters_are_heard(tmp_path):
+    model, other = compile_decoding(prepare_to_decode(small())), small(initializer_range=0.1)
+    step_by_step(model, ids())
+    model.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        expected = other(ids()).logits[:, 6:]
+    torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=5e-5)
+    adapters = Adapters(model)
+    adapters.load(adapted(model, tmp_path / "a", 1))
+    adapters.use("a")
+    with torch.no_grad():
+        expected = model(ids()).logits[:, 6:]
+    torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=5e-5)
+    assert not model.one_token.serves
+    adapters.use(None)
+    assert model.one_token.get_ready(2) and model.one_token.serves
+
+
+def test_it_steps_aside_where_it_does_not_fit():
+    model = compile_decoding(small())
+    assert model.one_token.get_ready(MAX_ROWS) and not model.one_token.get_ready(MAX_ROWS + 1)
+    tokens = [torch.stack(list(generate(m, ids(MAX_ROWS + 1), 4, temperature=0))) for m in (model, small())]
+    assert torch.equal(*tokens)
+    copied = deepcopy(model)
+    with torch.no_grad():
+        copied.model.norm.weight.zero_()
+    assert not step_by_step(copied, ids()).any() and step_by_step(model, ids()).any()
+    assert not copied.bfloat16().one_token.get_ready(1)
+    cache = KVCache(model.config, 1, 1, dtype=torch.float32)
+    model.one_token.get_ready(1)
+    model.one_token(ids(1)[:, 0], cache)
+    with pytest.raises(RunError, match="the KV cache holds 1 tokens, and all are in use"):
+        model.one_token(ids(1)[:, 1], cache)
+
+
+def test_numbers_that_are_not_finite_come_through():
+    model = small()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] = torch.nan
+    with pytest.raises(RunError, match="holds numbers that are not finite"):
+        list(generate(compile_decoding(model), ids(2), 4, temperature=0))
+
+
+def test_what_is_in_the_way_is_told(tmp_path, monkeypatch):
+    for model in (small().bfloat16(), small(num_experts=2, qk_norm=True)):
+        with pytest.raises(UsageError, match="--compile needs a model without experts"):
+            compile_decoding(model)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    wrong = tmp_path / "wrong.cpp"
+    wrong.write_text("int main( { }")
+    monkeypatch.setattr(compiled_step, "SOURCE", wrong)
+    with pytest.raises(UsageError, match="could not compile wrong.cpp: .*error"):
+        compile_decoding(small())
+    assert not [path for path in (tmp_path / "seedling").iterdir()]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="can't be written .*: set XDG_CACHE_HOME"):
+        compile_decoding(small())
+    monkeypatch.setenv("PATH", os.devnull)
+    with pytest.raises(UsageError, match="--compile needs a C.. compiler"):
+        compile_decoding(small())
