@@ -6,14 +6,16 @@ keys and values in float16, as it does unless told otherwise.
 
 import contextlib
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from benchmarks import shared
 from common.cli import ROOT
 
-OURS, THEIRS, LLAMA = "Seedling", "transformers", "llama.cpp"
+OURS, COMPILED, THEIRS, LLAMA = "Seedling", "Seedling, compiled", "transformers", "llama.cpp"
 # contender: (whose code, in 8 bits)
-CONTENDERS = {OURS: (OURS, False), f"{OURS}, int8": (OURS, True), THEIRS: (THEIRS, False),
+CONTENDERS = {OURS: (OURS, False), f"{OURS}, int8": (OURS, True),
+              COMPILED: (COMPILED, False), f"{COMPILED}, int8": (COMPILED, True), THEIRS: (THEIRS, False),
               LLAMA: (LLAMA, False), f"{LLAMA}, Q8_0": (LLAMA, True)}
 PACKAGES = {LLAMA: "llama_cpp"}
 
@@ -36,7 +38,7 @@ def prepare(contender: str, rows: int, prompt: int, args):
     size = sum(parameter.nbytes for parameter in model.parameters())
     if in_8_bits:
         size //= 4
-    make = {OURS: ours, THEIRS: theirs, LLAMA: llama_cpp}[code]
+    make = {OURS: ours, COMPILED: partial(ours, compiled=True), THEIRS: theirs, LLAMA: llama_cpp}[code]
     decode = make(model, ids, in_8_bits, args)
 
     def turn():
@@ -46,7 +48,8 @@ def prepare(contender: str, rows: int, prompt: int, args):
     return turn
 
 
-def ours(model, ids, in_8_bits: bool, args):
+def ours(model, ids, in_8_bits: bool, args, compiled: bool = False):
+    from model.compiled_step import compile_decoding
     from model.generate import generate
     from model.int8 import quantize_int8
     from model.one_token import prepare_to_decode
@@ -55,6 +58,8 @@ def ours(model, ids, in_8_bits: bool, args):
     if in_8_bits:
         quantize_int8(model)
     prepare_to_decode(model)
+    if compiled:
+        compile_decoding(model)
 
     def decode():
         for _ in generate(model, ids, args.new_tokens, temperature=0):

@@ -180,7 +180,8 @@ def load_library() -> ctypes.CDLL:
         raise UsageError("--compile needs a C++ compiler, and none is here (on Debian, Ubuntu: apt install "
                          "g++; on macOS: xcode-select --install)")
     native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
-    command = [compiler, "-std=c++17", "-O3", "-shared", "-fPIC", native]
+    command = [compiler, "-std=c++17", "-O3", native, "-fno-math-errno", "-fno-trapping-math", "-shared",
+               "-fPIC"]
     if sys.platform.startswith("linux"):
         command.append("-fopenmp")  # elsewhere the compilers have no OpenMP of their own: one thread computes
     # What the compiler knows of itself and of this CPU: another machine with the same home compiles anew.

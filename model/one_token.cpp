@@ -71,7 +71,7 @@ static void read_block(const int8_t* from, Vector (&parts)[4]) {
 template <int N, class Weight>
 static void multiply_block(const Linear& w, int64_t block, const float* x, int64_t rows, float* y, bool add) {
     const Weight* const weight = static_cast<const Weight*>(w.weight) + block * w.in * BLOCK;
-    const int64_t begin = block * BLOCK, count = std::min<int64_t>(BLOCK, w.out - begin);
+    const int64_t begin = block * BLOCK;
     for (; rows >= N; rows -= N, x += N * w.in, y += N * w.out) {
         Vector sums[N][4] = {};
         for (int64_t i = 0; i < w.in; i++) {
@@ -81,14 +81,18 @@ static void multiply_block(const Linear& w, int64_t block, const float* x, int64
                 for (int row = 0; row < N; row++) sums[row][part] += parts[part] * x[row * w.in + i];
         }
         for (int row = 0; row < N; row++) {
-            float result[BLOCK];
-            __builtin_memcpy(result, sums[row], sizeof result);
-            float* const to = y + row * w.out + begin;
-            for (int64_t i = 0; i < count; i++) {
-                float sum = result[i];
-                if (w.scale) sum *= w.scale[begin + i];
-                if (w.bias) sum += w.bias[begin + i];
-                to[i] = add ? to[i] + sum : sum;
+            for (int part = 0; part < 4; part++) {
+                const int64_t place = begin + part * WIDTH, count = w.out - place;
+                Vector sum = sums[row][part];
+                if (w.scale) sum *= load(w.scale + place);
+                if (w.bias) sum += load(w.bias + place);
+                float* const to = y + row * w.out + place;
+                if (count >= WIDTH) {
+                    if (add) sum += load(to);
+                    __builtin_memcpy(to, &sum, sizeof sum);
+                } else {
+                    for (int64_t i = 0; i < count; i++) to[i] = add ? to[i] + sum[i] : sum[i];
+                }
             }
         }
     }
@@ -125,10 +129,10 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t count) 
     }
 }
 
-// e^x for x <= 0, to float32's precision: 2^n e^r with x = n ln 2 + r, and the first terms of the series of e^r.
-// std::exp does the same for one number at a time; this is computed for a register full of them.
-static inline float exp_of_negative(float x) {
-    x = std::max(x, -87.0f);  // below it the result would be less than the smallest float
+// e^x to float32's precision: 2^n e^r with x = n ln 2 + r, and the first terms of the series of e^r. std::exp does
+// the same for one number at a time; this is computed for a register full of them.
+static inline float exponential(float x) {
+    x = std::min(std::max(x, -87.0f), 87.0f);  // beyond it the result is no ordinary float
     const float n = std::nearbyint(x * 1.44269504f);
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     const float e = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
@@ -169,7 +173,7 @@ static void attend(const Model& m, const Layer& layer, const Cache& cache, int64
         }
         float* p = scores.data();
         #pragma omp simd reduction(+ : sum)
-        for (int64_t s = 0; s < count; s++) sum += p[s] = exp_of_negative(p[s] - highest);
+        for (int64_t s = 0; s < count; s++) sum += p[s] = exponential(p[s] - highest);
         std::fill_n(y, size, 0.0f);
         for (int64_t s = 0; s < count; s++) {
             const float *v = values + (first + s) * size, weight = p[s] / sum;
@@ -178,13 +182,10 @@ static void attend(const Model& m, const Layer& layer, const Cache& cache, int64
     }
 }
 
-// gate becomes silu(gate) * up, with silu(x) = x / (1 + e^-x); the exponent is kept below 0, where e^x is small.
+// gate becomes silu(gate) * up, with silu(x) = x / (1 + e^-x).
 static void activate(float* gate, const float* up, int64_t count) {
     #pragma omp simd
-    for (int64_t i = 0; i < count; i++) {
-        const float e = exp_of_negative(-std::fabs(gate[i]));
-        gate[i] *= (gate[i] < 0 ? e : 1) / (1 + e) * up[i];
-    }
+    for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
 }
 
 extern "C" int block_size() { return BLOCK; }

@@ -2,12 +2,14 @@
 
 import math
 import random
+import shutil
 
 import pytest
 import torch
 
 from model.adapters import Adapters
 from model.batch import Batch, Row
+from model.compiled_step import COMPILERS, compile_decoding
 from model.generate import generate
 from model.lora import apply_lora, lora_parameters, save_lora
 from model.one_token import prepare_to_decode
@@ -36,9 +38,10 @@ def small(**more) -> CausalLM:
     ).eval()
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "one_token"])
+@pytest.fixture(scope="module", params=[lambda model: model, prepare_to_decode, compile_decoding],
+                ids=["plain", "one_token", "compiled"])
 def adapters(request, tmp_path_factory):
-    """The adapters a and b on a small model; with the fast forward pass for single tokens, and without."""
+    """The adapters a and b on a small model; with the fast forward passes for single tokens, and without."""
     folder, model = tmp_path_factory.mktemp("adapters"), small()
     for name in ("a", "b"):
         other = small()
@@ -46,8 +49,9 @@ def adapters(request, tmp_path_factory):
         for parameter in lora_parameters(other):
             torch.nn.init.normal_(parameter, std=0.3)
         save_lora(other, folder / name)
-    if request.param:
-        prepare_to_decode(model)
+    if request.param is compile_decoding and not any(map(shutil.which, COMPILERS)):
+        pytest.skip("there is no C++ compiler")
+    request.param(model)
     found = Adapters(model)
     for name in ("a", "b"):
         found.load(folder / name)
