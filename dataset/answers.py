@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.errors import DataError
+from dataset.keys import is_empty
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ def answer_test(record: dict, last_turn: str | None = None, calls: Sequence[dict
         if number is None:
             raise DataError("the answer holds no number to compare with")
         return AnswerTest(reference, number=number)
-    contains = tuple(required(record, "contains", list)) if "contains" in record else ()
-    answers = tuple(required(record, "answers", list)) if "answers" in record else ()
+    contains, answers = (() if is_empty(record.get(key)) else tuple(required(record, key, list))
+                         for key in ("contains", "answers"))
     if (last_turn or calls) and not contains and not answers:
         return AnswerTest(last_turn, answers=(last_turn,), calls=tuple(calls))
     return AnswerTest(last_turn or None, contains=contains, answers=answers)

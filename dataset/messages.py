@@ -123,7 +123,7 @@ def check_words(messages: list[dict], note: Note) -> None:
 def _turns_of(record: dict, note: Note, side: str | None) -> tuple[object, set[str]]:
     """The turns of a record as its author wrote them, and the keys that were read for them."""
     turns, known = value_of(record, "conversation"), {*NAMES["conversation"]}
-    answer, prompt = (_messages_in(record.get(key)) for key in (side or "chosen", "prompt"))
+    answer, prompt = (messages_in(record.get(key)) for key in (side or "chosen", "prompt"))
     is_pair = not is_empty(answer)
     if turns is None and "instruction" in record and ("output" in record or is_pair):
         if not all(is_empty(record.get(key)) for key in ALPACA):
@@ -343,7 +343,7 @@ def _obey_flags(record: dict, messages: list[dict], note: Note) -> None:
         message["trained"] = False
 
 
-def _messages_in(value: object) -> object:
+def messages_in(value: object) -> object:
     """The list of messages that a cell holds as JSON text; any other value as it is."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         messages = parse_cell(value)

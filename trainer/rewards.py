@@ -24,6 +24,7 @@ from pathlib import Path
 
 from common.errors import ModelError, RunError, UsageError
 from common.files import one_line
+from dataset.keys import is_empty
 from dataset.prompts import Prompt
 from dataset.replies import read_message
 from trainer.checkpoint import identity_of_weights
@@ -93,7 +94,8 @@ def matches(pattern: str) -> Part:
 
 def shortness(longest: int | None) -> Part:
     def judge(prompt: Prompt, answer: Answer) -> float:
-        limit = prompt.record.get("max_reward_tokens", longest)
+        own = prompt.record.get("max_reward_tokens")
+        limit = longest if is_empty(own) else own
         return min(1.0, max(0.0, 2 - answer.num_tokens / limit)) if limit else 1.0
 
     return lambda prompts, answers: [judge(*pair) for pair in zip(prompts, answers, strict=True)]

@@ -48,6 +48,8 @@ def test_a_record_may_have_a_limit_of_its_own():
     record = Prompt(ASKED, [1], AnswerTest(), {"max_reward_tokens": 4}, "x.jsonl:1")
     assert judge(rewards, "x", 6, record)["reward"] == 0.5 and judge(rewards, "x", 6)["reward"] == 1.0
     assert judge(Rewards({"length": 1.0}, max_reward_tokens=3), "x", 6, record)["reward"] == 0.5
+    record.record["max_reward_tokens"] = None  # a column of a table, in which other records have a number
+    assert judge(Rewards({"length": 1.0}, max_reward_tokens=3), "x", 6, record)["reward"] == 0.0
 
 
 def test_parts_are_weighted_and_added():
