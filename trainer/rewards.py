@@ -24,6 +24,7 @@ from pathlib import Path
 
 from common.errors import ModelError, RunError, UsageError
 from common.files import one_line
+from dataset.foreign_chat import with_standard_calls
 from dataset.keys import is_empty
 from dataset.prompts import Prompt
 from dataset.replies import read_message
@@ -169,15 +170,10 @@ class RewardModel:
     def __call__(self, prompts: list[Prompt], answers: list[Answer]) -> list[float]:
         import torch
 
-        texts, scores = [], []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            messages = [*prompt.messages, {"role": "assistant", "content": answer.text}]
-            if self.tokenizer.chat_template:
-                texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False))
-            else:
-                texts.append("\n".join(message["content"] for message in messages))
-        # Without a token for padding the rows of a batch could not have different lengths.
-        size = self.batch_size if self.tokenizer.pad_token else 1
+        texts, scores = [self.text(*pair) for pair in zip(prompts, answers, strict=True)], []
+        # In padded rows the model looks for the last token that is no padding, by the id in its own config.
+        padding = getattr(self.model.config, "pad_token_id", None)
+        size = self.batch_size if padding is not None and padding == self.tokenizer.pad_token_id else 1
         for begin in range(0, len(texts), size):
             inputs = self.tokenizer(texts[begin:begin + size], return_tensors="pt", padding=size > 1,
                                     truncation=True, add_special_tokens=not self.tokenizer.chat_template)
@@ -186,3 +182,15 @@ class RewardModel:
         if not all(map(math.isfinite, scores)):
             raise RunError("--reward_model gives numbers that are not finite")
         return scores
+
+    def text(self, prompt: Prompt, answer: Answer) -> str:
+        """The prompt and the answer as this model reads them. Raises RunError where its template can't."""
+        messages = [*prompt.messages, {"role": "assistant", "content": answer.text}]
+        if not self.tokenizer.chat_template:
+            return "\n".join(message["content"] for message in messages)
+        messages = with_standard_calls(messages, no_content=False, as_text=False, with_ids=False)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # errors of jinja, and of the expressions in the template
+            raise RunError("the chat template of --reward_model refuses the prompt of "
+                           f"{prompt.where}: {one_line(error)}") from None
