@@ -32,6 +32,7 @@ from trainer.checkpoint import identity_of_weights
 
 FILE_OF_REWARDS = "file_of_rewards"  # the name of the module; that of the file could hide another module
 LARGEST_REWARD = 1e30  # sums over a group must stay finite in float32
+TEXTS_AT_ONCE = 32  # that a reward model reads
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Rewards:
 
 
 def right_answers(prompts: list[Prompt], answers: list[Answer]) -> list[float]:
+    """What the model thought before its answer counts neither for it nor against it."""
     found = []
     for prompt, answer in zip(prompts, answers, strict=True):
         said = read_message({"role": "assistant", "content": answer.text})
@@ -86,6 +88,7 @@ def right_answers(prompts: list[Prompt], answers: list[Answer]) -> list[float]:
 
 
 def matches(pattern: str) -> Part:
+    """The part "format". Raises UsageError for what is no regular expression."""
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
@@ -94,6 +97,7 @@ def matches(pattern: str) -> Part:
 
 
 def shortness(longest: int | None) -> Part:
+    """The part "length". longest: --max_reward_tokens."""
     def judge(prompt: Prompt, answer: Answer) -> float:
         own = prompt.record.get("max_reward_tokens")
         limit = longest if is_empty(own) else own
@@ -143,13 +147,12 @@ def own_function(path_and_name: str) -> Part:
 class RewardModel:
     """A model that gives a text one number: a folder of transformers' AutoModelForSequenceClassification."""
 
-    def __init__(self, path: Path, batch_size: int = 32):
+    def __init__(self, path: Path):
         # Imported here, because it takes seconds.
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # a missing head is named below, in one line and not in a table
-        self.batch_size = batch_size
         if not (path / "config.json").is_file():
             raise UsageError(f"--reward_model {path}: there is no model in that folder")
         try:  # no code from the folder runs, and nothing is fetched
@@ -173,7 +176,7 @@ class RewardModel:
         texts, scores = [self.text(*pair) for pair in zip(prompts, answers, strict=True)], []
         # In padded rows the model looks for the last token that is no padding, by the id in its own config.
         padding = getattr(self.model.config, "pad_token_id", None)
-        size = self.batch_size if padding is not None and padding == self.tokenizer.pad_token_id else 1
+        size = TEXTS_AT_ONCE if padding is not None and padding == self.tokenizer.pad_token_id else 1
         for begin in range(0, len(texts), size):
             inputs = self.tokenizer(texts[begin:begin + size], return_tensors="pt", padding=size > 1,
                                     truncation=True, add_special_tokens=not self.tokenizer.chat_template)
