@@ -21,7 +21,7 @@ import numpy as np
 from common.errors import DataError
 from dataset.answers import AnswerTest, answer_test, required
 from dataset.chat import encode_chat
-from dataset.keys import NAMES, is_empty, value_of
+from dataset.keys import ALPACA, NAMES, is_empty, value_of
 from dataset.messages import messages_in, to_messages
 from dataset.records import Report, check_paths, nothing_usable, read_records, reason_of
 from dataset.replies import read_message
@@ -92,7 +92,7 @@ class PromptDataset:
 def read_prompt(tokenizer, record: dict, where: str, note: Callable) -> Prompt:
     """The prompt of a record. Raises DataError, with the reason alone, where there is none."""
     last_turn = None
-    if is_chat(record) or value_of(record, "asked") is None:
+    if holds_chat(record) or value_of(record, "asked") is None:
         messages, tools = to_messages(record, note)
         if messages[-1]["role"] == "assistant":
             messages, last_turn = messages[:-1], read_message(messages[-1])
@@ -107,9 +107,10 @@ def read_prompt(tokenizer, record: dict, where: str, note: Callable) -> Prompt:
     return Prompt(messages, ids, test_of(record, last_turn), record, where)
 
 
-def is_chat(record: dict) -> bool:
+def holds_chat(record: dict) -> bool:
     """Whether a record holds a conversation, which counts more than a question or a prompt beside it."""
-    is_alpaca = "output" in record and not all(is_empty(record.get(key)) for key in ("instruction", "input"))
+    is_alpaca = {"instruction", "output"} <= record.keys() and any(
+        not is_empty(record.get(key)) for key in ALPACA)
     return is_alpaca or value_of(record, "conversation") is not None
 
 

@@ -34,7 +34,7 @@ from dataset.foreign_chat import thinks
 from dataset.keys import NAMES, is_empty, name_unknown, no_note
 from dataset.lm_dataset import PretrainDataset, SFTDataset, collate
 from dataset.messages import to_messages
-from dataset.prompts import is_chat, read_asked, test_of
+from dataset.prompts import holds_chat, read_asked, test_of
 from dataset.records import Report, read_records, reason_of
 from dataset.replies import Reply, read_message
 from inference.chat_model import DEFAULT_NEW_TOKENS, ChatModel, Sampling
@@ -75,7 +75,7 @@ def parse_question(record: dict, file: Path, line: int | None = None, note=no_no
     kind, messages, last_turn, tools, test = "prompt", [], None, None, AnswerTest()
     is_choice = record.get("choices") is not None
     is_asked = not all(is_empty(record.get(name)) for name in NAMES["asked"])
-    if is_chat(record) or record.get("chosen") or not (is_choice or is_asked or "text" in record):
+    if holds_chat(record) or record.get("chosen") or not (is_choice or is_asked or "text" in record):
         messages, tools = to_messages(record, note)
         if messages[-1]["role"] == "assistant":
             kind, messages, last_turn = "chat", messages[:-1], messages[-1]

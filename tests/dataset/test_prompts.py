@@ -50,6 +50,7 @@ def read(tmp_path, tokenizer):
     ({"prompt": "What is 2 + 3?", "question": None, "contains": None, "gt": "", "answer": "5",
       "max_reward_tokens": None, "choices": []}, ASKED, "5", "6"),
     ({"prompt": "[INST] ...", "instruction": "What is 2 + 3?", "output": "5"}, ASKED, "5", "6"),
+    ({"prompt": "What is 2 + 3?", "input": "2, 3", "output": "Five.", "gt": 5}, ASKED, "5", "6"),
     ({"prompt": "What is 2 + 3?", "system_prompt": "Be brief.", "contains": ["5"]},
      [{"role": "system", "content": "Be brief."}, *ASKED], "It is 5.", "6"),
 ])  # fmt: skip
