@@ -16,8 +16,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from common.errors import DataError
 from dataset.answers import AnswerTest, answer_test, required
 from dataset.chat import encode_chat
@@ -77,16 +75,12 @@ class PromptDataset:
                 if text:
                     print(f"warning: {text}", file=sys.stderr)
         self.identity = f"{len(self):,} prompts, sha256 {sha256.hexdigest()[:16]}"
-        self.lengths = np.array([len(prompt.ids) for prompt in self.prompts])
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
-
-    def where(self, sample: int) -> str:
-        return self.prompts[sample].where
 
 
 def read_prompt(tokenizer, record: dict, where: str, note: Callable) -> Prompt:
