@@ -8,7 +8,7 @@ A reader may skip this file.
 
 "answers" and "contains" say what a right answer is, as in dataset/answers.py. "gt", MiniMind's key, means
 "contains". A record without any of them is a prompt that other rewards judge. "max_reward_tokens" is for the
-reward "length".
+reward "length". An empty cell of a table is no key. inference/scoring.py means the same by all of this.
 """
 
 import hashlib
