@@ -161,7 +161,7 @@ def without_wrappers(name: str) -> str:
 
 
 @contextmanager
-def explained(where: Path):
+def explained(where: Path) -> Iterator[None]:
     """Turns whatever a damaged file makes other code raise into one ModelError that names the file."""
     try:
         yield

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.errors import DataError
+from dataset.keys import is_empty
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,16 @@ LATEX = ((r"(?<=\d) ?\\[dt]?frac", r" \\frac"), (r"\\[dt]?frac(\d)(\d)", r"\1/\2
 SCALES = {"k": 1e3, "K": 1e3, "thousand": 1e3, "million": 1e6, "billion": 1e9, "万": 1e4, "亿": 1e8}
 CHINESE = re.compile("负?[零〇一二两三四五六七八九十百千万亿]{1,40}")
 GAP = "[ \u00a0\u2009\u202f'’]"  # what stands between groups of three digits: spaces, or 1'234
+# A number has at most nine groups: otherwise a long list would be read to its end from each number in it.
 NUMBER = re.compile(r"""
     (?P<sign> (?<![A-Za-z\d)\]}%]) (?<![\d)\]}%][ ]) [-\u2212\u2013负] (?=[$€£¥￥]?[.\d¼-¾⅐-⅞]) )?
     [$€£¥￥]?
     (?<![A-Za-z\d^]) (?<!\^\{) (?<![A-Za-z]_)                             # no part of CO2, m^2, x_1
     (?: (?P<fraction> (?:\d{1,2}[ ])? \d+/\d+ ) (?![/\d])
-      | (?: (?P<digits> [1-9]\d{0,2} (?:,\d{2,3})*,\d{3} (?!\d) (?:\.\d+)?            # 1,234.5
-                      | [1-9]\d{0,2} (?:GAP\d{3})+ (?![\d,]) (?:\.\d+)? )             # 1 234.5
-          | (?P<comma> (?<!,) (?: [1-9]\d{0,2} (?:(?:\.|GAP)\d{3})+ | \d+ ) ,\d+ ) (?![\d,])  # 1.234,5
+      | (?: (?P<digits> [1-9]\d{0,2} (?:,\d{2,3}){0,9},\d{3} (?!\d) (?:\.\d+)?        # 1,234.5
+                      | [1-9]\d{0,2} (?:GAP\d{3}){1,9} (?![\d,]) (?:\.\d+)? )         # 1 234.5
+          | (?P<dots> [1-9]\d{0,2} (?:\.\d{3}){2,9} (?![.,]?\d) )                         # 1.234.567
+          | (?P<comma> (?<!,) (?: [1-9]\d{0,2} (?:(?:\.|GAP)\d{3}){1,9} | \d+ ) ,\d+ ) (?![\d,])  # 1.234,5
           | (?P<plain> \d+ (?:\.\d+)? | (?<![\w.])\.\d+ ) )
         (?: [eE] (?P<e>[-+]?\d+) \b | [ ]?(?:[x×*·]|\\times|\\cdot)[ ]?10\^\{?(?P<ten>[-\u2212]?\d+)
           | \^\{?(?P<power>-?\d+) | :(?P<minutes>\d\d)(?!\d) | [ ]?(?P<half>[¼-¾⅐-⅞]) )?
@@ -71,7 +74,7 @@ def final_number(text: str) -> str | None:
     """The number that an answer ends in, written in one way; None where it holds no number.
 
         after "####" or in \\boxed{} if there is one, else the last; in brackets only where no other is
-        1,234.50   1 234.5   1.234,50   $1,234.50   12km   **42**    a comma before three digits groups them
+        1,234.50   1 234.5   1.234,50   1.234.567   $1,234.50   12km   a comma before three digits groups them
         3,5 -> 3.5                                   ... before one, two or four digits it is a decimal comma
         -5   −5   -$5   负5, but 10-3 -> 3           a minus after a number is an operation, or a range
         3/4   ½   1 ½   1 3/4   \\frac34 -> 0.75        but 3/4/2025, a date, ends in 2025
@@ -101,7 +104,7 @@ def final_number(text: str) -> str | None:
 def number_text(found: re.Match) -> str:
     """What NUMBER found -> its value in the shortest writing, such as "0.75"; a time stays a time."""
     digits = (found["digits"] or found["plain"] or "0").replace(",", "")
-    if comma := found["comma"]:
+    if comma := found["comma"] or found["dots"]:
         digits = comma.replace(".", "").replace(",", ".")
     value = float(re.sub(GAP, "", digits))
     if minutes := found["minutes"]:
@@ -163,8 +166,8 @@ def answer_test(record: dict, last_turn: str | None = None, calls: Sequence[dict
         if number is None:
             raise DataError("the answer holds no number to compare with")
         return AnswerTest(reference, number=number)
-    contains = tuple(required(record, "contains", list)) if "contains" in record else ()
-    answers = tuple(required(record, "answers", list)) if "answers" in record else ()
+    contains, answers = (() if is_empty(record.get(key)) else tuple(required(record, key, list))
+                         for key in ("contains", "answers"))
     if (last_turn or calls) and not contains and not answers:
         return AnswerTest(last_turn, answers=(last_turn,), calls=tuple(calls))
     return AnswerTest(last_turn or None, contains=contains, answers=answers)

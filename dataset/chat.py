@@ -133,10 +133,9 @@ def encode_pieces(tokenizer, conversations: list[list[Piece]]) -> list[tuple[lis
     return encoder.encode_pieces(conversations, cut_answers=encoder.template is None)
 
 
-def encode_chat(tokenizer, messages, tools=None, add_generation_prompt=False,
-                thinking=False) -> tuple[list[int], list[int]]:
+def encode_chat(tokenizer, messages, tools=None, add_generation_prompt=False) -> tuple[list[int], list[int]]:
     """Messages -> (ids, mask), mask 1 on the assistant's words and their <|im_end|>. Raises DataError."""
-    pieces = write_chat(tokenizer, messages, tools, add_generation_prompt, thinking)
+    pieces = write_chat(tokenizer, messages, tools, add_generation_prompt)
     return encode_pieces(tokenizer, [pieces])[0]
 
 

@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 from common.errors import DataError
@@ -63,7 +64,7 @@ class ForeignTemplate:
         # Where two tokens fit, a tokenizer takes the longer one, so the longer one stands first here.
         control = sorted(self.tokens, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
-        self.prompts: dict = {}  # what `_prompt` found
+        self.prompts: dict[tuple[bool, bool], str] = {}  # what `_prompt` found
         self.way = None  # what `way_of_calls` found
 
     def pieces(self, messages: list[dict], tools, add_generation_prompt: bool, thinking: bool) -> list[Piece]:
@@ -128,7 +129,7 @@ class ForeignTemplate:
             if number is not None:
                 leaves[int(number)].places.append(written)
         for leaf in leaves:
-            as_json = [json.dumps(leaf.words, ensure_ascii=ascii)[1:-1] for ascii in (True, False)]
+            as_json = [json.dumps(leaf.words, ensure_ascii=escaped)[1:-1] for escaped in (True, False)]
             # A template may write a tool's result as JSON.
             if len(leaf.places) == 2 and text[slice(*leaf.places)] not in (leaf.words, *as_json):
                 raise DataError("this model's chat template rewrites what a message says")
@@ -165,7 +166,7 @@ class ForeignTemplate:
                 # Thoughts about earlier questions are left out by some templates, as their models expect.
                 is_old = any(later["role"] == "user" for later in messages[leaf.message:])
                 is_left_out = without_thought or not leaf.places
-                if is_left_out and not (is_old and self._shows_thoughts()):
+                if is_left_out and not (is_old and self._shows_thoughts):
                     raise DataError("this model's chat template leaves out what the assistant thought")
             elif leaf.kind == "name" and not leaf.places:
                 raise DataError("this model's chat template leaves out tool calls")
@@ -174,11 +175,10 @@ class ForeignTemplate:
             elif not leaf.places and message["content"].strip():
                 raise DataError(f"this model's chat template leaves out a message of the {message['role']}")
 
+    @cached_property
     def _shows_thoughts(self) -> bool:
-        if "thoughts" not in self.prompts:
-            _, leaves, _ = self._layout([USER, THOUGHT], None, False, True)
-            self.prompts["thoughts"] = all(leaf.places for leaf in leaves)
-        return self.prompts["thoughts"]
+        _, leaves, _ = self._layout([USER, THOUGHT], None, False, True)
+        return all(leaf.places for leaf in leaves)
 
     # --- the assistant's part -----------------------------------------------------------------------------
 
@@ -208,8 +208,8 @@ class ForeignTemplate:
         calls = [leaf for leaf in leaves if leaf.message == number and leaf.kind == "name"]
         ends = [found for found in control if places[-1] <= found[0] and found[1] <= end]
         if calls and places[-1] in calls[-1].places:  # the sign that ends a call may be a control token, too
-            ends = [found for found in ends if found[2] == self._end_of_turn()]
-        elif ends and (text[places[-1]:ends[0][0]].strip() or ends[0][2] != self._end_of_turn()):
+            ends = [found for found in ends if found[2] == self._end_of_turn]
+        elif ends and (text[places[-1]:ends[0][0]].strip() or ends[0][2] != self._end_of_turn):
             ends = []  # the control token belongs to the next message
         if not ends:
             raise DataError("this model's chat template has no control token that ends an answer")
@@ -226,16 +226,16 @@ class ForeignTemplate:
             raise DataError("this model's chat template writes a prompt that is not found in a conversation")
         return (start, ends[0][1]) if messages[number].get("trained", True) else None
 
+    @cached_property
     def _end_of_turn(self) -> str | None:
         """The control token that ends an answer of words."""
-        if "end" not in self.prompts:
-            text, leaves, control = self._layout([USER, ANSWER], None, False, False)
-            after = places_of(leaves, 1)[-1]
-            self.prompts["end"] = next((token for start, _, token in control if start >= after), None)
-        return self.prompts["end"]
+        _, leaves, control = self._layout([USER, ANSWER], None, False, False)
+        after = places_of(leaves, 1)[-1]
+        return next((token for start, _, token in control if start >= after), None)
 
 
 def thinks(message: dict) -> bool:
+    """Whether a message begins with a thought, beside its content or at the beginning of it."""
     return bool(message.get("reasoning_content")) or (
         message["role"] == "assistant" and message["content"].lstrip().startswith("<think>"))
 

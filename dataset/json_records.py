@@ -179,14 +179,15 @@ def rows_of(columns: dict[str, list]) -> list[dict] | None:
     return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
-def without_nulls(value: object) -> object:
-    """The value without the keys that hold null, at any depth.
+def without_nulls(value: object, only: str | None = None) -> object:
+    """The value without the keys that hold null, at any depth. only: the one key that is left out so.
 
     Where objects of different keys become rows of one table, each gets the keys of all, filled with null.
     """
     if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_nulls(inner, only) for key, inner in value.items()
+                if inner is not None or only not in (None, key)}  # fmt: skip
+    return [without_nulls(inner, only) for inner in value] if isinstance(value, list) else value
 
 
 def records_in(value: object) -> list:

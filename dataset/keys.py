@@ -15,6 +15,7 @@ NAMES = {
     "conversation": ("conversations", "messages", "conversation"),
     "system": ("system", "system_prompt", "system_message"),
     "tools": ("tools", "functions"),  # of a record, or of its system message
+    "asked": ("question", "prompt"),
     # of a message
     "role": ("role", "from"),
     "content": ("content", "value"),

@@ -68,9 +68,9 @@ def to_messages(record: dict, note: Note = no_note,
     messages = []
     for number, turn in enumerate(turns, 1):
         message = _to_message(turn, f"message {number}", note)
-        last = messages[-1] if messages and messages[-1]["role"] == message["role"] == "assistant" else None
-        if last and value_of(turn, "role") in CALL_ROLES:
-            _join_calls(last, message, number)
+        follows_answer = messages and messages[-1]["role"] == "assistant"
+        if follows_answer and value_of(turn, "role") in CALL_ROLES:
+            _join_calls(messages[-1], message, number)
         else:
             messages.append(message)
     _leave_out_empty_answers(messages, note)
@@ -123,7 +123,7 @@ def check_words(messages: list[dict], note: Note) -> None:
 def _turns_of(record: dict, note: Note, side: str | None) -> tuple[object, set[str]]:
     """The turns of a record as its author wrote them, and the keys that were read for them."""
     turns, known = value_of(record, "conversation"), {*NAMES["conversation"]}
-    answer, prompt = (_messages_in(record.get(key)) for key in (side or "chosen", "prompt"))
+    answer, prompt = (messages_in(record.get(key)) for key in (side or "chosen", "prompt"))
     is_pair = not is_empty(answer)
     if turns is None and "instruction" in record and ("output" in record or is_pair):
         if not all(is_empty(record.get(key)) for key in ALPACA):
@@ -136,8 +136,9 @@ def _turns_of(record: dict, note: Note, side: str | None) -> tuple[object, set[s
     if isinstance(turns, dict):  # {"role": [...], "content": [...]}: datasets writes lists of objects so
         turns = rows_of(turns) or turns
     if is_pair:
-        prompt, turns = turns, _with_answer(turns, answer, side or "chosen")
-        is_used = is_empty(prompt) or isinstance(prompt, list) and turns[: len(prompt)] == prompt
+        whole = _with_answer(turns, answer, side or "chosen")
+        is_used = is_empty(turns) or isinstance(turns, list) and whole[: len(turns)] == turns
+        turns = whole
         if not is_used and side != "rejected":  # of both sides the chosen one alone says it
             unused = [repr(key) for key in record if key in known and not is_empty(record[key])]
             note(f"{' and '.join(unused)} beside a whole conversation in 'chosen' is not used")
@@ -276,17 +277,20 @@ def _content(content, name: str, note: Note, is_answer: bool = False) -> tuple[s
         content = [content]
     for part in content if isinstance(content, list) else [content]:
         part = {"text": part} if isinstance(part, str) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else None
+        kind = (part.get("type") or "text") if isinstance(part, dict) else None
         if is_answer and kind in CALL_PARTS:
             calls.append(part)
             continue
-        thought = value_of(part, "reasoning") if is_answer and kind in THOUGHT_PARTS else None
-        text = part.get("text") if thought is None and kind in (*TEXT_PARTS, *THOUGHT_PARTS) else thought
+        text, names = None, NAMES["reasoning"]
+        if is_answer and kind in THOUGHT_PARTS:
+            text = value_of(part, "reasoning")
+        if text is None and kind in (*TEXT_PARTS, *THOUGHT_PARTS):
+            text, names = part.get("text"), ("text",)
         if not isinstance(text, str) or kind in THOUGHT_PARTS and not is_answer:
             has = f": it has a part of the type {str(kind)[:20]!r}" if kind else ""
             raise DataError(f"the content of {name} is not text{has}")
         (thoughts if kind in THOUGHT_PARTS else texts).append(text)
-        name_unknown(part, {"type", *(("text",) if thought is None else NAMES["reasoning"])}, "part", note)
+        name_unknown(part, {"type", *names}, "part", note)
     return "".join(texts), thoughts, calls
 
 
@@ -343,7 +347,7 @@ def _obey_flags(record: dict, messages: list[dict], note: Note) -> None:
         message["trained"] = False
 
 
-def _messages_in(value: object) -> object:
+def messages_in(value: object) -> object:
     """The list of messages that a cell holds as JSON text; any other value as it is."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         messages = parse_cell(value)

@@ -8,7 +8,7 @@ A reader may skip this file.
 
 "answers" and "contains" say what a right answer is, as in dataset/answers.py. "gt", MiniMind's key, means
 "contains". A record without any of them is a prompt that other rewards judge. "max_reward_tokens" is for the
-reward "length".
+reward "length". An empty cell of a table is no key. inference/scoring.py means the same by all of this.
 """
 
 import hashlib
@@ -16,13 +16,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from common.errors import DataError
 from dataset.answers import AnswerTest, answer_test, required
 from dataset.chat import encode_chat
-from dataset.keys import is_empty, value_of
-from dataset.messages import to_messages
+from dataset.keys import ALPACA, NAMES, is_empty, value_of
+from dataset.messages import messages_in, to_messages
 from dataset.records import Report, check_paths, nothing_usable, read_records, reason_of
 from dataset.replies import read_message
 
@@ -77,7 +75,6 @@ class PromptDataset:
                 if text:
                     print(f"warning: {text}", file=sys.stderr)
         self.identity = f"{len(self):,} prompts, sha256 {sha256.hexdigest()[:16]}"
-        self.lengths = np.array([len(prompt.ids) for prompt in self.prompts])
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -85,14 +82,11 @@ class PromptDataset:
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
 
-    def where(self, sample: int) -> str:
-        return self.prompts[sample].where
-
 
 def read_prompt(tokenizer, record: dict, where: str, note: Callable) -> Prompt:
     """The prompt of a record. Raises DataError, with the reason alone, where there is none."""
-    last_turn, tools = None, None
-    if value_of(record, "conversation") or not record.keys() & {"question", "prompt"}:
+    last_turn = None
+    if holds_chat(record) or value_of(record, "asked") is None:
         messages, tools = to_messages(record, note)
         if messages[-1]["role"] == "assistant":
             messages, last_turn = messages[:-1], read_message(messages[-1])
@@ -100,29 +94,39 @@ def read_prompt(tokenizer, record: dict, where: str, note: Callable) -> Prompt:
         messages, tools = read_asked(record, note)
     if not messages or messages[-1]["role"] == "assistant":
         raise DataError("the prompt ends with an answer, and holds no question")
-    if "max_reward_tokens" in record and required(record, "max_reward_tokens", int) < 1:
-        raise DataError(f"'max_reward_tokens' must be at least 1, not {record['max_reward_tokens']}")
+    longest = record.get("max_reward_tokens")
+    if not is_empty(longest) and required(record, "max_reward_tokens", int) < 1:
+        raise DataError(f"'max_reward_tokens' must be at least 1, not {longest}")
     ids, _ = encode_chat(tokenizer, messages, tools, True)
     return Prompt(messages, ids, test_of(record, last_turn), record, where)
 
 
+def holds_chat(record: dict) -> bool:
+    """Whether a record holds a conversation, which counts more than a question or a prompt beside it."""
+    is_alpaca = {"instruction", "output"} <= record.keys() and any(
+        not is_empty(record.get(key)) for key in ALPACA)
+    return is_alpaca or value_of(record, "conversation") is not None
+
+
 def read_asked(record: dict, note: Callable) -> tuple[list[dict], list | None]:
     """The messages and tools of a record with a "question" or a "prompt": a text, or a list of messages."""
-    asked = record.get("question", record.get("prompt"))
+    if not is_empty(record.get("choices")):
+        raise DataError("a multiple choice: it can be scored, and is no prompt for an answer in words")
+    asked = messages_in(value_of(record, "asked"))
     turns = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-    beside = {key: record[key] for key in ("system", "tools") if key in record}
+    beside = {key: record[key] for key in (*NAMES["system"], *NAMES["tools"]) if key in record}
     return to_messages({"messages": turns} | beside, note)
 
 
 def test_of(record: dict, last_turn: dict | None) -> AnswerTest:
     """How answers to the record are checked. last_turn: the right answer that its conversation ends with."""
-    if "gt" in record and not record.keys() & {"answers", "contains"} and not is_empty(record["gt"]):
-        expected = record["gt"] if isinstance(record["gt"], list) else [record["gt"]]
-        # A table has 5.0 for 5 where another row has no number.
-        texts = [f"{value:.15g}" if isinstance(value, float) else str(value) for value in expected]
-        return answer_test({"contains": texts}, "")
-    if last_turn is None and "answer" in record and not record.keys() & {"answers", "contains"}:
-        return answer_test({"question": "", "answer": str(record["answer"])})
-    if last_turn is None:
-        return answer_test(record, "")
-    return answer_test(record, last_turn["content"], last_turn.get("tool_calls", ()))
+    said = last_turn or {"content": ""}
+    if is_empty(record.get("answers")) and is_empty(record.get("contains")):
+        if not is_empty(expected := record.get("gt")):
+            # A table has 5.0 for 5 where another row has no number.
+            texts = [f"{value:.15g}" if isinstance(value, float) else str(value)
+                     for value in (expected if isinstance(expected, list) else [expected])]
+            record = {"contains": texts}
+        elif last_turn is None and not is_empty(record.get("answer")):
+            return answer_test({"question": "", "answer": str(record["answer"])})
+    return answer_test(record, said["content"], said.get("tool_calls", ()))

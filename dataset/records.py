@@ -79,14 +79,14 @@ class Report:
                 f"(first problem: {self.first[path]})")
 
 
-def read_records(paths, strict=False, report: Report | None = None) -> Iterator[tuple[str, int, dict]]:
+def read_records(paths, report: Report | None = None) -> Iterator[tuple[str, int, dict]]:
     """Yields (path, line number, record) for every record of one file or several, in order.
 
     Problems go to `report`, which then also decides what is fatal. Without a report they are shown here, and
     a summary at the end. Raises DataError for a file that is missing, empty, unreadable or without a record.
     """
     paths = check_paths(paths)  # All files are checked now: the turn of the second may come in an hour.
-    own_report = Report(strict)  # stays empty where another one is given
+    own_report = Report()  # stays empty where another one is given
     report = own_report if report is None else report
     for path in paths:
         any_record = False

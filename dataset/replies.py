@@ -43,6 +43,7 @@ class Reply:
         return self.parts[-1][0]
 
     def add_mark(self, mark: str) -> None:
+        """Takes a mark, after which the next part begins."""
         self.end()
         self.text += mark
         self.parts.append((PART_AFTER.get(mark, "content"), ""))
@@ -54,7 +55,7 @@ class Reply:
             shown.append(self._put(text[:found.start()]))
             self.add_mark(found[0])
             text = text[found.end():]
-        length = max((n for n in range(1, min(len(text), 12) + 1) if text[-n:] in self.beginnings), default=0)
+        length = max((len(beginning) for beginning in self.beginnings if text.endswith(beginning)), default=0)
         shown.append(self._put(text[:len(text) - length]))
         self.held = text[len(text) - length:]
         return [piece for piece in shown if piece[1]]

@@ -81,7 +81,8 @@ def without_filled_nulls(messages: list[dict], tools: list | None, note: Note) -
     """Returns the tools without nulls, and takes the nulls out of the arguments of the calls.
 
     In a file that the library datasets wrote, every call has the arguments of all calls, and null for those
-    that are not its own. A null stays only where the tool itself has an argument of that name.
+    that are not its own. A null stays only where the tool itself has an argument of that name. What is taken
+    out is noted, unless it is an argument's default.
     """
     declared = {}  # tool -> its arguments
     for tool in tools or []:
@@ -99,6 +100,7 @@ def without_filled_nulls(messages: list[dict], tools: list | None, note: Note) -
                 call["arguments"] = kept
                 note("a null among the arguments of a tool call is left out, as if a table had filled it in")
     cleaned = without_nulls(tools)
-    if cleaned != tools:
+    # A schema that pydantic made says "default": null of what may be left out, which says nothing more.
+    if cleaned != without_nulls(tools, only="default"):
         note("a null in the tools is left out, as if a table had filled it in")
     return cleaned

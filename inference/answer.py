@@ -66,8 +66,11 @@ class AnswerReader:
         return pieces if self.has_stopped else pieces + self._close(is_last=True)
 
     def _text_after(self, ids: list[int], count: int) -> str:
-        """The text of ids[count:]. Some tokenizers drop a space at the start of what they decode, so the ids
-        before are decoded, too, and their text is cut off."""
+        """The text of ids[count:].
+
+        Some tokenizers drop a space at the start of what they decode. So the ids before are decoded, too, and
+        their text is cut off.
+        """
         return self.decode(ids)[len(self.decode(ids[:count])):]
 
     def _show(self, found: list[tuple[str, str]]) -> list[Piece]:

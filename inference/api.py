@@ -148,6 +148,8 @@ class Service:
 
 
 class PageFiles(StaticFiles):
+    """The files of the web page, each with PAGE_HEADERS."""
+
     def file_response(self, *arguments, **options) -> Response:
         response = super().file_response(*arguments, **options)
         response.headers.update(PAGE_HEADERS)
@@ -155,8 +157,10 @@ class PageFiles(StaticFiles):
 
 
 async def or_gone(connection: Request, work: Callable) -> Response:
-    """Awaits work(), the answer as a dict, and gives it up when the client leaves. Without a stream nothing
-    else would notice."""
+    """Awaits work(), the answer as a dict, and gives it up when the client leaves.
+
+    Without a stream nothing else would notice that it has left.
+    """
     async def gone() -> None:
         while (await connection.receive())["type"] != "http.disconnect":
             pass

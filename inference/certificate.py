@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.prompts import holds_chat
 from dataset.records import read_records
 from model.adapters import Adapters
 from model.generate import generate
@@ -117,7 +118,7 @@ def samples_of(paths: list[Path], limit: int, reference: Reference) -> list[tupl
     samples = []
     for path in paths:
         _, _, first = next(iter(read_records([path])))
-        kind = PretrainDataset if "text" in first else SFTDataset
+        kind = PretrainDataset if "text" in first and not holds_chat(first) else SFTDataset
         with tempfile.TemporaryDirectory() as cache:
             length = min(512, reference.model.config.max_position_embeddings)
             dataset = kind(path, reference.tokenizer, length, cache_dir=Path(cache))

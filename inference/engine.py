@@ -67,13 +67,15 @@ class Lane:
 class Engine:
     """names: {name: (lane, adapter)} of all that can be asked. metrics: counts since the start.
 
-    deliver: called in the engine's thread with the requests that have news.
+    models: their folders or files. adapters: those of the first model. max_rows: that one model decodes at
+    once. cache_bytes: for the keys and values of all models. max_waiting: answers that may wait.
+    deliver: called in the engine's thread with the requests that have news. options: go to ChatModel.
     """
 
     def __init__(self, models: list[Path], adapters: list[str], *, max_rows: int, cache_bytes: int,
                  max_waiting: int = 1024, deliver: Callable | None = None, **options):
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.models, self.loras, self.options = models, adapters, options
+        self.models, self.adapters, self.options = models, adapters, options
         self.max_rows, self.cache_bytes, self.max_waiting = max_rows, cache_bytes, max_waiting
         self.deliver = deliver or set_events
         self.condition, self.is_ready = threading.Condition(), threading.Event()
@@ -155,7 +157,7 @@ class Engine:
 
     def _load(self) -> None:
         for place, path in enumerate(self.models):
-            adapters = self.loras if place == 0 else []
+            adapters = self.adapters if place == 0 else []
             chat_model = ChatModel(path, adapters, **self.options)
             lane = Lane(chat_model, self.max_rows, self.cache_bytes // len(self.models))
             self.lanes.append(lane)

@@ -126,7 +126,8 @@ def draw(result: dict, path: Path) -> None:
     grid.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     for row, of_depth in enumerate(shares):
         for column, share in enumerate(of_depth):
-            grid.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=8)
+            if not math.isnan(share):  # fewer needles than depths
+                grid.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=8)
     grid.set(xticks=range(len(found)), xticklabels=list(found), yticks=range(len(DEPTHS)), yticklabels=DEPTHS,
              xlabel="tokens of the text", ylabel="depth of the needle", title="needles found")
     curve.plot(*zip(*result["perplexity"], strict=True), linewidth=1.5)

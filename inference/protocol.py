@@ -57,16 +57,6 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = False  # nothing is added to hide the length of what is sent
 
 
-def known(body: object) -> object:
-    """The body without fields that have no meaning, or no effect. Raises ValueError for unsupported ones."""
-    if not isinstance(body, dict):
-        return body
-    for name, value in body.items():
-        if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
-            raise ValueError(f"{name} is not supported by this server")
-    return {name: value for name, value in body.items() if name not in NO_MEANING and name not in NEUTRAL}
-
-
 # Of a million wrong items the first is reported.
 FirstMistake = Field(fail_fast=True)
 Texts = Annotated[list[str], FirstMistake]
@@ -96,8 +86,14 @@ class Sampling(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, body):
-        return known(body)
+    def _without_neutral(cls, body):
+        """Drops fields that have no meaning, or no effect. Raises ValueError for unsupported values."""
+        if not isinstance(body, dict):
+            return body
+        for name, value in body.items():
+            if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
+                raise ValueError(f"{name} is not supported by this server")
+        return {name: value for name, value in body.items() if name not in NO_MEANING | NEUTRAL.keys()}
 
     @field_validator("temperature")
     @classmethod

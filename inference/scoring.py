@@ -9,7 +9,7 @@ The records, and when an answer is right:
         "family": "sums"                                               scores are per family (else per file)
     {"question", "choices", "answer": 2}                               the likeliest choice is that index
     {"question", "answer": "... #### 42"}                              its final number is that (GSM8K)
-    {"prompt"}, or a longer talk that the user ends                    answered for people to read, not scored
+    {"prompt"}, {"question"}, or a longer talk that the user ends      answered for people to read, not scored
         "contains", "answers", "gt" or "answer"                        ... scored by it: dataset/prompts.py
     {"text"}                                                           loss alone
 
@@ -31,10 +31,10 @@ from common.errors import DataError, RunError
 from dataset.answers import AnswerTest, answer_test, required
 from dataset.chat import assistant_text, encode_chat, encode_continuation, encode_text
 from dataset.foreign_chat import thinks
-from dataset.keys import name_unknown, no_note, value_of
+from dataset.keys import NAMES, is_empty, name_unknown, no_note
 from dataset.lm_dataset import PretrainDataset, SFTDataset, collate
 from dataset.messages import to_messages
-from dataset.prompts import read_asked, test_of
+from dataset.prompts import holds_chat, read_asked, test_of
 from dataset.records import Report, read_records, reason_of
 from dataset.replies import Reply, read_message
 from inference.chat_model import DEFAULT_NEW_TOKENS, ChatModel, Sampling
@@ -73,24 +73,22 @@ def parse_question(record: dict, file: Path, line: int | None = None, note=no_no
     Raises DataError, with the reason alone, for a record of an unknown kind or with unusable values.
     """
     kind, messages, last_turn, tools, test = "prompt", [], None, None, AnswerTest()
-    is_chat = value_of(record, "conversation") or record.get("chosen")
-    is_chat = is_chat or {"instruction", "output"} <= record.keys()
-    if is_chat or not record.keys() & {"choices", "question", "prompt", "text"}:
+    is_choice = record.get("choices") is not None
+    is_asked = not all(is_empty(record.get(name)) for name in NAMES["asked"])
+    if holds_chat(record) or record.get("chosen") or not (is_choice or is_asked or "text" in record):
         messages, tools = to_messages(record, note)
         if messages[-1]["role"] == "assistant":
             kind, messages, last_turn = "chat", messages[:-1], messages[-1]
-            said = read_message(last_turn)
-            test = answer_test(record, said["content"], said.get("tool_calls", ()))
-        else:
-            test = test_of(record, None)
-    elif "choices" in record:
+        test = test_of(record, last_turn and read_message(last_turn))
+    elif is_choice:
         kind, test = "choice", answer_test(record)
         messages = [{"role": "user", "content": required(record, "question", str)}]
         name_unknown(record, {"question", "choices", "answer"}, "record", note)
-    elif "question" in record or "prompt" in record:
-        test = answer_test(record) if "question" in record else test_of(record, None)
+    elif is_asked:
         messages, tools = read_asked(record, note)
-        name_unknown(record, {"question", "prompt", "answer", "system", "tools"}, "record", note)
+        test = test_of(record, None)
+        known = {*NAMES["asked"], *NAMES["system"], *NAMES["tools"], "answer"}
+        name_unknown(record, known, "record", note)
     else:
         kind = "text"
     family = str(record.get("family", file.stem))

@@ -152,8 +152,10 @@ class Batch:
 
     @torch.inference_mode()
     def read(self, rows: list[Row]) -> Iterator[None]:
-        """The same as `add`, in parts: between two parts of a long prompt other rows may grow by `step`, or
-        leave. None may join meanwhile."""
+        """The same as `add`, in parts.
+
+        Between two parts of a long prompt other rows may grow by `step`, or leave. None may join meanwhile.
+        """
         for row in rows:
             row.numbers = random_numbers(row.seed)
         by_key = {prompt_key(row): row for row in rows}

@@ -82,7 +82,6 @@ class ModelConfig:
         kinds = self.layer_types or [SLIDING] * self.num_hidden_layers
         return [self.sliding_window if kind == SLIDING else None for kind in kinds]
 
-
     def has_experts(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.mlp_only_layers
 

@@ -155,7 +155,8 @@ def _windows(raw: dict, family: str) -> tuple[int | None, list[str] | None]:
     if family == "Mistral" and len(set(kinds or [])) > 1:
         raise ModelError("layer_types of two kinds: the architecture for them is MinistralForCausalLM")
     if family in ("Qwen2", "Qwen3") and not kinds:
-        first = min(raw.get("max_window_layers", 28), layers)
+        first = raw.get("max_window_layers")
+        first = min(28 if first is None else first, layers)
         kinds = [FULL] * first + [SLIDING] * (layers - first)
     window = raw.get("sliding_window", None if family == "Mixtral" else 4096)
     return window, None if window is None or family in ("Mistral", "Mixtral", "Qwen3Moe") else kinds

@@ -60,6 +60,7 @@ def main(args):
 def read_texts(args) -> list[str]:
     """The texts of the files, or of the world's held-out file; of a chat the contents of its messages."""
     from dataset.messages import to_messages
+    from dataset.prompts import holds_chat
     from dataset.records import read_records
 
     paths = args.data_path
@@ -70,7 +71,8 @@ def read_texts(args) -> list[str]:
     texts = []
     for path, line, record in read_records(paths):
         try:
-            messages = [{"content": record["text"]}] if "text" in record else to_messages(record)[0]
+            is_text = isinstance(record.get("text"), str) and not holds_chat(record)
+            messages = [{"content": record["text"]}] if is_text else to_messages(record)[0]
             texts.append("\n".join(str(message["content"]) for message in messages))
         except DataError as error:
             raise DataError(f"{path}:{line}: {error}") from None

@@ -24,12 +24,15 @@ from pathlib import Path
 
 from common.errors import ModelError, RunError, UsageError
 from common.files import one_line
+from dataset.foreign_chat import with_standard_calls
+from dataset.keys import is_empty
 from dataset.prompts import Prompt
 from dataset.replies import read_message
 from trainer.checkpoint import identity_of_weights
 
 FILE_OF_REWARDS = "file_of_rewards"  # the name of the module; that of the file could hide another module
 LARGEST_REWARD = 1e30  # sums over a group must stay finite in float32
+TEXTS_AT_ONCE = 32  # that a reward model reads
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Rewards:
 
 
 def right_answers(prompts: list[Prompt], answers: list[Answer]) -> list[float]:
+    """What the model thought before its answer counts neither for it nor against it."""
     found = []
     for prompt, answer in zip(prompts, answers, strict=True):
         said = read_message({"role": "assistant", "content": answer.text})
@@ -84,6 +88,7 @@ def right_answers(prompts: list[Prompt], answers: list[Answer]) -> list[float]:
 
 
 def matches(pattern: str) -> Part:
+    """The part "format". Raises UsageError for what is no regular expression."""
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
@@ -92,8 +97,10 @@ def matches(pattern: str) -> Part:
 
 
 def shortness(longest: int | None) -> Part:
+    """The part "length". longest: --max_reward_tokens."""
     def judge(prompt: Prompt, answer: Answer) -> float:
-        limit = prompt.record.get("max_reward_tokens", longest)
+        own = prompt.record.get("max_reward_tokens")
+        limit = longest if is_empty(own) else own
         return min(1.0, max(0.0, 2 - answer.num_tokens / limit)) if limit else 1.0
 
     return lambda prompts, answers: [judge(*pair) for pair in zip(prompts, answers, strict=True)]
@@ -140,13 +147,12 @@ def own_function(path_and_name: str) -> Part:
 class RewardModel:
     """A model that gives a text one number: a folder of transformers' AutoModelForSequenceClassification."""
 
-    def __init__(self, path: Path, batch_size: int = 32):
+    def __init__(self, path: Path):
         # Imported here, because it takes seconds.
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # a missing head is named below, in one line and not in a table
-        self.batch_size = batch_size
         if not (path / "config.json").is_file():
             raise UsageError(f"--reward_model {path}: there is no model in that folder")
         try:  # no code from the folder runs, and nothing is fetched
@@ -167,15 +173,10 @@ class RewardModel:
     def __call__(self, prompts: list[Prompt], answers: list[Answer]) -> list[float]:
         import torch
 
-        texts, scores = [], []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            messages = [*prompt.messages, {"role": "assistant", "content": answer.text}]
-            if self.tokenizer.chat_template:
-                texts.append(self.tokenizer.apply_chat_template(messages, tokenize=False))
-            else:
-                texts.append("\n".join(message["content"] for message in messages))
-        # Without a token for padding the rows of a batch could not have different lengths.
-        size = self.batch_size if self.tokenizer.pad_token else 1
+        texts, scores = [self.text(*pair) for pair in zip(prompts, answers, strict=True)], []
+        # In padded rows the model looks for the last token that is no padding, by the id in its own config.
+        padding = getattr(self.model.config, "pad_token_id", None)
+        size = TEXTS_AT_ONCE if padding is not None and padding == self.tokenizer.pad_token_id else 1
         for begin in range(0, len(texts), size):
             inputs = self.tokenizer(texts[begin:begin + size], return_tensors="pt", padding=size > 1,
                                     truncation=True, add_special_tokens=not self.tokenizer.chat_template)
@@ -184,3 +185,15 @@ class RewardModel:
         if not all(map(math.isfinite, scores)):
             raise RunError("--reward_model gives numbers that are not finite")
         return scores
+
+    def text(self, prompt: Prompt, answer: Answer) -> str:
+        """The prompt and the answer as this model reads them. Raises RunError where its template can't."""
+        messages = [*prompt.messages, {"role": "assistant", "content": answer.text}]
+        if not self.tokenizer.chat_template:
+            return "\n".join(message["content"] for message in messages)
+        messages = with_standard_calls(messages, no_content=False, as_text=False, with_ids=False)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # errors of jinja, and of the expressions in the template
+            raise RunError("the chat template of --reward_model refuses the prompt of "
+                           f"{prompt.where}: {one_line(error)}") from None

@@ -386,7 +386,8 @@ def test_thinking_in_a_foreign_template():
     said = agree(tokenizer, with_call, TOOLS, **AS_IT_IS)
     assert said.startswith("<think>\nLook.\n</think>\n\n<tool_call>")
     for thinking in (False, True):  # the switch, where a prompt for an answer is written
-        ids, _ = chat.encode_chat(tokenizer, [ASK], None, True, thinking)
+        pieces = chat.write_chat(tokenizer, [ASK], None, True, thinking)
+        [(ids, _)] = chat.encode_pieces(tokenizer, [pieces])
         assert ids == tokenizer.apply_chat_template([ASK], tokenize=True, return_dict=False,
                                                     add_generation_prompt=True, enable_thinking=thinking)
 

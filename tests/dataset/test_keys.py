@@ -437,6 +437,10 @@ def test_nulls_that_a_table_filled_in_are_left_out():
     assert messages[1]["tool_calls"][0]["arguments"] == {"city": "Oslo", "unit": None}
     assert list(tools[0]) == ["name", "parameters"]
     assert list(tools[0]["parameters"]["properties"]) == ["city", "unit"]
+    tools[0]["parameters"]["properties"]["unit"]["default"] = None  # as pydantic writes it
+    assert notes_on(chat(tools=tools)) == [] and to_messages(chat(tools=tools))[1] != tools
+    tools[0]["parameters"]["properties"]["unit"]["const"] = None
+    assert "a null in the tools" in notes_on(chat(tools=tools))[0]
     as_text = {"name": "weather", "arguments": '{"unit": null}'}  # no table fills a text
     assert to_messages(chat({"role": "assistant", "tool_calls": [as_text]}))[0][1]["tool_calls"] == [as_text]
 

@@ -31,6 +31,7 @@ TOOLS = [
             "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ASSISTANT],
             "tools": "[]",
         },
+        {"messages": [{"role": "user", "content": [{"type": None, "text": "Hi", "x": None}]}, ASSISTANT]},
     ],
 )
 def test_formats_give_the_same_messages(record):

@@ -46,6 +46,13 @@ def read(tmp_path, tokenizer):
     ({"conversations": TURNS, "gt": 5.0}, TURNS, "It is 5.", "4"),
     ({"prompt": TURNS, "gt": [2.5]}, TURNS, "2.5", "2"),
     ({"messages": [*TURNS, {"role": "assistant", "content": f"{THOUGHT}5"}]}, TURNS, "5", f"{THOUGHT}6"),
+    ({"prompt": json.dumps(TURNS), "answers": ["5"]}, TURNS, "5", "6"),  # a cell of a table
+    ({"prompt": "What is 2 + 3?", "question": None, "contains": None, "gt": "", "answer": "5",
+      "max_reward_tokens": None, "choices": []}, ASKED, "5", "6"),
+    ({"prompt": "[INST] ...", "instruction": "What is 2 + 3?", "output": "5"}, ASKED, "5", "6"),
+    ({"prompt": "What is 2 + 3?", "input": "2, 3", "output": "Five.", "gt": 5}, ASKED, "5", "6"),
+    ({"prompt": "What is 2 + 3?", "system_prompt": "Be brief.", "contains": ["5"]},
+     [{"role": "system", "content": "Be brief."}, *ASKED], "It is 5.", "6"),
 ])  # fmt: skip
 def test_what_is_asked_and_what_is_right(read, tokenizer, record, messages, right, wrong):
     [prompt] = read(record).prompts
@@ -86,6 +93,8 @@ def test_tools_and_a_system_message_are_a_part_of_the_prompt(read, tokenizer):
     ({"prompt": "What?", "answers": "5"}, "'answers' must be a list"),
     ({"prompt": "long " * 99, "answers": ["5"]}, "tokens, of which 60 fit into a row"),
     ({"prompt": [*ASKED, *FIVE]}, "ends with an answer"),
+    ({"prompt": "[INST] 2 + 3?", "question": "2 + 3?", "answer": "5"}, "say different things"),
+    ({"question": "2 + 3?", "choices": ["4", "5"], "answer": 1}, "a multiple choice"),
 ])  # fmt: skip
 def test_a_record_that_cannot_be_asked_is_named_with_its_line(read, capsys, record, says):
     good = {"prompt": "2 + 3?", "answers": ["5"]}

@@ -26,8 +26,8 @@ def write(path, content):
     return path
 
 
-def read(path, **kwargs):
-    return [(line, record) for _, line, record in read_records(path, **kwargs)]
+def read(path, report=None):
+    return [(line, record) for _, line, record in read_records(path, report)]
 
 
 def set_max_record_bytes(monkeypatch, size):
@@ -61,23 +61,23 @@ CONTENTS = {
 def test_formats(tmp_path, name, bom, zipped):
     text, lines = CONTENTS[name]
     path = write(tmp_path / (name + ".gz" * zipped), "\ufeff" * bom + text)
-    assert read(path, strict=True) == list(zip(lines, RECORDS, strict=True))
+    assert read(path, Report(strict=True)) == list(zip(lines, RECORDS, strict=True))
 
 
 def test_windows_line_ends_and_blank_lines(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\r\n\r\n  \n{"text": "b"}')
-    assert read(path, strict=True) == [(1, {"text": "a"}), (4, {"text": "b"})]
+    assert read(path, Report(strict=True)) == [(1, {"text": "a"}), (4, {"text": "b"})]
 
 
 def test_byte_order_marks_of_files_that_were_joined(tmp_path):
     path = write(tmp_path / "a.jsonl", '\ufeff{"text": "a"}\n\ufeff{"text": "b\ufeff"}\n')
-    assert read(path, strict=True) == [(1, {"text": "a"}), (2, {"text": "b\ufeff"})]
+    assert read(path, Report(strict=True)) == [(1, {"text": "a"}), (2, {"text": "b\ufeff"})]
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path):
     text = "a\u2028b\u2029c\x85d"
     path = write(tmp_path / "a.jsonl", json.dumps({"text": text}, ensure_ascii=False))
-    assert read(path, strict=True) == [(1, {"text": text})]
+    assert read(path, Report(strict=True)) == [(1, {"text": text})]
 
 
 def test_pipes_and_devices_are_refused_without_being_opened(tmp_path):
@@ -138,7 +138,7 @@ def test_bad_line_is_shown_counted_and_skipped(tmp_path, capsys, bad, reason):
     assert shown.startswith(f"warning: {path}:2: ") and reason in shown
     assert summary == "warning: bad lines skipped: 1"
     with pytest.raises(DataError, match=r"a\.jsonl:2: .*--strict"):
-        read(path, strict=True)
+        read(path, Report(strict=True))
 
 
 def test_only_the_first_three_are_shown(tmp_path, capsys):
@@ -438,7 +438,7 @@ def test_what_the_csv_module_writes_is_read_back(tmp_path_factory, rows):
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([["a", "b"], *rows])
-    assert [list(record.values()) for _, record in read(path, strict=True)] == rows
+    assert [list(record.values()) for _, record in read(path, Report(strict=True))] == rows
 
 
 def test_a_long_cell_is_read(tmp_path):

@@ -21,7 +21,8 @@ from model.weights import load_model, load_tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]
 CLOCK = {"type": "function", "function": {"name": "clock", "description": "The time", "parameters": {
-    "type": "object", "properties": {"zone": {"enum": ["Oslo", "Rome"]}}, "required": ["zone"]}}}  # fmt: skip
+    "type": "object", "required": ["zone"],
+    "properties": {"zone": {"enum": ["Oslo", "Rome"], "default": None}}}}}  # fmt: skip (pydantic's null)
 
 
 @pytest.fixture(scope="module")

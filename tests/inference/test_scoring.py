@@ -8,9 +8,13 @@ import pytest
 import torch
 from small_chat_model import turns, write
 
+from common.cli import ROOT
 from common.errors import DataError, RunError
+from dataset.keys import no_note
+from dataset.prompts import read_prompt
 from inference.chat_model import ChatModel, Sampling
 from inference.scoring import parse_question, read_questions, score, wilson
+from model.weights import load_tokenizer
 
 GREEDY = Sampling(temperature=0, max_new_tokens=2)
 
@@ -82,10 +86,16 @@ def test_kinds_of_records():
     ({"prompt": "2 + 3?", "gt": 5}, "5", "6"),
     (turns("Hi", "Hello!", "2 + 3?", gt="5"), "5", "6"),
     (turns("2 + 3?", answers=["5", "five"]), "five", "It is 5."),
+    (turns("2 + 3?", "It is 5.", gt="5"), "5", "It is 6."),
+    ({"question": "2 + 3?", "answer": "4", "answers": ["five"]}, "five", "4"),
+    ({"question": "2 + 3?", "answer": 5}, "So it is 5.", "6"),
+    ({"prompt": "2 + 3?", "text": None, "choices": None, "contains": None, "gt": "5"}, "5", "6"),
 ])  # fmt: skip
 def test_a_prompt_with_something_to_check_it_by_is_scored(record, right, wrong):
     """The same files serve train_grpo.py, so both must mean the same by these keys."""
     test = parse_question(record, Path("g.jsonl")).test
+    tokenizer = load_tokenizer(ROOT / "model" / "tokenizer")
+    assert test == read_prompt(tokenizer, record, "g.jsonl:1", no_note).test
     assert test.is_right(right) is True and test.is_right(wrong) is False
 
 

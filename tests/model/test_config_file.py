@@ -44,6 +44,13 @@ def test_every_other_type_is_refused_by_its_name(name):
     assert passed == RIGHT[says]
 
 
+def test_null_is_a_setting_that_is_not_made():
+    raw = RAW | {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 30, "use_sliding_window": True,
+                 "sliding_window": 8}
+    assert config_from_dict(raw | {"max_window_layers": None}) == config_from_dict(raw)
+    assert config_from_dict(raw).windows == [None] * 28 + [8, 8]
+
+
 def test_every_key_that_is_read_has_a_type():
     """The keys are collected from the code that reads config.json."""
     keys = set()

@@ -3,13 +3,14 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.serving_clients import Server
 from common.errors import RunError
-from inference.certificate import Row
+from inference.certificate import Row, samples_of
 from model import gguf as our_gguf
 from model.adapters import Adapters, remove_lora
 from model.gguf import write_adapter, write_model
@@ -214,3 +215,13 @@ def test_mistakes_are_one_line(home, refused):
     refused(certify, [home / "nothing"], "no model at")
     refused(certify, [home / "base", "--lora", "a", "b"], "--weights: 2 adapters need as many")
     refused(certify, [home / "base", "--json", home], "is a folder")
+
+
+def test_a_chat_is_read_as_one_whatever_stands_beside_it(tmp_path):
+    reference = SimpleNamespace(tokenizer=load_tokenizer(ROOT / "model" / "tokenizer"),
+                                model=SimpleNamespace(config=ModelConfig()))
+    record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    (tmp_path / "b.jsonl").write_text(json.dumps(record | {"text": "Hi Hello!"}))
+    [plain], [beside] = (samples_of([tmp_path / name], 1, reference) for name in ("a.jsonl", "b.jsonl"))
+    assert plain == beside and -100 in plain[1]

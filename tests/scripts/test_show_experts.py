@@ -41,7 +41,8 @@ def test_words_go_where_the_router_sends_them(planted, capsys):
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps(record) + "\n" for record in (
         {"text": " ".join(words * 8)}, {"messages": [{"role": "user", "content": " ".join(words)},
-                                                     {"role": "assistant", "content": "the end"}]})))
+                                                     {"role": "assistant", "content": "the end"}],
+                                        "text": None})))
     picture = folder / "experts.png"
     show_experts.main(show_experts.parse_args(
         [str(folder / "model"), "--data_path", str(texts), "--words", "50", "--plot", str(picture)]))

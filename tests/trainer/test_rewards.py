@@ -48,6 +48,8 @@ def test_a_record_may_have_a_limit_of_its_own():
     record = Prompt(ASKED, [1], AnswerTest(), {"max_reward_tokens": 4}, "x.jsonl:1")
     assert judge(rewards, "x", 6, record)["reward"] == 0.5 and judge(rewards, "x", 6)["reward"] == 1.0
     assert judge(Rewards({"length": 1.0}, max_reward_tokens=3), "x", 6, record)["reward"] == 0.5
+    record.record["max_reward_tokens"] = None  # a column of a table, in which other records have a number
+    assert judge(Rewards({"length": 1.0}, max_reward_tokens=3), "x", 6, record)["reward"] == 0.0
 
 
 def test_parts_are_weighted_and_added():
@@ -165,6 +167,30 @@ def test_a_reward_model_gives_what_transformers_computes(reward_models, tokenize
             assert abs(model(ids).logits.item() - value) < 1e-5
     assert found[0] != found[1]
     assert "rewarded by a model of sha256" in rewards.identity
+
+
+def test_a_reward_model_that_knows_no_padding_reads_one_text_at_a_time(reward_models):
+    rewards, answers = Rewards({"model": 1.0}, reward_model=reward_models[0] / "one"), [
+        Answer(text, 3, False) for text in ("5", "I think that it is 6, or 7.")]
+    padded = [one["reward"] for one in rewards([PROMPT, PROMPT], answers)]
+    for token in (None, 7):  # the tokenizer pads, and the model does not know with what
+        rewards.parts["model"].model.config.pad_token_id = token
+        found = [one["reward"] for one in rewards([PROMPT, PROMPT], answers)]
+        assert found == pytest.approx(padded, abs=1e-5)
+
+
+def test_the_template_of_a_reward_model_gets_calls_as_transformers_has_them_and_may_refuse(reward_models):
+    model = Rewards({"model": 1.0}, reward_model=reward_models[0] / "one").parts["model"]
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %} {% endfor %}")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "clock", "arguments": {}}]}
+    asked = [*ASKED, call, {"role": "tool", "content": "12"}]
+    text = model.text(Prompt(asked, [1], AnswerTest(), {}, "x.jsonl:3"), Answer("Noon.", 3, False))
+    assert text.split()[-3:] == ["clock", "12", "Noon."]
+    with pytest.raises(RunError, match="refuses the prompt of x.jsonl:4: no system"):
+        model.text(Prompt([{"role": "system", "content": "S"}, *ASKED], [1], AnswerTest(), {}, "x.jsonl:4"),
+                   Answer("5", 1, False))
 
 
 def test_a_reward_model_sees_the_answer_to_a_long_prompt(reward_models):
