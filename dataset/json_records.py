@@ -186,7 +186,7 @@ def without_nulls(value: object, only: str | None = None) -> object:
     """
     if isinstance(value, dict):
         return {key: without_nulls(inner, only) for key, inner in value.items()
-                if inner is not None or only not in (None, key)}  # fmt: skip
+                if inner is not None or only not in (None, key)}
     return [without_nulls(inner, only) for inner in value] if isinstance(value, list) else value
 
 
