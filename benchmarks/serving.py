@@ -58,6 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="that compute, in the part `speed`; others have 1")
     add("--rounds", type=count, default=5, metavar="N", help="of the part `speed`")
     add("--vllm", type=Path, metavar="PYTHON", help="of an environment with vLLM, for the part `speed`")
+    add("--compile", action="store_const", const=["--compile"], default=[],
+        help="the server of the part `speed` decodes with a compiled step")
     add("--chats", type=count, default=200, metavar="N", help="of the part `chats`")
     add("--requests", type=count, default=1000, metavar="N", help="of the part `load`")
     add("--clients", type=count, default=64, metavar="N", help="of the part `load`")
@@ -74,12 +76,12 @@ def speed(args: argparse.Namespace) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "full_sft"
         write_endless(args.load_from, model)
-        with Server("--load_from", model, threads=args.threads) as server:
+        with Server("--load_from", model, *args.compile, threads=args.threads) as server:
             with Vllm(args.vllm, model) if args.vllm else contextlib.nullcontext() as vllm:
                 compare_requests(args, model, server, vllm)
             newcomers(args, server)
         if args.vllm:
-            with Server("--load_from", args.load_from, threads=args.threads) as server, \
+            with Server("--load_from", args.load_from, *args.compile, threads=args.threads) as server, \
                     Vllm(args.vllm, args.load_from) as vllm:
                 compare_answers(args, server, vllm)
         compare_batch(args, model)
