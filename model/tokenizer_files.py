@@ -70,7 +70,8 @@ def refuse_adapter(path: Path) -> None:
     """Raises ModelError for a folder with an adapter and no model, where somebody wants to open a model."""
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         base = files.read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        raise ModelError(f"{path} holds an adapter and no model: name the model that it changes ({base})")
+        named = f" ({base})" if base else ""
+        raise ModelError(f"{path} holds an adapter and no model: name the model that it changes{named}")
 
 
 def gets_our_own(path: Path) -> bool:

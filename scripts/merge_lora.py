@@ -53,6 +53,8 @@ def main(args):
     print(report_line(model, " + ".join(names), report))
 
     adapted = logits(model)
+    if not adapted.isfinite().all():
+        raise ModelError("the adapted model answers with numbers that are not finite: give smaller --weights")
     if layers_in_4_bits:
         dequantize(model, report.names)
         print_loss_of_4_bits(model, layers_in_4_bits, original)
