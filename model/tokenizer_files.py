@@ -74,6 +74,18 @@ def refuse_adapter(path: Path) -> None:
         raise ModelError(f"{path} holds an adapter and no model: name the model that it changes{named}")
 
 
+def other_template(adapter: Path, tokenizer) -> str:
+    """A line on an adapter that was trained with another chat template than `tokenizer` has; else ""."""
+    if (adapter / TEMPLATE).is_file():
+        template = (adapter / TEMPLATE).read_text(encoding="utf-8", errors="replace")
+    else:
+        template = files.read_json_if_there(adapter / SETTINGS).get("chat_template")
+    if not template or template == tokenizer.chat_template:
+        return ""
+    return (f"warning: {adapter} holds another chat template than the one in use, so its answers may be "
+            f"poor; eval_model.py and merge_lora.py take its own with --tokenizer {adapter}")
+
+
 def gets_our_own(path: Path) -> bool:
     """Whether `path` is a file that holds no tokenizer: a .pth file."""
     return path.is_file() and not is_gguf(path)

@@ -67,8 +67,9 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None,
             tensors = {}
             for file in _weight_files(path):
                 of_file, _ = files.read_safetensors(file)
-                tensors |= of_file
-                readers |= {name: partial(_read_again, file, name) for name in of_file}
+                tensors |= files.with_plain_names(of_file)
+                readers |= {files.without_wrappers(name): partial(_read_again, file, name)
+                            for name in of_file}
             if config.num_experts:
                 tensors, readers = our_names(tensors, readers, config.num_experts)
         elif is_gguf(path):
