@@ -53,12 +53,11 @@ class Tracker:
         """Says what is about to be done."""
         line = f"{data}, {dtype} on {self.ranks.device} x {self.ranks.world_size}"
         line += " (fsdp)" if parallel == "fsdp" else ""
-        line += "" if validates else ", no validation: no sample is set apart for it"
         if run.step:
             line += f", resumed at step {run.step:,}"
         elif resume:
             line += ", from the start: no checkpoint to resume from"
-        self.say(line)
+        self.say(line if validates else f"{line}, no validation: no sample is set apart for it")
 
     # The steps since the last log line
 
