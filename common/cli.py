@@ -113,12 +113,19 @@ def make_streams_safe() -> None:
     A terminal keeps its encoding, and so does a stream for which PYTHONIOENCODING names one. A file or a pipe
     gets UTF-8: on Windows it would get a code page, in which most languages cannot be written. A character
     that the encoding lacks, such as 文 in cp1252, is written as \\u6587.
+
+    A byte order mark, which Windows writes before a text, is not read as a part of it. A stream that was
+    closed, as by `<&-`, becomes an empty one.
     """
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"),
-                           (sys.stderr, "backslashreplace")):
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream or open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 (open to the end of the process)
+        for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))
+    for stream, encoding, errors in ((sys.stdin, "utf-8-sig", "replace"),
+                                     (sys.stdout, "utf-8", "backslashreplace"),
+                                     (sys.stderr, "utf-8", "backslashreplace")):
         if hasattr(stream, "reconfigure"):  # a test or a notebook may have put another object there
             keeps_encoding = stream.isatty() or os.environ.get("PYTHONIOENCODING", "").partition(":")[0]
-            stream.reconfigure(encoding=None if keeps_encoding else "utf-8", errors=errors)
+            stream.reconfigure(encoding=None if keeps_encoding else encoding, errors=errors)
 
 
 def run_script(main: Callable, args: argparse.Namespace, advice: Callable[[str], str] | None = None) -> None:

@@ -156,8 +156,26 @@ def kind_unlike_name(path: Path) -> str | None:
 
 
 def without_wrappers(name: str) -> str:
-    """The name of a parameter without the prefixes that DDP and torch.compile add."""
-    return re.sub(r"^(module\.)+|_orig_mod\.", "", name)
+    """The name of a parameter without what DDP, FSDP, torch.compile and checkpointing add."""
+    inside = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    return re.sub(rf"^(module\.|{inside})+|{inside}", "", name)
+
+
+def with_plain_names(tensors: dict) -> dict:
+    """The tensors by their names `without_wrappers`. Raises ModelError where two have the same name then."""
+    found = {without_wrappers(str(name)): tensor for name, tensor in tensors.items()}
+    if len(found) < len(tensors):
+        raise ModelError("holds tensors twice, with and without the names of DDP or torch.compile")
+    return found
+
+
+def keep_apart(folder: Path, config: str, what: str) -> None:
+    """Raises ModelError where the folder holds `config`, and so a model or an adapter.
+
+    transformers reads an adapter beside a model as a part of it. So only one of both may be in a folder.
+    """
+    if (folder / config).exists():
+        raise ModelError(f"{folder} holds {what}, and others would read both as one: name another folder")
 
 
 @contextmanager
@@ -248,7 +266,8 @@ def read_state_dict(path: Path) -> dict:
     # twice the file's size is the honest limit.
     if sum(tensor.nbytes for tensor in state.values()) > 2 * size:
         raise ModelError(f"{path}: refused, for its tensors claim to be larger than the file")
-    return {without_wrappers(str(name)): tensor for name, tensor in state.items()}
+    with explained(path):
+        return with_plain_names(state)
 
 
 def check_finite(tensors: dict, doing: str) -> None:

@@ -46,8 +46,8 @@ class NothingToLearn(DataError):
     """A record is right, but no word in it is to be learnt."""
 
 
-def to_messages(record: dict, note: Note = no_note,
-                side: str | None = None) -> tuple[list[dict], list | None]:
+def to_messages(record: dict, note: Note = no_note, side: str | None = None,
+                as_written: bool = False) -> tuple[list[dict], list | None]:
     """The messages and the tools (None: none) of a record in any format that we accept.
 
     {"conversations": [...]} or {"messages": [...]} with role/content or from/value (human, gpt), optionally
@@ -58,6 +58,9 @@ def to_messages(record: dict, note: Note = no_note,
     user, assistant, tool) and content, plus tool_calls and reasoning_content where there are any, and
     trained=False on an answer that the record says must not be learnt. A last answer that is empty is left
     out, and so the messages are a prompt.
+
+    as_written: the conversation comes from a request and not from a file. So a null was meant, and an answer
+    may be empty: the model had nothing to say, or was stopped before it said anything.
 
     note(text) is called for what is not used as its author may have meant it. Raises DataError for another
     format or wrong roles; the caller adds path and line.
@@ -73,9 +76,12 @@ def to_messages(record: dict, note: Note = no_note,
             _join_calls(messages[-1], message, number)
         else:
             messages.append(message)
-    _leave_out_empty_answers(messages, note)
+    if not as_written:
+        _leave_out_empty_answers(messages, note)
     _add_system(messages, record, note)
-    tools = without_filled_nulls(messages, _tools_of(record, turns[0]), note)
+    tools = _tools_of(record, turns[0])
+    if not as_written:
+        tools = without_filled_nulls(messages, tools, note)
     _obey_flags(record, messages, note)
     known = {*known, *NAMES["system"], *NAMES["tools"], *FLAGS, HISTORY_FLAG}
     name_unknown(record, known, "record", note)

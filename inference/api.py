@@ -27,7 +27,7 @@ from common.errors import DataError
 from dataset.chat import encode_chat, encode_continuation
 from inference import chunks, engine, protocol, rows
 from inference.answer import Piece
-from inference.manners import Manners
+from inference.manners import POST_PATHS, Manners
 from inference.protocol import ChatRequest, CompletionRequest, Refused, Sampling, TokenizeRequest
 from inference.rows import Asked
 from model.batch import Choice
@@ -364,8 +364,12 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
         return JSONResponse(protocol.refusal(error.errors()).body, 400)
 
     @app.exception_handler(HTTPException)
-    async def http(_, error: HTTPException):
-        return JSONResponse(Refused(str(error.detail)).body, error.status_code, headers=error.headers)
+    async def http(connection: Request, error: HTTPException):
+        said = str(error.detail)
+        if error.status_code == 404:
+            paths = ", ".join(("/v1/models", *POST_PATHS))
+            said += f": {connection.url.path[:100]!r}; there are {paths}, so a client's base_url ends in /v1"
+        return JSONResponse(Refused(said).body, error.status_code, headers=error.headers)
 
     @app.exception_handler(RecursionError)
     async def too_deep(_, error: RecursionError):
@@ -391,7 +395,7 @@ def make_app(decoder: engine.Engine, *, api_key: str | None = None, hosts: list[
     async def models():
         return {"object": "list", "data": [model_card(service, name) for name in decoder.names]}
 
-    @app.get("/v1/models/{name}", responses=GET_ERRORS)
+    @app.get("/v1/models/{name:path}", responses=GET_ERRORS)
     async def one_model(name: str):
         rows.find(decoder, name)
         return model_card(service, name)

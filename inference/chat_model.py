@@ -31,7 +31,7 @@ from model.int8 import quantize_int8
 from model.one_token import prepare_to_decode
 from model.quantize import count_parameters
 from model.rope_scaling import reach
-from model.tokenizer_files import OWN_IS_TAKEN, check_vocabulary, gets_our_own, load_tokenizer
+from model.tokenizer_files import OWN_IS_TAKEN, check_vocabulary, gets_our_own, load_tokenizer, other_template
 from model.weights import end_tokens, load_model
 
 DEFAULT_NEW_TOKENS = 256
@@ -122,8 +122,9 @@ class ChatModel:
     def switch(self, adapter: str | dict[str, float] | None) -> str | None:
         """Uses another adapter, the weighted sum of several ({name: weight}), or none.
 
-        Returns a line that says what was loaded, or None if nothing had to be loaded. Raises ModelError for
-        an adapter that is missing or does not fit; what was in use then stays in use.
+        Returns a line that says what was loaded, and one for each adapter that was trained with another chat
+        template, or None if nothing had to be loaded. Raises ModelError for an adapter that is missing or
+        does not fit; what was in use then stays in use.
         """
         if adapter is None:
             self.adapters.use(None)
@@ -141,7 +142,8 @@ class ChatModel:
             self.adapter = paths[adapter]
         report = report_lora(self.model)
         self.adapted_layers = report.matched
-        return report_line(self.model, self.adapter, report) if new else None
+        templates = [line for path in new if (line := other_template(path, self.tokenizer))]
+        return "\n".join([report_line(self.model, self.adapter, report), *templates]) if new else None
 
     def find(self, name: str) -> Path:
         """Where an adapter lies: `name` is a path, or names one of those given, beside the model, or in out/.

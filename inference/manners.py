@@ -39,6 +39,9 @@ class Manners:
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        # A base_url that ends in a slash gives /v1//models, and some clients end every path with one.
+        path = "/" + "/".join(part for part in scope["path"].split("/") if part)
+        scope = scope | {"path": path} if path.startswith("/v1/") else scope
         try:
             headers = {name.decode("latin-1").lower(): value.decode("latin-1")
                        for name, value in scope["headers"]}
@@ -218,12 +221,15 @@ def is_address(name: str) -> bool:
 
 
 def check_json(body: bytes) -> None:
-    """Raises Refused for what is no JSON, is nested too deep, or holds half a character."""
+    """Raises Refused for what is no JSON, is nested too deep, or holds half a character.
+
+    A byte order mark before it, as Windows writes one, is no mistake.
+    """
     def no_constant(name: str):
         raise ValueError(f"{name} is no number in JSON")
 
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=no_constant)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=no_constant)
         if b"\\u" in body:  # such as "\ud800", which no text can hold
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:

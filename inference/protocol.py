@@ -199,6 +199,8 @@ class ChatRequest(Sampling):
             schema = self.response_format.json_schema
             if schema is None or schema.schema_ is None:
                 raise ValueError("response_format json_schema needs json_schema.schema")
+        elif self.response_format and self.response_format.json_schema is not None:
+            raise ValueError("response_format.json_schema has no effect without type: json_schema")
         if self.tool_choice not in (None, "none", "auto") and self.form is not None:
             raise ValueError("response_format and a forced tool call can't both shape the answer")
         if None not in (self.max_tokens, self.max_completion_tokens):

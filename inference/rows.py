@@ -46,7 +46,7 @@ def ask_chat(engine: Engine, body: ChatRequest) -> Asked:
     lane, adapter = find(engine, body.model)
     chat_model = lane.chat_model
     offered = None if body.tool_choice == "none" else body.tools
-    messages, tools = read_messages(body.messages, as_records(offered))
+    messages, tools = read_messages(body.messages, as_records(offered), as_written=True)
     begun = None
     if body.continue_final_message:
         if messages[-1]["role"] != "assistant":
@@ -86,11 +86,13 @@ def ask_chat(engine: Engine, body: ChatRequest) -> Asked:
     return Asked(lane, rows, readers, len(prompt))
 
 
-def read_messages(messages: list[dict], tools: list[dict]) -> tuple[list[dict], list | None]:
+def read_messages(messages: list[dict], tools: list[dict],
+                  as_written: bool = False) -> tuple[list[dict], list | None]:
     """As the datasets read them (dataset/messages.py). What they would only count is refused here."""
     notes: list[str] = []
     try:
-        messages, tools = to_messages({"messages": messages, "tools": tools}, notes.append)
+        messages, tools = to_messages({"messages": messages, "tools": tools}, notes.append,
+                                      as_written=as_written)
     except DataError as error:
         raise Refused(str(error), "messages") from None
     if notes:

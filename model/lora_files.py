@@ -29,13 +29,15 @@ from model.tokenizer_files import write_tokenizer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # The settings of PEFT that are obeyed here, and those that do not change what an adapter computes. Any other
-# setting (use_dora, modules_to_save, layer_replication, or one that a later PEFT invents) is refused.
+# setting (use_dora, modules_to_save, layer_replication, or one that a later PEFT invents) is refused. So is
+# any other init_lora_weights (pissa, olora, loftq, ...): PEFT may have changed the base before it trained.
 OBEYED_SETTINGS = {"peft_type", "init_lora_weights", "r", "lora_alpha", "lora_dropout", "use_rslora",
                    "rank_pattern", "alpha_pattern"}
 HARMLESS_SETTINGS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
                      "inference_mode", "target_modules", "exclude_modules", "layers_to_transform",
                      "layers_pattern", "fan_in_fan_out", "megatron_config", "megatron_core",
                      "qalora_group_size", "loftq_config", "runtime_config", "ensure_weight_tying"}
+HARMLESS_INITS = {"none", "true", "false", "gaussian", "orthogonal", "mica"}
 BASE_FROM_HERE = "base_from_here"  # in the metadata: the path of the base, seen from the adapter's folder
 RELATIVE_TOLERANCE = 2**-7  # twice the rounding of bfloat16, and far less than what training does to a weight
 MAX_REPEATS_IN_PATTERN = 2  # signs * + { in a stranger's regular expression; more may take forever to match
@@ -144,6 +146,7 @@ def write_adapter(path: Path, loras: dict, model: nn.Module, base, tokenizer, tr
         return
     if path.is_file():
         raise ModelError(f"{path} is a file; an adapter is saved as a folder, or as a file that ends in .pth")
+    files.keep_apart(path, "config.json", "a model")
     loras = fuse_adapter(loras, _num_experts(model))  # PEFT has one LoRA for all experts
     peft_name = peft_names(loras)
     state = _tensors({peft_name[name]: lora for name, lora in loras.items()},
@@ -237,6 +240,7 @@ def read_adapter(path: Path, model: nn.Module, layers: dict[str, nn.Module]) -> 
             if not (path / WEIGHTS).is_file():
                 raise ModelError(f"{WEIGHTS} is missing (a pickled adapter_model.bin is not read)")
             state, metadata = files.read_safetensors(path / WEIGHTS)
+            state = files.with_plain_names(state)
         elif is_gguf(path):
             state = read_adapter_file(path, model.config)
         else:
@@ -270,12 +274,16 @@ def _parts(state: dict[str, torch.Tensor], config: dict, model: nn.Module) -> di
     """What read_adapter returns, made of the tensors, in float32, and the config. Raises ModelError."""
     parts, num_experts = {}, _num_experts(model)
     for key, tensor in state.items():
-        found = re.fullmatch(r"(?:base_model\.model\.)?(.{1,200})\.lora[._]([AB])\.weight", key)
+        # A state dict that PEFT did not save itself still names the adapter, which is called "default".
+        pattern = r"(?:base_model\.model\.)?(.{1,200})\.lora[._]([AB])(?:\.default)?\.weight"
+        found = re.fullmatch(pattern, key)
         if not found or tensor.ndim != 2 or not tensor.is_floating_point():
             raise ModelError(f"{key[:200]!r} is no LoRA matrix; DoRA, biases and the like can't be loaded")
         name, a_or_b = found.groups()
         files.check_finite({key: tensor.float()}, "load")
-        parts.setdefault(name, {})[a_or_b] = tensor.float()
+        if a_or_b in parts.setdefault(name, {}):
+            raise ModelError(f"{name} has lora {a_or_b} twice, under two names")
+        parts[name][a_or_b] = tensor.float()
     if not parts:
         raise ModelError("holds no LoRA matrices")
     for name, part in parts.items():
@@ -346,19 +354,23 @@ def _check_config(config: dict) -> None:
     for key, value in config.items():
         if value and key not in OBEYED_SETTINGS | HARMLESS_SETTINGS and (key, value) != ("bias", "none"):
             raise ModelError(f"{CONFIG} sets {key} to {str(value)[:50]}: not supported, only plain LoRA is")
-    init = str(config.get("init_lora_weights"))
-    if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        line = f"init_lora_weights {init} goes with a base that PEFT changed: save it again with PEFT's"
+    init = str(config.get("init_lora_weights"))[:50]
+    if init.lower() not in HARMLESS_INITS:
+        line = f"init_lora_weights {init} may go with a base that PEFT changed: save it again with PEFT's"
         raise ModelError(f"{line} path_initial_model_for_weight_conversion")
+    if config.get("use_rslora") not in (None, False, True):
+        raise ModelError(f"use_rslora must be true or false in {CONFIG}")
     settings, number = {"lora_dropout": 0.0} | config, (int, float)
     for key, kind in (("r", int), ("lora_alpha", number), ("lora_dropout", number)):
-        if not isinstance(settings.get(key), kind):
-            raise ModelError(f"{key} must be a number in {CONFIG}, not {str(settings.get(key))[:50]!r}")
+        value = settings.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ModelError(f"{key} must be a number in {CONFIG}, not {str(value)[:50]!r}")
     if not 0 <= settings["lora_dropout"] < 1:
         raise ModelError(f"lora_dropout must be from 0 to below 1, not {settings['lora_dropout']}")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
-        if not isinstance(patterns, dict) or not all(isinstance(v, number) for v in patterns.values()):
+        values = patterns.values() if isinstance(patterns, dict) else [None]
+        if not all(isinstance(value, number) and not isinstance(value, bool) for value in values):
             raise ModelError(f"{key} must give a number for each name in {CONFIG}")
         for pattern in patterns:
             # The first search finds a group that is repeated, as in (a+)+b.

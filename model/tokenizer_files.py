@@ -70,7 +70,20 @@ def refuse_adapter(path: Path) -> None:
     """Raises ModelError for a folder with an adapter and no model, where somebody wants to open a model."""
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         base = files.read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        raise ModelError(f"{path} holds an adapter and no model: name the model that it changes ({base})")
+        named = f" ({base})" if base else ""
+        raise ModelError(f"{path} holds an adapter and no model: name the model that it changes{named}")
+
+
+def other_template(adapter: Path, tokenizer) -> str:
+    """A line on an adapter that was trained with another chat template than `tokenizer` has; else ""."""
+    if (adapter / TEMPLATE).is_file():
+        template = (adapter / TEMPLATE).read_text(encoding="utf-8", errors="replace")
+    else:
+        template = files.read_json_if_there(adapter / SETTINGS).get("chat_template")
+    if not template or template == tokenizer.chat_template:
+        return ""
+    return (f"warning: {adapter} holds another chat template than the one in use, so its answers may be "
+            f"poor; eval_model.py and merge_lora.py take its own with --tokenizer {adapter}")
 
 
 def gets_our_own(path: Path) -> bool:

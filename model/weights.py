@@ -67,8 +67,9 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None,
             tensors = {}
             for file in _weight_files(path):
                 of_file, _ = files.read_safetensors(file)
-                tensors |= of_file
-                readers |= {name: partial(_read_again, file, name) for name in of_file}
+                tensors |= files.with_plain_names(of_file)
+                readers |= {files.without_wrappers(name): partial(_read_again, file, name)
+                            for name in of_file}
             if config.num_experts:
                 tensors, readers = our_names(tensors, readers, config.num_experts)
         elif is_gguf(path):
@@ -216,11 +217,13 @@ def save_model(model: CausalLM, path, tokenizer=None, training: dict | None = No
     4-bit layers are written as transformers with bitsandbytes writes them, and open there. A process that is
     killed here leaves the old model, the new one, or a folder without config.json, and never the weights of
     one model with the config of another (see common/files.py). Other files in the folder (metrics.jsonl,
-    checkpoints/) stay. Raises ModelError if there are adapters, or if a weight is NaN or infinite.
+    checkpoints/) stay. Raises ModelError if there are adapters, if the folder holds one, or if a weight is
+    NaN or infinite.
     """
     path = Path(path).resolve()
     if path.is_file():
         raise ModelError(f"{path} is a file; a model is saved as a folder")
+    files.keep_apart(path, "adapter_config.json", "an adapter")
     if any(isinstance(module, Int8Linear) for module in model.modules()):
         raise ModelError("8-bit weights are not saved: save the model first, and then call quantize_int8")
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}

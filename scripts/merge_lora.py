@@ -29,6 +29,7 @@ def main(args):
     # Imported here and not above, so that --help and a mistyped flag answer at once.
     import torch
 
+    from model import tokenizer_files
     from model.adapters import Adapters, remove_lora, report_line, report_lora
     from model.lora import merge_lora
     from model.lora_files import base_of
@@ -48,11 +49,16 @@ def main(args):
     layers_in_4_bits, original = quantize_as_trained(model, args)
     adapters = Adapters(model)
     names = [adapters.load(path, str(path)) for path in args.lora]
+    for path in args.lora:
+        if line := tokenizer_files.other_template(path, tokenizer):
+            print(line)
     adapters.use(dict(zip(names, args.weights, strict=True)))  # the weighted sum, as one adapter
     report = report_lora(model)
     print(report_line(model, " + ".join(names), report))
 
     adapted = logits(model)
+    if not adapted.isfinite().all():
+        raise ModelError("the adapted model answers with numbers that are not finite: give smaller --weights")
     if layers_in_4_bits:
         dequantize(model, report.names)
         print_loss_of_4_bits(model, layers_in_4_bits, original)

@@ -79,6 +79,25 @@ def test_a_file_or_a_pipe_gets_utf_8_unless_another_encoding_was_asked_for(monke
         assert stream.buffer.getvalue().decode(encoding).split()[1] == "\\udcff"
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeff文\n".encode()), encoding="ascii"))
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    cli.make_streams_safe()
+    assert sys.stdin.read() == "文\n"
+
+
+def test_closed_streams_are_empty_ones(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    cli.make_streams_safe()
+    print("nobody reads this")
+    streams = sys.stdin, sys.stdout, sys.stderr
+    found = [stream.isatty() for stream in streams], sys.stdin.read()
+    for stream in streams:
+        stream.close()
+    assert found == ([False] * 3, "")
+
+
 def test_a_terminal_keeps_its_encoding(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="gbk")
     monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)

@@ -361,6 +361,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
 def check_folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """The run's folder must be one of its own, and writable."""
     name, there = args.name, args.run_dir.absolute()
+    other = "config.json" if getattr(args, "lora_rank", 0) else "adapter_config.json"
     while not os.path.lexists(there):
         there = there.parent  # in the end: the nearest folder, or file, that exists
     for is_wrong, message in (
@@ -370,6 +371,9 @@ def check_folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
          f"--name {name}: out/{name} holds what all runs share: choose another name"),
         (args.load_from and args.load_from.resolve() == args.run_dir.resolve(),
          f"--name {name} would write over --load_from {args.load_from}: choose another name"),
+        ((args.run_dir / other).exists(),
+         f"--name {name}: with {args.run_dir / other} a model and an adapter would lie in one folder, which "
+         "other programs read as one: choose another name"),
         (not there.is_dir(), f"--out_dir {args.out_dir}: {there} is no folder"),
         (not os.access(there, os.W_OK | os.X_OK), f"--out_dir {args.out_dir}: {there} is not writable"),
     ):

@@ -81,7 +81,7 @@ def train(model, batches, loss, eval_batches, args, ranks: Ranks) -> dict:
     run = resume_or_begin(args.run_dir, args.resume, settings, model, optimizers, scaler, batches, ranks)
     tracker = Tracker(args.run_dir, ranks, run, max_steps, args.use_wandb, args.wandb_project, settings)
     data = f"{batches.description()}, {max_steps:,} steps of {args.batch_size} rows"
-    tracker.log_start(run, data, settings["--dtype"], args.parallel, args.resume)
+    tracker.log_start(run, data, settings["--dtype"], args.parallel, args.resume, bool(eval_batches))
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(run.batch, 2**62),  # without an end
                              num_workers=args.num_workers, worker_init_fn=ignore_interrupts,
                              pin_memory=device.type == "cuda"))

@@ -5,6 +5,7 @@ A reader may skip this file.
 import json
 import os
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class Tracker:
                 hint = "with WANDB_MODE=offline in the environment neither account nor network is needed"
                 raise UsageError(f"--use_wandb: {str(error).strip()}; {hint}") from None
 
-    def log_start(self, run, data: str, dtype: str, parallel: str, resume: bool) -> None:
+    def log_start(self, run, data: str, dtype: str, parallel: str, resume: bool, validates: bool) -> None:
         """Says what is about to be done."""
         line = f"{data}, {dtype} on {self.ranks.device} x {self.ranks.world_size}"
         line += " (fsdp)" if parallel == "fsdp" else ""
@@ -56,7 +57,7 @@ class Tracker:
             line += f", resumed at step {run.step:,}"
         elif resume:
             line += ", from the start: no checkpoint to resume from"
-        self.say(line)
+        self.say(line if validates else f"{line}, no validation: no sample is set apart for it")
 
     # The steps since the last log line
 
@@ -198,7 +199,9 @@ def plot_loss(metrics: list[dict], path: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=path.parent.name)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    with warnings.catch_warnings():  # the font has no Chinese letters for the name of a run
+        warnings.simplefilter("ignore")
+        figure.savefig(path, dpi=130)
 
 
 def clock(seconds: float) -> str:

@@ -400,6 +400,7 @@ def test_stop_texts(client):
         ({"extra_body": {"adapters": {"nope": 1}}}, "'nope' is no adapter of model; there are: odd"),
         ({"model": "odd", "extra_body": {"adapters": {"odd": 1}}}, "name the base model"),
         ({"tool_choice": "required"}, "tool_choice needs tools"),
+        ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "has no effect"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"extra_body": {"continue_final_message": True}}, "needs a last message of the assistant"),
         ({"model": "base", "tools": [CLOCK]}, "it knows neither tools nor thinking"),
@@ -431,6 +432,23 @@ def test_what_carries_no_meaning_is_taken(client):
         .message.content
         == "The Rhine."
     )
+
+
+def test_a_chat_goes_on_after_an_answer_without_words(client, ours):
+    said = chat(client, max_tokens=3, logit_bias={str(ours.stop_ids[0]): 100}).choices[0].message
+    assert said.content == ""
+    messages = [*HI, said, {"role": "user", "content": "Name a river."}]
+    answer = chat(client, messages=messages, max_tokens=3)
+    messages[1] = {"role": "assistant", "content": ""}
+    assert answer.usage.prompt_tokens == len(ours.encode(messages))
+
+
+def test_a_null_in_a_tool_stays(client, ours):
+    """Schemas that pydantic makes of an optional field have one."""
+    parameters = {"type": "object", "properties": {"zone": {"type": "string", "default": None}}}
+    tool = {"type": "function", "function": {"name": "clock", "parameters": parameters}}
+    count = chat(client, messages=HI, tools=[tool], max_tokens=1).usage.prompt_tokens
+    assert count == len(ours.encode(HI, [tool]))
 
 
 def test_tokenize_shows_what_training_would_see(address, models):

@@ -50,6 +50,20 @@ def test_a_report_comes_with_what_is_loaded(home):
     assert chat_model.switch(None) is None and chat_model.adapted_layers == 0 and chat_model.adapter is None
 
 
+def test_an_adapter_that_was_trained_with_another_template_is_named(home, tmp_path):
+    template = ChatModel(home / "chat").tokenizer.chat_template
+    for name, text in (("same", template), ("other", "{{ messages }}")):
+        shutil.copytree(home / "lora_a", tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(text, encoding="utf-8", newline="")
+    shutil.copytree(home / "lora_a", tmp_path / "old")
+    settings = json.dumps({"chat_template": "{{ messages }}"})
+    (tmp_path / "old" / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+    chat_model = ChatModel(home / "chat")
+    for name, is_named in (("same", False), ("other", True), ("old", True)):
+        report = chat_model.switch(str(tmp_path / name))
+        assert (f"{tmp_path / name} holds another chat template" in report) == is_named
+
+
 def test_a_switch_that_fails_leaves_the_adapter_on(home):
     chat_model = ChatModel(home / "chat", [str(home / "lora_a")])
     ids = torch.tensor([[5, 6, 7]])

@@ -101,8 +101,9 @@ REFUSED = {
     "cut off": (post(b'{"model": "chat", "messages": ['), 400, "not valid JSON"),
     "no body": (post(b""), 400, "not valid JSON"),
     "no object": (post(b"[1, 2]"), 400, "object|dict"),
-    "deep": (with_text('"tools": [{"type": "function", "function": {"name": "f", "parameters": ' + deep(DEEP)
-                       + "}}]"), 400, "nested too deep"),
+    "deep": (post(('{"model": "chat", "messages": [{"role": "user", "content": "rubbish"}], "tools": '
+                   '[{"type": "function", "function": {"name": "f", "parameters": ' + deep(DEEP)
+                   + "}}]}").encode(), "/tokenize"), 400, "nested too deep"),
     "deeper": (with_text(f'"stop": {deep(40_000)}'), 400, "nested too deep"),
     "unknown fields": (post(chat("rubbish", **SHORT, **{f"k{n}": 1 for n in range(30_000)})), 400,
                        "k0: .*not know"),
@@ -148,7 +149,8 @@ REFUSED = {
     "broken Origin": (post(chat("rubbish"), headers={"Origin": "http://["}), 403, "--allowed_origins"),
     "wrong method": (post(b"{}", method="PUT"), 405, "Method"),
     "GET": (get("/v1/chat/completions"), 405, "Method"),
-    "wrong path": (get("/v1/chat"), 404, "Not Found"),
+    "wrong path": (get("/v1/chat"), 404, "Not Found: '/v1/chat'; there are .*base_url ends in /v1"),
+    "path of a model": (get("/v1/models/out/chat"), 404, "no model 'out/chat'; there are: chat"),
     "out of the folder": (get("/page/..%2fapi.py"), 404, "Not Found"),
     "zero in a path": (get("/page/%00"), 404, "Not Found")}
 
@@ -293,6 +295,12 @@ def test_what_looks_hostile_and_is_right(server):
 
     answers = re.split(rb"(?=HTTP/1\.1 )", asyncio.run(all_that_comes(one + one + post(body))))[1:]
     assert [read_reply(answer).status for answer in answers] == [200, 200, 200]
+
+
+@pytest.mark.parametrize("path", ["//v1/completions", "/v1//completions", "/v1/completions/"])
+def test_a_slash_too_many_and_a_byte_order_mark(server, path):
+    reply = ask(server, post(b"\xef\xbb\xbf" + json.dumps(SHORT | {"prompt": "rubbish"}).encode(), path))
+    assert reply.status == 200 and reply.json()["usage"]["completion_tokens"]
 
 
 @pytest.mark.parametrize("path", ["/health", "/", "/v1/models", "/page/page.js", "/nowhere"])

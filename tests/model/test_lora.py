@@ -23,6 +23,7 @@ from model.low_rank import low_rank
 from model.quantize import NF4Linear, quantize_model
 from model.tokenizer_files import OWN_TOKENIZER, load_tokenizer
 from model.transformer import CausalLM, preset
+from model.weights import save_model
 
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
@@ -997,6 +998,22 @@ def test_pissa_starts_and_trains_as_in_peft(tmp_path, rslora):
         L.load_lora(twins()[0], tmp_path / "theirs")
 
 
+@pytest.mark.parametrize("before, after", [
+    ("", "module."), ("", "_orig_mod."), ("", "module._orig_mod."), ("base_model.", "base_model._orig_mod."),
+    ("layers.1.", "layers.1._fsdp_wrapped_module."), ("mlp.", "_checkpoint_wrapped_module.mlp."),
+    (".weight", ".default.weight")])
+def test_names_that_wrappers_left_in_an_adapter(tmp_path, before, after):
+    def rename(state, config):
+        for name in list(state):
+            state[name.replace(before, after, 1)] = state.pop(name)
+
+    L.save_lora(wake_and(ours()), tmp_path / "plain")
+    models = ours(), ours()
+    L.load_lora(models[0], broken(tmp_path / "wrapped", rename))
+    L.load_lora(models[1], tmp_path / "plain")
+    assert torch.equal(logits(models[0]), logits(models[1]))
+
+
 def test_what_peft_converts_loads(tmp_path):
     reference = twins()[1]
     peft = get_peft_model(
@@ -1140,6 +1157,13 @@ def test_report_line(tmp_path):
         (lambda s, c: c.pop("r"), "r must be a number"),
         (lambda s, c: s.update({Q + "lora_B.weight": torch.full((32, 4), math.inf)}), "lora_B.*infinity"),
         (lambda s, c: c.update(lora_alpha=0), "lora_alpha"),
+        (lambda s, c: c.update(lora_alpha=True), "lora_alpha must be a number"),
+        (lambda s, c: c.update(alpha_pattern={"q_proj": True}), "alpha_pattern must give a number"),
+        (lambda s, c: c.update(use_rslora="false"), "use_rslora must be true or false"),
+        (lambda s, c: c.update(init_lora_weights="OLoRA"), "OLoRA may go with a base that PEFT changed"),
+        (lambda s, c: c.update(init_lora_weights="new"), "new may go with a base that PEFT changed"),
+        (lambda s, c: s.update({Q + "lora.A.weight": torch.ones(4, 32)}), "q_proj has lora A twice"),
+        (lambda s, c: s.update({"module." + Q + "lora_A.weight": torch.ones(4, 32)}), "holds tensors twice"),
         (lambda s, c: c.update(lora_alpha=math.nan), "lora_alpha"),
         (lambda s, c: c.update(lora_dropout=1), "lora_dropout"),
         (lambda s, c: c.update(lora_dropout=None), "lora_dropout must be a number"),
@@ -1174,6 +1198,19 @@ def test_hostile_config(tmp_path, text):
     with pytest.raises(ModelError) as error:
         L.load_lora(ours(), tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_and_an_adapter_never_share_a_folder(tmp_path):
+    """transformers would read both as one: the model with an adapter of another run on it."""
+    model = ours()
+    save_model(model, tmp_path / "model")
+    L.save_lora(wake_and(model), tmp_path / "adapter")
+    with pytest.raises(ModelError, match="model holds a model"):
+        L.save_lora(model, tmp_path / "model")
+    with pytest.raises(ModelError, match="adapter holds an adapter"):
+        save_model(ours(), tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    assert not (tmp_path / "model" / "adapter_config.json").exists()
 
 
 def test_saving_over_a_file_is_refused(tmp_path):

@@ -592,3 +592,16 @@ def test_tokenizer_goes_along(tmp_path):
     (tmp_path / "m" / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match="can't be read"):
         load_tokenizer(tmp_path / "m")
+
+
+@pytest.mark.parametrize("before", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_that_wrappers_left_in_a_folder(tmp_path, before):
+    """transformers would make new weights for all of them."""
+    from safetensors.torch import load_file, save_file
+
+    model = ours()
+    save_model(model, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({before + name: tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    right = model.state_dict()
+    assert all(torch.equal(tensor, right[name]) for name, tensor in load_model(tmp_path).state_dict().items())

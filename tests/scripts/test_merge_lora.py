@@ -198,6 +198,13 @@ def test_mistakes_are_one_line(home, refused):
     assert not (home / "m").exists()
 
 
+def test_a_sum_that_overflows_is_not_saved(home, refused):
+    flags = ["--load_from", home / "base", "--lora", home / "lora", "--weights", 1e38,
+             "--out_dir", home / "merged"]
+    refused(merge_lora, flags, "numbers that are not finite")
+    assert not (home / "merged").exists()
+
+
 def test_an_adapter_over_a_tied_head_gives_a_head_of_its_own(home, capsys):
     adapter(load_model(home / "base"), home / "head", targets=["lm_head", "q_proj"])
     merged = merge(home, lora="head")

@@ -363,6 +363,24 @@ def test_an_output_folder_that_cannot_be(complaint, tmp_path):
     assert (tmp_path / "file").read_text(encoding="utf-8") == "precious"
 
 
+def test_a_model_and_an_adapter_never_share_a_run_folder(complaint, tmp_path):
+    for stage, other in (("full_sft", "adapter_config.json"), ("lora", "config.json")):
+        folder = tmp_path / stage
+        folder.mkdir()
+        (folder / other).write_text("{}", encoding="utf-8")
+        line = complaint(stage, "--out_dir", tmp_path, data_path="nowhere.jsonl")
+        assert f"--name {stage}: with {folder / other} a model and an adapter would lie in one folder" in line
+
+
+@pytest.mark.parametrize("fraction", [None, 0.5])
+def test_a_run_without_a_validation_says_so(fraction, workshop, tmp_path):
+    one = workshop.write("one.jsonl", [{"messages": [{"role": "user", "content": "a"},
+                                                     {"role": "assistant", "content": "b"}]}])
+    flags = workshop.flags("full_sft", tmp_path, data_path=one, eval_fraction=fraction, max_steps=1)
+    ended = workshop.run("full_sft", *flags)
+    assert ended.code == 0 and "no validation: no sample is set apart" in ended.out
+
+
 def test_an_output_folder_that_is_not_writable(complaint, tmp_path, monkeypatch):
     real = os.access  # root may write anywhere
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and real(path, mode))
