@@ -2,6 +2,7 @@
 A reader may skip this file.
 """
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,14 @@ TALKS = [[{"role": "user", "content": "What sound does a frog make?"}],
          [{"role": "user", "content": "你是谁？"}],
          [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi!"},
           {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "What is 7 + 8?"}]]
+# Conversations that no model is asked. What a chat template writes of them is compared as text.
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 7}}}
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {
+    "type": "object", "properties": {"a": {"type": "integer"}}}}}
+FORMS = [{"conversation": [*TALKS[2], {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n15"}]},
+         {"conversation": [*TALKS[0], {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                           {"role": "tool", "content": "15"}],
+          "tools": [TOOL], "add_generation_prompt": True}]
 
 
 @dataclass
@@ -148,13 +157,13 @@ def compare_numbers(row: Row, forward: Callable, kind: str, reference: Reference
     nearly as likely as each other.
     """
     limit, loss_limit, _ = LIMITS.get(kind, COARSE)
-    farthest, equal, ties, others = 0.0, 0, 0, []
+    differences, equal, ties, others = [], 0, 0, []
     for ids, answer, expected in zip(reference.prompts, reference.answers, reference.logits, strict=True):
         logits = forward(ids + answer)
         if logits.shape != expected.shape:
             row.check("logits", "none", f"logits of shape {list(logits.shape)}, not {list(expected.shape)}")
             return
-        farthest = max(farthest, (logits - expected).abs().max().item())
+        differences.append((logits - expected).abs().max())
         picks = logits[len(ids) - 1 : -1].argmax(dim=-1).tolist()
         leaves = first_difference(picks, answer)
         if leaves is None:
@@ -167,6 +176,7 @@ def compare_numbers(row: Row, forward: Callable, kind: str, reference: Reference
             ours, theirs = (reference.tokenizer.decode([token]) for token in (answer[leaves], picks[leaves]))
             others.append(f"{theirs!r} and not {ours!r} at token {leaves}, its logit lower by {gap:.3g}")
     row.check_greedy(equal, len(reference.prompts), ties, others)
+    farthest = torch.stack(differences).max().item()  # NaN if one is NaN, unlike Python's max
     row.check("logits", f"{farthest:.1e}", None if farthest <= limit else
               f"logits differ by up to {farthest:.3g}; {kind} may differ by {limit:g}")
     if reference.samples:
@@ -179,15 +189,24 @@ def first_difference(some: list, others: list) -> int | None:
     return next((place for place, (a, b) in enumerate(zip(some, others, strict=False)) if a != b), None)
 
 
-def compare_tokens(row: Row, encode: Callable, reference: Reference, write: Callable | None) -> None:
-    """encode(text, is_chat) -> ids. write(talk) -> the text of a prompt; None where a runtime writes none."""
+def where_they_part(text: str, expected: str) -> str:
+    """Two texts from a little before the first character that differs, to be shown in one line."""
+    start = max(0, len(os.path.commonprefix([text, expected])) - 30)
+    return f"{text[start:start + 120]!r} and not {expected[start:start + 120]!r}"
+
+
+def compare_tokens(row: Row, encode: Callable, reference: Reference, tokenizer) -> None:
+    """encode(text, is_chat) -> ids. tokenizer: whose chat template is compared; None where there is none."""
     equal, others, templates = 0, [], []
     texts = [(text, False) for text in TEXTS]
     for talk in reference.talks:
         expected = reference.written(talk, reference.tokenizer)
-        if write and (text := write(talk)) != expected:
-            templates.append(f"{text!r} and not {expected!r}")
+        if tokenizer and (text := reference.written(talk, tokenizer)) != expected:
+            templates.append(where_they_part(text, expected))
         texts.append((expected, True))
+    if tokenizer and reference.talks:
+        pairs = zip(forms_of(tokenizer), forms_of(reference.tokenizer), strict=True)
+        templates += [where_they_part(text, expected) for text, expected in pairs if text != expected]
     for (text, is_chat), ids in zip(texts, reference.prompts, strict=True):
         theirs = encode(text, is_chat) or reference.ends[:1]
         equal += theirs == ids
@@ -196,6 +215,17 @@ def compare_tokens(row: Row, encode: Callable, reference: Reference, write: Call
     row.check_tokens(equal, len(texts), others)
     if templates:
         row.check("rest", "template", f"another chat template: {templates[0]}")
+
+
+def forms_of(tokenizer) -> list[str]:
+    """What a chat template writes of FORMS; "refused" where it refuses one."""
+    written = []
+    for form in FORMS:
+        try:
+            written.append(tokenizer.apply_chat_template(tokenize=False, **form))
+        except Exception:  # in the template's own words
+            written.append("refused")
+    return written
 
 
 class LlamaCpp:

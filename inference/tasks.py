@@ -27,6 +27,9 @@ from model.transformer import Output
 
 # What people say -> lm-eval's names
 NAMES = {"ceval": ["ceval-valid"], "arc": ["arc_easy", "arc_challenge"]}
+SPLITS = ("train", "validation", "val", "dev", "test")
+WHERE = ("--download fetches it, --task_data names a folder that holds it as the hub does, with its "
+         "README.md, which names the files")
 CHINESE = ("ceval", "cmmlu")
 MAX_NEW_TOKENS, CACHE_TOKENS = 256, 2**15
 
@@ -55,11 +58,14 @@ def evaluate(chat_model: ChatModel, names: list[str], *, limit: int | None = Non
         with local_data(data):
             found = simple_evaluate(make_backend(chat_model, batch_size), tasks=wanted, limit=limit,
                                     num_fewshot=num_fewshot, task_manager=manager, bootstrap_iters=1000)
-    except (OSError, ValueError) as error:
-        if not re.search("hub|find|offline|connect", str(error), re.IGNORECASE):
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        is_split = isinstance(error, KeyError) and str(error.args[0]) in SPLITS
+        if not is_split and not re.search("hub|find|offline|connect", str(error), re.IGNORECASE):
             raise
-        raise DataError(f"--tasks: the data is not here ({one_line(error)[:200]}): --download fetches it, "
-                        "--task_data names a folder that holds it as the hub does") from None
+        reason = f"no split {error}" if is_split else one_line(error)[:200]
+        raise DataError(f"--tasks: the data is not here ({reason}): {WHERE}") from None
     results, samples = found["results"], found["samples"]
     parts = found.get("group_subtasks", {})
     scores = {name: score_of(results[name], samples, parts.get(name) or [name]) for name in wanted}
@@ -75,7 +81,11 @@ def local_data(folder: Path | None) -> Iterator[None]:
 
     def load_from_folder(path: str, *arguments, **options):
         is_there = folder is not None and (folder / path).is_dir()
-        return load(str((folder / path).resolve()) if is_there else path, *arguments, **options)
+        try:
+            return load(str((folder / path).resolve()) if is_there else path, *arguments, **options)
+        except Exception as error:  # of many libraries: datasets, pyarrow, the hub's
+            raise DataError(f"--tasks: the data set {path} is not here, or can't be read "
+                            f"({one_line(error)[:200]}): {WHERE}") from None
 
     datasets.load_dataset = load_from_folder
     try:

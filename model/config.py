@@ -73,8 +73,8 @@ class ModelConfig:
         if not isinstance(self.rope_scaling, dict | None):
             raise ModelError(f"rope_scaling must be an object or null, not {self.rope_scaling!r}")
         frequency, scale = rope_frequencies(self, "cpu")  # raises for unknown or incomplete settings
-        if not (isinstance(scale, (int, float)) and frequency.mul(scale).isfinite().all()):
-            raise ModelError(f"rope_scaling gives angles that are NaN or infinite: {self.rope_scaling}")
+        if not (isinstance(scale, (int, float)) and frequency.mul(scale).log().isfinite().all()):
+            raise ModelError(f"rope_scaling gives angles that are no positive numbers: {self.rope_scaling}")
 
     @property
     def windows(self) -> list[int | None]:

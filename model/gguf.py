@@ -10,6 +10,7 @@ neighbours (x[0], x[1]) by RoPE, where Hugging Face turns halves (x[0], x[D/2]).
 stored interleaved there. docs/export.md says what the format cannot express.
 """
 
+import errno
 import math
 import os
 import re
@@ -64,10 +65,8 @@ def our_name(name: str) -> str:
     others, layers = ({there: here for here, there in names.items()} for names in (OTHER, LAYER))
     if module in others:
         return f"{others[module]}.{kind}"
-    parts = module.split(".", 2)
-    if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in layers:
-        return f"model.layers.{int(parts[1])}.{layers[parts[2]]}.{kind}"
-    return name
+    parts = re.fullmatch(r"blk\.(0|[1-9][0-9]{0,8})\.(.+)", module)  # no second spelling, such as blk.00
+    return f"model.layers.{parts[1]}.{layers[parts[2]]}.{kind}" if parts and parts[2] in layers else name
 
 
 def heads_to_reorder(name: str, config: ModelConfig) -> int | None:
@@ -120,7 +119,7 @@ def write_model(model, tokenizer, path: Path, kind: str, name: str, ends: list[i
             rows = to_neighbours(tensor.detach().float(), heads_to_reorder(tensor_name, config))
             files.check_finite({tensor_name: rows}, f"export to {path}")
             add_tensor(writer, gguf_name(tensor_name), rows, kind)
-        finish(writer)
+        finish(writer, path)
 
 
 def write_adapter(model, loras: dict, path: Path, kind: str, name: str) -> None:
@@ -147,7 +146,7 @@ def write_adapter(model, loras: dict, path: Path, kind: str, name: str) -> None:
             files.check_finite({layer: a, f"{layer} (B)": b}, f"export to {path}")
             add_tensor(writer, f"{gguf_name(layer + '.weight')}.lora_a", a, kind)
             add_tensor(writer, f"{gguf_name(layer + '.weight')}.lora_b", b, kind)
-        finish(writer)
+        finish(writer, path)
 
 
 def new_writer(path: Path, config: ModelConfig, what: str, name: str):
@@ -157,11 +156,16 @@ def new_writer(path: Path, config: ModelConfig, what: str, name: str):
     return writer
 
 
-def finish(writer) -> None:
+def finish(writer, path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as error:
+        if error.errno is None:  # numpy's words for a disk that is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
 
 
 def add_tensor(writer, name: str, numbers: torch.Tensor, kind: str) -> None:
@@ -351,7 +355,9 @@ def config_of(fields: dict, tensors: dict) -> ModelConfig:
         raise ModelError(f"can't read architecture {str(arch)[:50]}, only {', '.join(ARCHITECTURES)}")
     for key, harmless in (("expert_shared_count", 0), ("expert_weights_scale", 1),
                           ("attention.clamp_kqv", 0), ("attention.causal", True),
-                          ("attention.sliding_window_pattern", 1),
+                          ("attention.sliding_window_pattern", 1), ("attn_logit_softcapping", 0),
+                          ("final_logit_softcapping", 0), ("residual_scale", 0), ("attention.scale", 0),
+                          ("rope.scaling.yarn_beta_fast", 32), ("rope.scaling.yarn_beta_slow", 1),
                           ("logit_scale", 0), ("embedding_scale", 0)):
         if fields.get(f"{arch}.{key}", harmless) != harmless:
             raise ModelError(f"{arch}.{key} is {str(fields[f'{arch}.{key}'])[:50]}: not supported")
@@ -369,6 +375,9 @@ def config_of(fields: dict, tensors: dict) -> ModelConfig:
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError("it has no token_embd.weight, the embedding")
+    if of("vocab_size", embedding.shape[0]) != embedding.shape[0]:
+        raise ModelError(f"{arch}.vocab_size is {of('vocab_size')}, and the embedding has "
+                         f"{embedding.shape[0]} rows")
     window = of("attention.sliding_window", 0)
     experts, num_experts = {}, of("expert_count", 0)
     if num_experts and arch not in ("llama", "qwen3moe"):

@@ -13,6 +13,7 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ class StoredTensor:
         """float32, as the package gguf computes it. Raises ModelError for a type it has no arithmetic for."""
         gguf = package()
         try:
-            numbers = gguf.quants.dequantize(self.stored, gguf.GGMLQuantizationType[self.kind])
+            with np.errstate(all="ignore"):  # a damaged file has NaN in it, which is refused elsewhere
+                numbers = gguf.quants.dequantize(self.stored, gguf.GGMLQuantizationType[self.kind])
         except NotImplementedError:
             raise ModelError(f"tensors of type {self.kind} are not read") from None
         return torch.from_numpy(np.array(numbers, dtype=np.float32).reshape(self.shape))
@@ -72,12 +74,16 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
     """
     gguf = package()
     with files.explained(path), path.open("rb") as file:
+        if what := files.kind_unlike_name(path):
+            raise ModelError(f"no GGUF file but {what}")
         if path.stat().st_size < 24:
             raise ModelError("cut off: shorter than the head of a GGUF file")
         head = Head(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         if head.take(4) != MAGIC:
             raise ModelError("no GGUF file: it begins with other bytes")
         if (version := head.scalar("<u4")) not in VERSIONS:
+            if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *VERSIONS):
+                raise ModelError("big-endian, made for another kind of machine; only little-endian is read")
             raise ModelError(f"GGUF of version {version}; only {VERSIONS[0]} and {VERSIONS[1]} are read")
         num_tensors, num_fields = head.count(24), head.count(12)
         fields = {}
@@ -86,6 +92,9 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
             if name in fields:
                 raise ModelError(f"holds the field {name[:100]} twice")
             fields[name] = head.value()
+        if fields.get("split.count", 1) not in (0, 1):
+            raise ModelError(f"one part of {fields['split.count']}: join them first, with llama.cpp's "
+                             "llama-gguf-split --merge")
         places = [(head.string(), head.dimensions(), head.scalar("<u4"), head.scalar("<u8"))
                   for _ in range(num_tensors)]
         alignment = fields.get("general.alignment", ALIGNMENT)
@@ -93,7 +102,7 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
             raise ModelError(f"general.alignment is {alignment!r}")
         start = math.ceil(head.at / alignment) * alignment
         content = np.frombuffer(head.data, dtype=np.uint8)
-        tensors, used = {}, 0
+        tensors, stretches = {}, []
         for name, shape, number, offset in places:
             if name in tensors:
                 raise ModelError(f"holds the tensor {name[:100]} twice")
@@ -106,13 +115,16 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
                 raise ModelError(f"{name[:100]}: rows of {shape[-1]} numbers can't be {kind.name}")
             rows, bytes_of_row = math.prod(shape[:-1]), shape[-1] // block * size
             end = start + offset + rows * bytes_of_row
-            used += rows * bytes_of_row
-            # Tensors that lie over each other could claim more than the file has, all of them together.
-            if offset % alignment or end > len(content) or used > len(content):
+            stretches.append((start + offset, end, name))
+            if offset % alignment or end > len(content):
                 raise ModelError(f"cut off, or damaged: {name[:100]} would end at byte {end:,} of "
                                  f"{len(content):,}")
             stored = content[start + offset : end].reshape(rows, bytes_of_row)
             tensors[name] = StoredTensor(shape, kind.name, stored)
+        stretches.sort()
+        for (_, end, before), (begin, _, name) in pairwise(stretches):
+            if begin < end:  # else they could claim more than the file has, all of them together
+                raise ModelError(f"damaged: {name[:100]} lies over {before[:100]}")
     return fields, tensors
 
 

@@ -131,7 +131,7 @@ def token_ids(fields: dict) -> tuple[int | None, list[int], int | None]:
     """(bos, tokens that end an answer, padding) of a file."""
     named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding", *ENDS)}
     for name, token in named.items():
-        if token is not None and not isinstance(token, int):
+        if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
             raise ModelError(f"tokenizer.ggml.{name}_token_id is {str(token)[:50]!r}")
     return named["bos"], [named[name] for name in ENDS if named[name] is not None], named["padding"]
 
@@ -154,6 +154,8 @@ def read_tokenizer(path: Path):
         if kind not in ("gpt2", "llama"):
             raise ModelError(f"a tokenizer of the kind {str(kind)[:50]!r} is not read, only gpt2 and llama")
         vocabulary = {token: i for i, token in enumerate(tokens) if kinds[i] != UNUSED}
+        if len(vocabulary) != len(tokens) - kinds.count(UNUSED):
+            raise ModelError("two of its tokens are the same text")
         if kind == "gpt2":
             tokenizer = byte_tokenizer(fields, vocabulary)
         else:
@@ -162,8 +164,9 @@ def read_tokenizer(path: Path):
         bos, ends, pad = token_ids(fields)
         named = {"bos_token": bos, "eos_token": ends[0] if ends else None, "pad_token": pad,
                  "unk_token": fields.get("tokenizer.ggml.unknown_token_id")}
-        if any(i is not None and not 0 <= i < len(tokens) for i in named.values()):
-            raise ModelError(f"one of its special tokens is beyond the {len(tokens)} that it has: {named}")
+        if any(i is not None and not 0 <= i < len(tokens) for i in (*named.values(), *ends)):
+            raise ModelError(f"one of its special tokens is beyond the {len(tokens)} that it has: {named}, "
+                             f"an answer ends with {ends}")
         named = {name: None if i is None else tokens[i] for name, i in named.items()}
         usual = kind == "llama" or rule_name(fields) in WHOLE_WORDS
         add_bos = fields.get("tokenizer.ggml.add_bos_token", usual)
@@ -172,9 +175,11 @@ def read_tokenizer(path: Path):
                   (named["eos_token"], ends[0]) if add_eos and ends else None)
         template = fields.get("tokenizer.chat_template")
         others = fields.get("tokenizer.chat_templates") or []
-        if others:
-            template = {"default": template} if template else {}
-            template |= {name: fields.get(f"tokenizer.chat_template.{name}") for name in others}
+        found = {"default": template} if template else {}
+        found |= {name: fields.get(f"tokenizer.chat_template.{name}") for name in others}
+        if not all(isinstance(text, str) for text in found.values()):
+            raise ModelError("one of its chat templates is missing, or no text")
+        template = found if others else template
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, chat_template=template,
             model_input_names=["input_ids", "attention_mask"],
@@ -194,7 +199,9 @@ def byte_tokenizer(fields: dict, vocabulary: dict[str, int]):
     if rule not in RULES:
         raise ModelError(f"its tokenizer splits text by the rule {str(rule)[:50]!r}; known are "
                          f"{', '.join([*RULES, *SAME_RULE])}")
-    merges = fields.get("tokenizer.ggml.merges") or []
+    merges = fields.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
+        raise ModelError("its tokenizer has no merges, tokenizer.ggml.merges")
     merges = [tuple(merge.split(" ", 1)) for merge in merges]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=rule in WHOLE_WORDS))
     makers = {"bytes": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -205,7 +212,9 @@ def byte_tokenizer(fields: dict, vocabulary: dict[str, int]):
         for step in RULES[rule]])
     # Qwen's own tokenizers compose accents first, which no GGUF file of theirs says.
     usual = "NFC" if rule == "qwen2" else "none"
-    if fields.get(NORMALIZER, usual) == "NFC":
+    if (normalizer := fields.get(NORMALIZER, usual)) not in ("NFC", "none"):
+        raise ModelError(f"{NORMALIZER} is {str(normalizer)[:50]!r}; known are NFC and none")
+    if normalizer == "NFC":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

@@ -91,7 +91,7 @@ def transformers_row(args, reference):
         model = PeftModel.from_pretrained(model, str(args.lora[0]), local_files_only=True,
                                           trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(str(args.model), local_files_only=True, trust_remote_code=False)
-    compare_tokens(row, encoder_of(tokenizer), reference, lambda talk: reference.written(talk, tokenizer))
+    compare_tokens(row, encoder_of(tokenizer), reference, tokenizer)
     # bitsandbytes computes with weights of 4 bits in bfloat16.
     kind = "BF16" if getattr(model.config, "quantization_config", None) else "F32"
     compare_numbers(row, forward_of(model.eval()), kind, reference)
@@ -121,6 +121,8 @@ def gguf_row(args, path: Path, reference):
     if missing := [end for end in reference.listed_ends if end not in ends]:
         names = ", ".join(reference.tokenizer.convert_ids_to_tokens(missing))
         row.check("rest", "ends", f"missing end token: {names}; the file has {ends}")
+    if surplus := [end for end in ends if end not in reference.ends]:
+        row.check("rest", "ends", f"another end token: {surplus}; an answer ends with {reference.ends} alone")
     tokenizer = read_tokenizer(path)
     if (theirs := tokenizer.get_vocab()) != (ours := reference.tokenizer.get_vocab()):
         token = min(ours.items() ^ theirs.items(), key=lambda item: item[1])
@@ -131,10 +133,9 @@ def gguf_row(args, path: Path, reference):
         encode, forward = llama.encode, llama.forward
     else:
         encode, forward = encoder_of(tokenizer), forward_of(model)
-    template = (lambda talk: reference.written(talk, tokenizer)) if tokenizer.chat_template else None
-    if template is None and reference.talks:
+    if not tokenizer.chat_template and reference.talks:
         row.check("rest", "template", "another chat template: the file has none")
-    compare_tokens(row, encode, reference, template)
+    compare_tokens(row, encode, reference, tokenizer if tokenizer.chat_template else None)
     compare_numbers(row, forward, kind, reference)
     row.check("rest", f"{len(tensors)} tensors, {kind}")
     return row
@@ -198,6 +199,10 @@ def compare_config(row, theirs, ours) -> None:
     same_rope = turn.shape == our_turn.shape and (turn * scale).allclose(our_turn * our_scale, rtol=1e-5)
     ignored = {"initializer_range", "max_position_embeddings", "tie_word_embeddings",  # tensors tell the last
                "router_aux_loss_coef", "router_z_loss_coef"}
+    length = min(ours.max_position_embeddings, ours.sliding_window or math.inf)  # as docs/export.md says
+    if theirs.max_position_embeddings not in (length, ours.max_position_embeddings):
+        row.check("rest", "context", f"another context length: {theirs.max_position_embeddings} and not "
+                  f"{length}")
     for name, value in asdict(ours).items():
         other = getattr(theirs, name)
         # A file has 32 bits for a number, and may spell out a factor that we compute.
@@ -221,8 +226,24 @@ def compare_tensors(row, model, merged, tensors: dict) -> None:
     for name in theirs:
         stored = tensors.get(gguf_name(name)) or tensors["token_embd.weight"]
         limit = LIMITS.get(stored.kind, COARSE)[2]
-        wrong |= compare_matrix(name, theirs[name], ours[name].detach(), limit)
+        wrong |= compare_matrix(name, theirs[name], ours[name].detach(), limit, stored.kind)
     name_wrong(row, wrong)
+
+
+def limit_of_rounding(ours, kind: str, limit: float) -> float:
+    """How far a whole tensor may be off: by a quarter more than storing it in this type moves it. It is
+    `limit` where the package gguf cannot write the type."""
+    from model.gguf_file import package
+
+    gguf = package()
+    stored = gguf.GGMLQuantizationType[kind]
+    try:
+        rounded = gguf.quants.dequantize(gguf.quants.quantize(ours.numpy(), stored), stored)
+    except NotImplementedError:
+        return limit
+    size = float((ours.numpy() ** 2).sum()) ** 0.5
+    moved = float(((rounded.reshape(ours.shape) - ours.numpy()) ** 2).sum()) ** 0.5
+    return min(limit, max(1e-6, 1.25 * moved / max(size, 1e-30)))
 
 
 def coarsest(tensors: dict) -> str:
@@ -241,8 +262,12 @@ def compare_scale(row, updates: list[tuple], kind: str) -> None:
                       f"{scale:.3g} times as large as it should be")
 
 
-def compare_matrix(name: str, theirs, ours, limit: float) -> dict[str, str]:
-    """{name: what is wrong} with a tensor or the update of a layer; empty where nothing is."""
+def compare_matrix(name: str, theirs, ours, limit: float, kind: str | None = None) -> dict[str, str]:
+    """{name: what is wrong} with a tensor or the update of a layer; empty where nothing is.
+
+    kind: the type in which the numbers are stored, where the matrix itself is. Its rounding sets a limit to
+    the whole tensor, which is narrower than `limit`.
+    """
     from inference.certificate import ROW
 
     if theirs.shape != ours.shape:
@@ -252,7 +277,7 @@ def compare_matrix(name: str, theirs, ours, limit: float) -> dict[str, str]:
     error = (theirs - ours).norm(dim=1) / sizes.clamp(min=0.05 * sizes.mean().item() + 1e-30)
     rows = (error > ROW * limit).nonzero().flatten().tolist()
     whole = ((theirs - ours).norm() / ours.norm().clamp(min=1e-30)).item()
-    if not rows and whole <= limit:
+    if not rows and whole <= (limit_of_rounding(ours, kind, limit) if kind else limit):
         return {}
     where = f" in rows {', '.join(map(str, rows[:4]))}" if 0 < len(rows) < len(ours) else ""
     where += f" and {len(rows) - 4} more" if where and len(rows) > 4 else ""
@@ -308,8 +333,8 @@ def server_row(args, reference):
     server = Server(args)
     row = Row(f"{args.url}, {server.name}")
     limit, loss_limit, _ = LIMITS[args.url_type]
-    decode, equal, ties, asked, farthest = reference.tokenizer.decode, 0, 0, 0, 0.0
-    other_tokens, other_answers = [], []
+    decode, equal, ties, asked, differences = reference.tokenizer.decode, 0, 0, 0, []
+    other_tokens, other_answers, other_prompts = [], [], []
     texts = [text for text in TEXTS if "<" not in text]  # a server may protect control tokens in a text
     for prompt in [*texts, *reference.talks]:
         place = TEXTS.index(prompt) if isinstance(prompt, str) else len(TEXTS) + reference.talks.index(prompt)
@@ -319,7 +344,7 @@ def server_row(args, reference):
         if len(theirs) != len(ours):
             other_tokens.append(f"{prompt!r} has {len(theirs) + 1} and not {len(ids)}")
             continue
-        farthest = max([farthest, *(abs(a - b) for a, b in zip(theirs, ours, strict=True))])
+        differences += [abs(a - b) for a, b in zip(theirs, ours, strict=True)]
         expected = decode(answer, skip_special_tokens=True)
         if any(mark in decode(answer) for mark in ("<think>", "<tool_call>")):
             continue  # these parts of an answer have fields of their own
@@ -328,8 +353,11 @@ def server_row(args, reference):
         if isinstance(prompt, str):
             said = server.call("/v1/completions", body | {"prompt": prompt})["choices"][0]["text"]
         else:
-            said = server.call("/v1/chat/completions", body | {"messages": prompt})["choices"][0]["message"]
-            said = said["content"] or ""
+            whole = server.call("/v1/chat/completions", body | {"messages": prompt})
+            said = whole["choices"][0]["message"]["content"] or ""
+            number = (whole.get("usage") or {}).get("prompt_tokens", len(ids))
+            if number != len(ids):
+                other_prompts.append(f"{number} tokens and not {len(ids)} for {prompt!r}")
         if said.strip() == expected.strip():
             equal += 1
             continue
@@ -342,6 +370,9 @@ def server_row(args, reference):
         ties += gap <= 2 * limit
         if gap > 2 * limit:
             other_answers.append(f"{said!r} and not {expected!r} after {prompt!r}")
+    if other_prompts:
+        row.check("rest", "template", f"another chat template: {other_prompts[0]}")
+    farthest = torch.tensor(differences or [0.0]).max().item()  # NaN if one is NaN, unlike Python's max
     number = len(texts) + len(reference.talks)
     row.check_tokens(number - len(other_tokens), number, other_tokens)
     row.check_greedy(equal, asked, ties, other_answers)
@@ -434,6 +465,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--weights: {len(args.lora)} adapters need as many weights, not {len(args.weights)}")
     if args.json and args.json.is_dir():
         parser.error(f"--json {args.json} is a folder: name a file")
+    if args.json and args.json.suffix.lower() != ".json":  # so that it can replace no weights
+        parser.error(f"--json {args.json} must end in .json")
     return args
 
 

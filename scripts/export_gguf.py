@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ROOT, Parser, add_rope_scaling, run_script
-from common.errors import ModelError, RunError, UsageError
+from common.errors import ModelError, RunError
 from common.files import read_json_if_there, write_whole
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
@@ -82,8 +82,6 @@ def beside(path: Path) -> Path:
 def check_out(args, out: Path) -> None:
     if out.resolve() in [path.resolve() for path in (args.model, *args.lora)]:
         raise ModelError(f"{out} is what is exported; name another file with --out")
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder: name a file")
 
 
 def make_plain(model, args) -> None:
@@ -234,6 +232,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--adapter writes one adapter: name it with --lora, without --weights")
     if args.out and len(args.type) > 1:
         parser.error("--out names one file: give one --type")
+    if args.out and args.out.exists() and not args.out.is_file():
+        parser.error(f"--out {args.out} is a folder, or no plain file: name a file")
+    if args.out and args.out.suffix.lower() != ".gguf":  # so that it can replace no weights, and no Modelfile
+        parser.error(f"--out {args.out} must end in .gguf")
     return args
 
 

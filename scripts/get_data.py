@@ -37,6 +37,7 @@ MIRRORS = {"hf-mirror": "https://hf-mirror.com", "modelscope": "https://www.mode
 TIMEOUT = 20  # seconds without a byte, after which a connection counts as broken
 ATTEMPTS = 6  # in a row that bring no new byte
 WAIT = 1.0  # seconds before the second of them; twice as long before each further one
+LONGEST_WAIT = 60  # seconds, where a host itself says how long to wait (Retry-After)
 PARQUET_GROWS = 3  # a guess at how much larger the text of a .parquet file is, to ask for disk space
 SAFE_NAME = re.compile(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*")  # no name may lead out of our folder
 HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # of a file in git, and the sha256 of a large file
@@ -193,6 +194,9 @@ def matching(source: Source, names: list[str]) -> list[str]:
     if missing or not found:
         raise RunError(f"{source.repository} has no file {(missing or source.files)[0]}: look at its "
                        "page, and correct scripts/data_sources.json")
+    if len({PurePosixPath(name).name for name in found}) < len(found):  # they would replace each other here
+        raise RunError(f"{source.repository} has two files of the same name in different folders: correct "
+                       "scripts/data_sources.json")
     return sorted(found)
 
 
@@ -252,17 +256,20 @@ def receive(remote: RemoteFile, part: Path, headers: dict[str, str], host: str) 
     import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
-    failures = 0
+    failures, pause = 0, 0
     with part.open("ab") as file, tqdm(total=remote.size, initial=file.tell(), unit="B", unit_scale=True,
                                        desc=PurePosixPath(remote.name).name, disable=None) as bar:
         while (before := file.tell()) < remote.size:
             try:
                 receive_once(remote, file, bar, headers, host)
-                reason = "it ended early"
+                reason, pause = "it ended early", 0
             except HfHubHTTPError as error:
                 if error.response.status_code not in (429, 500, 502, 503, 504):  # these may pass
                     raise
+                told = error.response.headers.get("Retry-After", "")
+                pause = int(told) if told.isdecimal() and len(told) < 9 else 0
                 reason = f"it answers {error.response.status_code}"
+                reason += f", and asks for a pause of {pause:,} seconds" if pause else ""
             except httpx.TransportError as error:
                 reason = one_line(error)
             failures = 0 if file.tell() > before else failures + 1
@@ -270,7 +277,7 @@ def receive(remote: RemoteFile, part: Path, headers: dict[str, str], host: str) 
                 raise RunError(f"{remote.name}: {file.tell():,} of {remote.size:,} bytes are here. {host} "
                                f"failed {failures} times ({reason}): the same command goes on from there")
             if failures:
-                time.sleep(WAIT * 2 ** (failures - 1))
+                time.sleep(max(WAIT * 2 ** (failures - 1), min(pause, LONGEST_WAIT)))
 
 
 def receive_once(remote: RemoteFile, file, bar, headers: dict[str, str], host: str) -> None:
@@ -279,8 +286,14 @@ def receive_once(remote: RemoteFile, file, bar, headers: dict[str, str], host: s
     start = file.tell()
     asked = headers | ({"Range": f"bytes={start}-"} if start else {})
     with get_session().stream("GET", remote.url, headers=asked, timeout=TIMEOUT) as response:
-        hf_raise_for_status(response)
         is_rest, told = start and response.status_code == 206, response.headers
+        begins = re.match(r"bytes (\d+)-", told.get("Content-Range", ""))
+        if start and (response.status_code == 416 or (is_rest and begins and int(begins[1]) != start)):
+            file.truncate(0)  # It sends no rest, or another one. The next request asks for the whole file.
+            file.seek(0)
+            bar.reset()
+            return
+        hf_raise_for_status(response)
         length = told.get("Content-Length") if "Content-Encoding" not in told else None
         rest = remote.size - start if is_rest else remote.size
         if told.get("Content-Type", "").startswith("text/html") or length not in (None, str(rest)):

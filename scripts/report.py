@@ -63,7 +63,7 @@ def main(args):
             sections += model_sections(run, args.data_path, Path(folder))
     sections.append(forgotten_section(run))
     state = "not finished" if run.is_unfinished else "finished"
-    lead = f"stage {run.stage}, {run.last_step:,} steps, {state}"
+    lead = f"stage {run.stage}, {run.last_step:,} step{'s' * (run.last_step != 1)}, {state}"
     out = args.out or args.run / "report.html"
     write_whole(out, report_page.page(args.run.resolve().name, report_page.text(lead), *sections))
     for symptom in find(run):
@@ -428,6 +428,11 @@ def verdict(run, losses: dict[str, list[float | None]]) -> str:
     # Held-out records may be harder for every model. The model before the run shows by how much.
     harder = max(1.0, held[0] / seen[0]) if len(seen) > 1 and seen[0] and held[0] else 1.0
     both = f"its training file ({seen[-1]:.3f}) and held-out records ({held[-1]:.3f})"
+    if len(seen) > 1 and seen[0] and seen[-1] > 0.98 * seen[0]:
+        return (f"The loss on its training file was {seen[0]:.3f} before the run and is {seen[-1]:.3f} now: "
+                "it learnt next to nothing of that file.")
+    if harder > 1.1:
+        both += f", which the model before the run found harder, too ({seen[0]:.3f} and {held[0]:.3f}),"
     if held[-1] <= seen[-1] * harder * 1.1 + 0.02:
         return f"It knows {both} about equally well: what it learnt holds for records that it never saw."
     if held[-1] <= seen[-1] * harder * 1.5 + 0.1:
@@ -443,6 +448,8 @@ def parse_args(argv=None):
                         help="more files to measure the loss on; those of the run where they have moved")
     parser.add_argument("--no_samples", action="store_true", help="load no model: the log is enough")
     args = parser.parse_args(argv)
+    if args.out and args.out.suffix.lower() not in (".html", ".htm"):  # so that it can replace no weights
+        parser.error(f"--out {args.out} must end in .html")
     if args.no_samples and args.data_path:
         parser.error("--data_path has no effect with --no_samples: the model is needed for a loss")
     return args

@@ -190,8 +190,8 @@ def router_section(run: Run) -> str:
 def findings(run: Run) -> str:
     """The symptoms of a run, each with what it means and what to try."""
     found, count, needed = find(run), len(run.series("loss")), THRESHOLDS["lines"].value
-    few = (f"<p>The log has {count} lines with a loss, and most symptoms need {needed:g}: a smaller "
-           "--log_interval shows more.</p>" if count < needed else "")
+    few = (f"<p>The log has {count} line{'s' * (count != 1)} with a loss, and most symptoms need {needed:g}: "
+           "a smaller --log_interval shows more.</p>" if count < needed else "")
     if not found:
         return f"<p>None of the {len(CHECKS)} known symptoms shows.</p>{few}"
     return few + "".join(f'<div class="finding"><p><b>{text(one.name)}</b>: {text(one.seen)}</p>'

@@ -118,10 +118,11 @@ def unfinished(run: Run):
         return None
     saved = f"its newest checkpoint is of step {int(run.checkpoints[-1].name[5:]):,}" if run.checkpoints \
         else "it has no checkpoint"
+    goes_on = "The same command with --resume goes on from the newest checkpoint" if run.checkpoints else \
+        "There is nothing to go on from, unless it is still running: start it again"
     return (f"The log ends at step {run.last_step:,} of {run.max_steps:,}, and {saved}.",
             "The run was stopped or killed, or it is still running: what follows shows a part of it.",
-            "The same command with --resume goes on from the newest checkpoint; a smaller --save_interval "
-            "loses less in a kill.")
+            f"{goes_on}; a smaller --save_interval loses less in a kill.")
 
 
 def skipped(run: Run):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import eval_model
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 from inference.chat_model import ChatModel, Sampling
-from inference.tasks import evaluate, likelihoods, score_of, table_of, write_answers
+from inference.tasks import evaluate, likelihoods, local_data, score_of, table_of, write_answers
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +88,22 @@ def test_impossible_flags(home, capsys, flags, complaint):
         eval_model.parse_args(["--load_from", str(home / "base"), *flags])
     assert end.value.code == 2 and complaint in capsys.readouterr().err
     assert "lm_eval" not in sys.modules
+
+
+SETTINGS = (b"---\nconfigs:\n- config_name: ARC-Easy\n  data_files:\n  - split: test\n"
+            b"    path: ARC-Easy/*\n---\n")
+
+
+@pytest.mark.parametrize("files, part", [
+    ({}, "doesn't contain any data files"), ({"ARC-Easy/test-0.parquet": b""}, "ARC-Easy"),
+    ({"README.md": SETTINGS, "ARC-Easy/test-0.jsonl": b"{"}, "can't be read")])
+def test_data_that_is_not_as_on_the_hub_is_one_line(files, part, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="requirements-eval.txt")
+    folder = tmp_path / "data" / "allenai" / "ai2_arc"
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=part) as error, local_data(tmp_path / "data"):
+        datasets.load_dataset("allenai/ai2_arc", "ARC-Easy", cache_dir=str(tmp_path / "cache"))
+    assert "\n" not in str(error.value) and "README.md" in str(error.value)

@@ -68,7 +68,8 @@ def test_names_go_there_and_back():
         for name in a_model(**family, tie_word_embeddings=False).state_dict():
             assert our_name(gguf_name(name)) == name
     assert gguf_name("model.layers.3.mlp.up_proj.weight") == "blk.3.ffn_up.weight"
-    assert our_name("blk.x.ffn_up.weight") == "blk.x.ffn_up.weight"
+    for other in ("blk.x.ffn_up.weight", "blk.00.ffn_up.weight", "blk.\u0663.ffn_up.weight"):
+        assert our_name(other) == other  # one tensor of ours has one name there
 
 
 def test_rows_of_a_head_by_hand():
@@ -263,7 +264,14 @@ HOSTILE = {
         40, 0, b"".join(struct.pack("<Q", 1) + bytes([97 + i]) + struct.pack("<IQIQ", 1, 64, 0, 0)
                         for i in range(26)), b"".join(struct.pack("<Q", 2) + b"b" + bytes([97 + i])
                         + struct.pack("<IQIQ", 1, 64, 0, 0) for i in range(14)), b"\0" * 300),
+    "two tensors over each other": head(
+        2, 0, TEXT, struct.pack("<IQIQ", 1, 64, 0, 0), struct.pack("<Q", 1) + b"b",
+        struct.pack("<IQIQ", 1, 64, 0, 224), b"\0" * 1000),
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123\n",
+    "a part of several": head(0, 1, struct.pack("<Q", 11) + b"split.count", struct.pack("<IH", 2, 3)),
 }
+SAID = {"big-endian": "big-endian", "two tensors over each other": "b lies over a",
+        "a pointer of Git LFS": "git lfs pull", "a part of several": "one part of 3: join them"}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -275,13 +283,17 @@ def test_a_hostile_file_is_refused_in_one_line_and_at_once(name, tmp_path):
         with pytest.raises(ModelError) as error:
             read(path)
         assert "x.gguf" in str(error.value) and "\n" not in str(error.value)
+        assert SAID.get(name, "") in str(error.value)
     assert time.monotonic() - began < 2
 
 
 def test_flipped_bytes_in_the_head_never_give_a_traceback(tokenizer, tmp_path):
     content = written(a_model(num_hidden_layers=1, hidden_size=32, intermediate_size=32), tokenizer,
                       tmp_path / "x.gguf").read_bytes()
-    places = torch.randint(0, 1000, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    generator = torch.Generator().manual_seed(1)
+    places = torch.randint(0, 1000, (40,), generator=generator).tolist()
+    descriptions = content.index(b"blk.0.attn_norm.weight")  # of the tensors: their names, shapes, places
+    places += (descriptions + torch.randint(0, 500, (40,), generator=generator)).tolist()
     for number, place in enumerate(places):
         damaged = bytearray(content)
         damaged[place] ^= 1 << number % 8
@@ -298,7 +310,10 @@ def test_flipped_bytes_in_the_head_never_give_a_traceback(tokenizer, tmp_path):
     ({"qwen3.block_count": None}, "block_count is missing"),
     ({"qwen3.attention.head_count": [4, 2]}, "not one number"),
     ({"qwen3.rope.dimension_count": 4}, "rope.dimension_count"),
-    ({"qwen3.rope.scaling.type": "longrope"}, "longrope"), ({"qwen3.attention.causal": False}, "causal")])
+    ({"qwen3.rope.scaling.type": "longrope"}, "longrope"), ({"qwen3.attention.causal": False}, "causal"),
+    ({"qwen3.vocab_size": 6401}, "vocab_size is 6401"), ({"qwen3.rope.scaling.factor": -2.0}, "positive"),
+    ({"qwen3.attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50"),
+    ({"qwen3.rope.scaling.yarn_beta_fast": 64.0}, "yarn_beta_fast is 64")])
 def test_what_our_model_cannot_compute_is_refused_by_name(fields, part, tokenizer, tmp_path, monkeypatch):
     from model import gguf as module
 
@@ -306,6 +321,22 @@ def test_what_our_model_cannot_compute_is_refused_by_name(fields, part, tokenize
     monkeypatch.setattr(module, "read_gguf", lambda path: (found | fields, tensors))
     with pytest.raises(ModelError, match=part):
         load_model(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("field, value, part", [
+    ("tokenizer.ggml.merges", None, "no merges"), ("tokenizer.ggml.merges", 5, "no merges"),
+    ("tokenizer.ggml.tokens", ["a"] * 6400, "are the same text"),
+    ("tokenizer.ggml.eot_token_id", 9999, "beyond the 6400"),
+    ("tokenizer.ggml.eos_token_id", True, "eos_token_id is 'True'"),
+    ("tokenizer.chat_template", 5, "no text"), ("tokenizer.seedling.normalizer", "NFKC", "NFKC")])
+def test_a_tokenizer_that_contradicts_itself_is_refused_by_name(field, value, part, tokenizer, tmp_path,
+                                                               monkeypatch):
+    from model import gguf_tokenizer as module
+
+    found, tensors = read_gguf(written(a_model(), tokenizer, tmp_path / "x.gguf"))
+    monkeypatch.setattr(module, "read_gguf", lambda path: (found | {field: value}, tensors))
+    with pytest.raises(ModelError, match=part):
+        load_tokenizer(tmp_path / "x.gguf")
 
 
 def test_without_the_package_one_line_names_what_to_install(tokenizer, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.serving_clients import Server
 from common.errors import RunError
-from inference.certificate import Row, samples_of
+from inference.certificate import Reference, Row, compare_numbers, forward_of, samples_of
 from model import gguf as our_gguf
 from model.adapters import Adapters, remove_lora
 from model.gguf import write_adapter, write_model
@@ -120,6 +120,24 @@ def other_tokens(tokenizer):
     return changed
 
 
+def other_tools(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<tool_call>", "<toolcall>")
+    return tokenizer
+
+
+def earlier_step(model):
+    """All matrices are 1 % off, which is less than twice what 8 bits cost."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter += 0.01 * parameter.std() * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(0))
+
+
+def shorter(model):
+    model.config.max_position_embeddings = 64
+
+
 def other_rope(model):
     model.config.rope_theta = 5e5
 
@@ -133,6 +151,10 @@ FAULTS = {  # what is planted -> how the file is made, and what must be named
     "a wrong alpha": (dict(lora=2.0), "wrong alpha, .* is 2 times as large"),
     "a wrong alpha in 8 bits": (dict(lora=0.5, kind="Q8_0"), r"wrong alpha, .* is 0\.\d+ times as large"),
     "no adapter": (dict(lora=None), "wrong alpha, or another adapter: .* is 0 times as large"),
+    "another end token": (dict(ends=[2, 0, 300]), r"another end token: \[300\]"),
+    "an earlier step in 8 bits": (dict(change=earlier_step, kind="Q8_0"), r"differs, by 1\.\d+% of its size"),
+    "a shorter context": (dict(change=shorter), "another context length: 64 and not 256"),
+    "other words around tools": (dict(change_tokens=other_tools), "another chat template: .*toolcall"),
     "other tokens": (dict(change_tokens=other_tokens), r"other tokens: .*\('[ab]', \d+\)"),
 }
 
@@ -205,6 +227,14 @@ def test_a_server_that_is_the_same_and_one_that_is_not(home, address, capsys):
     assert "choose with --served" in capsys.readouterr().out
 
 
+def test_numbers_that_are_not_finite_are_no_agreement(home):
+    """Python's max(0.0, NaN) is 0.0, so a model that gives NaN once counted as the same."""
+    reference = Reference(home / "base", {}, [], 1, 2)
+    row = Row("NaN")
+    compare_numbers(row, lambda ids: forward_of(reference.model)(ids) * float("nan"), "Q4_0", reference)
+    assert row.cells["logits"] == "nan" and any("logits differ by up to nan" in line for line in row.off)
+
+
 def test_nobody_there(home, capsys):
     with pytest.raises(RunError):
         run(home, "--url", "http://127.0.0.1:9")
@@ -215,6 +245,7 @@ def test_mistakes_are_one_line(home, refused):
     refused(certify, [home / "nothing"], "no model at")
     refused(certify, [home / "base", "--lora", "a", "b"], "--weights: 2 adapters need as many")
     refused(certify, [home / "base", "--json", home], "is a folder")
+    refused(certify, [home / "base", "--json", home / "base" / "model.safetensors"], "must end in .json")
 
 
 def test_a_chat_is_read_as_one_whatever_stands_beside_it(tmp_path):

@@ -1,5 +1,7 @@
 """export_gguf.py: the files that it writes, the Modelfile beside them, and what it refuses."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -145,16 +147,19 @@ def test_a_gguf_file_is_exported_again(home):
     assert load_tokenizer(home / "y.gguf").get_vocab() == load_tokenizer(home / "x.gguf").get_vocab()
 
 
-def test_the_package_writes_nothing_half(home, monkeypatch):
+@pytest.mark.parametrize("error", [  # the second is numpy's, which has words and no number
+    OSError(errno.ENOSPC, "No space left on device"), OSError("870400 requested and 824480 written")])
+def test_the_package_writes_nothing_half(error, home, monkeypatch):
     export(home / "base", "--out", home / "x.gguf", "--type", "F32")
     before = (home / "x.gguf").read_bytes()
 
     def full(*given):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as raised:
         export(home / "base", "--out", home / "x.gguf", "--type", "Q8_0")
+    assert raised.value.errno == errno.ENOSPC  # which is reported as a full disk
     assert (home / "x.gguf").read_bytes() == before
     assert not list(home.glob(".*"))
 
@@ -191,6 +196,10 @@ def test_mistakes_are_one_line(home, refused):
     refused(export_gguf, [base, "--type", "F32", "F16", "--out", home / "x.gguf"], "--out names one file")
     refused(export_gguf, [base, "--type", "Q5_K"], "invalid choice")
     refused(export_gguf, [base, "--out", home], "is a folder")
+    refused(export_gguf, [base, "--out", base / "model.safetensors"], "must end in .gguf")
+    refused(export_gguf, [base, "--out", home / "x.Modelfile"], "must end in .gguf")
+    os.mkfifo(home / "pipe.gguf")
+    refused(export_gguf, [base, "--out", home / "pipe.gguf"], "no plain file")
     refused(export_gguf, [base, "--lora", lora, "--out", base / "config.json" / "x.gguf", "--no-certify"], "")
 
 

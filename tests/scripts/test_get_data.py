@@ -101,6 +101,9 @@ class Handler(BaseHTTPRequestHandler):
         if "Range" in self.headers and hub.knows_range:
             start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
             status, headers = 206, {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        if start and hub.wrong_rest:
+            status, headers = hub.wrong_rest
+            start = 0
         break_after = hub.breaks.pop(0) if hub.breaks and with_body else None
         self.send(status, content[start:], headers, with_body, break_after)
 
@@ -134,6 +137,7 @@ class Hub:
         self.licence, self.requests, self.breaks = "apache-2.0", [], []
         self.api_fault = self.file_fault = None  # (status, body, headers)
         self.fails_head, self.circle, self.knows_range, self.states_hash = True, False, True, True
+        self.wrong_rest = None  # (status, headers) of the answer to whoever asks for the rest of a file
         self.silent, self.done = 0, threading.Event()  # silent: seconds before any answer
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
         self.store = self.servers[1]
@@ -438,6 +442,31 @@ def test_a_download_that_stays_cut_is_resumed_by_the_next_run(hub, get):
 def test_a_host_that_cannot_go_on_in_the_middle_sends_all_of_it(hub, get):
     hub.breaks, hub.knows_range = [(10_000, 0)], False
     assert get().file.read_bytes() == CHATS
+
+
+@pytest.mark.parametrize("answer", [(416, {"Content-Range": f"bytes */{len(CHATS)}"}),
+                                    (206, {"Content-Range": f"bytes 0-{len(CHATS) - 1}/{len(CHATS)}"})])
+def test_a_host_that_sends_no_rest_or_another_one_is_asked_for_all_of_it(answer, hub, get):
+    """What had arrived was kept, and each further command failed in the same way."""
+    hub.wrong_rest, hub.breaks = answer, [(3000, 0)]
+    result = get()
+    assert result.code == 0 and result.file.read_bytes() == CHATS
+    assert hub.bodies() == [None, "bytes=3000-", None]
+
+
+def test_two_files_of_one_name_do_not_replace_each_other(hub, get):
+    hub.files = {"a/chats.jsonl": CHATS, "b/chats.jsonl": CHATS[:5000]}
+    result = get(files=("a/*.jsonl", "b/*.jsonl"))
+    assert result.code == 1 and "two files of the same name" in result.error and not result.file.exists()
+
+
+def test_a_host_that_asks_for_a_pause_gets_it(hub, get, monkeypatch):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    hub.file_fault, hub.fails_head, hub.small = (429, b"", {"Retry-After": "3600"}), False, {"chats.jsonl"}
+    result = get()
+    assert result.code == 1 and "answers 429, and asks for a pause of 3,600 seconds" in result.error
+    assert waited and set(waited) == {get_data.LONGEST_WAIT}
 
 
 def test_a_file_that_the_host_has_replaced_is_not_glued_to_the_old_half(hub, get):

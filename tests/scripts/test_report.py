@@ -196,7 +196,12 @@ def test_an_unfinished_run(tmp_path, state):
     if state == "checkpoints":  # an earlier run had ended here, and another began
         (folder / "checkpoints" / "step_00000120").mkdir(parents=True)
     assert names(folder) == ["unfinished"]
-    assert "step 150 of 500" in find(read_run(folder))[0].seen
+    found = find(read_run(folder))[0]
+    assert "step 150 of 500" in found.seen
+    if state == "killed":  # nobody is sent to a checkpoint that is not there
+        assert "it has no checkpoint" in found.seen and "--resume" not in found.try_next
+    else:
+        assert "step 120" in found.seen and "--resume goes on" in found.try_next
 
 
 def test_every_threshold_is_used_and_has_a_reason():
@@ -345,10 +350,16 @@ def test_no_run_is_one_clear_line(tmp_path, what):
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
     folder = write_run(tmp_path / "run", log(FALLING))
-    (folder / "page").mkdir()
+    (folder / "p.html").mkdir()
     with pytest.raises(OSError, match="directory"):
-        report.main(report.parse_args([str(folder), "--no_samples", "--out", str(folder / "page")]))
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "page", "training.json"]
+        report.main(report.parse_args([str(folder), "--no_samples", "--out", str(folder / "p.html")]))
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "p.html", "training.json"]
+
+
+def test_the_page_replaces_no_weights(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report.parse_args([str(tmp_path), "--out", str(tmp_path / "model.safetensors")])
+    assert "must end in .html" in capsys.readouterr().err
 
 
 def test_damaged_weights_have_no_parameters(tmp_path):
@@ -496,7 +507,10 @@ def test_samples_need_a_model():
         ([[3.0, 0.5], [3.0, 0.52]], "equally well"),
         ([[3.0, 0.5], [3.0, 0.7]], "some of its examples"),
         ([[3.0, 0.05], [3.0, 0.9]], "memorised many"),
-        ([[1.0, 0.5], [2.0, 1.0]], "equally well"),  # held-out records were twice as hard from the start
+        # Held-out records were twice as hard from the start, and the page says so.
+        ([[1.0, 0.5], [2.0, 1.0]], "the model before the run found harder, too (1.000 and 2.000), about"),
+        ([[0.889, 0.903], [1.13, 1.14]], "was 0.889 before the run and is 0.903 now: it learnt next to"),
+        ([[0.01, 0.005], [0.01, 0.006]], "equally well"),
         ([[3.0, 0.5]], "--data_path"),
     ],
 )
