@@ -5,7 +5,7 @@
 model/one_token.cpp is the forward pass for one token in each row, in C++. It is compiled once (some seconds)
 by the C++ compiler of the system, and kept among the user's cached files. The step reads a copy of the
 weights, so a model takes twice the memory. While an adapter is in use, and for very many rows, the model
-decodes as without it.
+decodes as if it had no compiled step.
 """
 
 import copy
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -63,33 +64,43 @@ class CompiledStep:
     """`CausalLM.forward` for one new token in each row: float32 or int8 weights, on a CPU."""
 
     def __init__(self, model: CausalLM):
-        self.model, self.otherwise = model, model.one_token
+        self.model = model
+        self.otherwise = model.one_token  # the step to take where this one does not fit, or None
         self.library = load_library()
         self.max_rows = MAX_INT8_ROWS if isinstance(model.lm_head, Int8Linear) else MAX_ROWS
+        self.serves = False  # whether the weights in use now are those that this step can read
         self.packed = None  # the state of the weights when they were copied, see `state`
+        self.lock = threading.Lock()  # two threads may begin a text at the same time
 
     def __deepcopy__(self, memo):
-        """That of the copied model. What C++ knows are addresses, which can't be copied."""
+        """The step of the copied model. What C++ knows are addresses, which can't be copied."""
         step = copy.copy(self)
         step.model, step.otherwise = copy.deepcopy((self.model, self.otherwise), memo)
-        step.packed = step.kept = step.in_c = None
+        step.packed = step.seen = step.kept = step.in_c = None
         return step
 
     def state(self) -> list[tuple[int, int]]:
-        """Where each parameter lies, and how often it was written: a change of the weights changes this."""
-        return [(parameter.data_ptr(), parameter._version) for parameter in self.model.parameters()]
+        """Where each parameter lies, and how often it was written: a change of the weights changes this.
+
+        PyTorch does not count what is written through `.data`, or in tensors made in inference mode.
+        """
+        return [(parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
+                for parameter in self.model.parameters()]
 
     def get_ready(self, batch_size: int) -> bool:
         """Copies weights that have changed. Called before each text. False if neither this step nor the one
         of model/one_token.py can serve."""
         adapted = any(getattr(getattr(module, "lora", None), "active", False)
                       for module in self.model.modules())
-        self.serves = not adapted and batch_size <= self.max_rows and is_float32_on_cpu(self.model)
-        if not self.serves:
+        self.serves = not adapted and is_float32_on_cpu(self.model)
+        if not self.serves or batch_size > self.max_rows:
             return self.otherwise is not None and self.otherwise.get_ready(batch_size)
-        if (state := self.state()) != self.packed:
-            self.pack()
-            self.packed = state
+        with self.lock:
+            if (state := self.state()) != self.packed:
+                self.pack()
+                # As long as these tensors are kept, no other weights can come to their addresses.
+                self.seen = [parameter.detach() for parameter in self.model.parameters()]
+                self.packed = state
         return True
 
     @torch.no_grad()
@@ -138,16 +149,16 @@ class CompiledStep:
     @torch.inference_mode()
     def __call__(self, ids, cache: KVCache):
         """The logits (B, V) after ids (B,), which are appended to the cache."""
-        if not self.serves:
+        if not self.serves or len(ids) > self.max_rows:
             return self.otherwise(ids, cache)
         if cache.length == cache.max_length:
             raise RunError(f"the KV cache holds {cache.max_length} tokens, and all are in use")
-        ids = ids.contiguous()
-        start = None if cache.start is None else cache.start.contiguous()
+        ids = ids.long().contiguous()
+        start = None if cache.start is None else cache.start.long().contiguous()
         in_c = CacheInC(cache.k.data_ptr(), cache.v.data_ptr(), *cache.k.stride()[:3],
                         *(table.data_ptr() for table in cache.rope), cache.length,
                         None if start is None else start.data_ptr())
-        logits = torch.empty(len(ids), self.model.config.vocab_size)
+        logits = torch.empty(len(ids), self.model.config.vocab_size, dtype=torch.float32, device="cpu")
         self.library.one_token(ctypes.byref(self.in_c), ctypes.byref(in_c), Pointer(ids.data_ptr()),
                                Size(len(ids)), Pointer(logits.data_ptr()), Size(torch.get_num_threads()))
         cache.length += 1
@@ -155,7 +166,7 @@ class CompiledStep:
 
 
 def compile_decoding(model: CausalLM) -> CausalLM:
-    """Lets the model decode with the compiled step. This is the last thing to do, after prepare_to_decode.
+    """Lets the model decode with the compiled step. Call it after prepare_to_decode, before adapters come.
 
     Raises UsageError where the step does not fit the model, and where no C++ compiler is found or it fails.
     """
@@ -168,7 +179,7 @@ def compile_decoding(model: CausalLM) -> CausalLM:
 
 
 def is_float32_on_cpu(model: CausalLM) -> bool:
-    """Whether norms, and with them all that is not in 8 bits, are so."""
+    """Looks at one norm: what is not in 8 bits has the same type and lies on the same device."""
     weight = model.model.norm.weight
     return weight.dtype == torch.float32 and weight.device.type == "cpu"
 
@@ -187,26 +198,38 @@ def load_library() -> ctypes.CDLL:
     # What the compiler knows of itself and of this CPU: another machine with the same home compiles anew.
     about = run([*command, "-dM", "-E", "-x", "c++", os.devnull])
     source = SOURCE.read_text(encoding="utf-8")
-    name = hashlib.sha256("\n".join([*command, about, source]).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seedling"
-    library = folder / f"one_token_{name[:16]}.so"
-    if not library.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+    name = "one_token_" + checksum("\n".join([*command, about, source]).encode())
+    folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        folder = Path(folder).expanduser() / "seedling"
+        folder.mkdir(parents=True, exist_ok=True)
+        # The end of a file's name is the checksum of what the file holds: a damaged one is not loaded.
+        library = next((path for path in folder.glob(f"{name}_*.so")
+                        if path.stem == f"{name}_{checksum(path.read_bytes())}"), None)
+        if library is None:
             with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-                made = Path(unfinished) / library.name
+                made = Path(unfinished) / "one_token.so"
                 run([*command, "-o", str(made), str(SOURCE)])
-                made.replace(library)  # at once, so that nobody finds half a file
-        except OSError as error:
-            message = f"--compile: {folder} can't be written ({error.strerror}): set XDG_CACHE_HOME"
-            raise UsageError(message) from error
-    return ctypes.CDLL(str(library))
+                library = made.replace(folder / f"{name}_{checksum(made.read_bytes())}.so")
+        return ctypes.CDLL(str(library))
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where ~ is
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--compile: {folder} can't hold a library ({reason}): set XDG_CACHE_HOME to "
+                         "another folder") from error
+
+
+def checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def run(command: list[str]) -> str:
-    """What the compiler prints. Raises UsageError with its first line of complaint."""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    """What the compiler prints. Raises UsageError with the first error that it finds."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise UsageError(f"--compile: {command[0]} can't be started: {error.strerror}") from error
     if done.returncode:
-        complaint = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        complaint = next((line for line in lines if "error" in line.lower()), lines[0])  # not a warning
         raise UsageError(f"--compile: {command[0]} could not compile {SOURCE.name}: {complaint}")
     return done.stdout

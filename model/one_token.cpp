@@ -50,8 +50,8 @@ struct Model {
 };
 
 struct Cache {
-    float *keys, *values;                      // (layers, B, K, S, D), with these distances between two of each:
-    int64_t layer_stride, row_stride, head_stride;
+    float *keys, *values;                      // (layers, B, K, S, D)
+    int64_t layer_stride, row_stride, head_stride;  // how many numbers lie from one layer, row, head to the next
     const float *cos, *sin;                    // (positions, D), as `rope_tables` makes them
     int64_t length;                            // tokens that are stored: the new one comes to this place
     const int64_t* start;                      // (B,) where each row begins, or null
@@ -143,12 +143,14 @@ static inline float exponential(float x) {
     return e * power;
 }
 
-// One key/value head of one row: q, k, v (of qkv) -> attended, for the H / K query heads that share the head.
+// One key/value head of one row, in layer `number`: q, k, v (of qkv) -> attended, for the H / K query heads that
+// share the head.
 static void attend(const Model& m, const Layer& layer, const Cache& cache, int64_t number, int64_t row, int64_t head,
                    float* qkv, float* attended, std::vector<float>& scores) {
     const int64_t size = m.head_dim, group = m.heads / m.kv_heads;
-    const int64_t start = cache.start ? cache.start[row] : 0, last = cache.length;
-    const int64_t position = std::max<int64_t>(last - start, 0);
+    const int64_t last = cache.length;
+    const int64_t start = cache.start ? std::min(cache.start[row], last) : 0;  // a pad sees itself
+    const int64_t position = last - start;
     const float *cos = cache.cos + position * size, *sin = cache.sin + position * size;
     const int64_t place = number * cache.layer_stride + row * cache.row_stride + head * cache.head_stride;
     float *keys = cache.keys + place, *values = cache.values + place;
@@ -230,7 +232,8 @@ extern "C" void one_token(const Model* model, const Cache* cache, const int64_t*
             share(blocks(layer.qkv), [&](int64_t block) { multiply(layer.qkv, block, normed, rows, qkv); });
             share(rows * m.kv_heads, [&](int64_t n) {
                 const int64_t row = n / m.kv_heads, head = n % m.kv_heads;
-                attend(m, layer, *cache, number, row, head, qkv + row * qkv_size, attended + row * attended_size, scores);
+                attend(m, layer, *cache, number, row, head, qkv + row * qkv_size, attended + row * attended_size,
+                       scores);
             });
             share(blocks(layer.o), [&](int64_t block) { multiply(layer.o, block, attended, rows, x, true); });
             norm_rows(layer.mlp_norm);

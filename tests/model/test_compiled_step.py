@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import pytest
@@ -53,6 +54,11 @@ def test_left_padded_rows_are_themselves_alone():
     for row, begin in enumerate(start.tolist()):
         alone = step_by_step(compile_decoding(small()), tokens[row:row + 1, begin:], 6 - begin)
         torch.testing.assert_close(padded[row], alone[0], rtol=1e-5, atol=5e-5)
+    # Pads may go through the step, too, and the numbers of pads may be of another type.
+    padded = step_by_step(compile_decoding(small()), tokens, begin=1, start=start.int())
+    torch.testing.assert_close(padded[0], step_by_step(compile_decoding(small()), tokens[:1], 1)[0],
+                               rtol=1e-5, atol=5e-5)
+    assert padded.isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [1, MAX_INT8_ROWS])
@@ -92,6 +98,34 @@ def test_weights_that_change_are_seen_and_adapters_are_heard(tmp_path):
     assert model.one_token.get_ready(2) and model.one_token.serves
 
 
+def test_weights_that_come_to_an_old_address_are_seen():
+    model = compile_decoding(small())
+    weight = model.model.layers[0].mlp.up_proj.weight
+    for _ in range(5):  # in memory that was freed just now
+        model.one_token.get_ready(1)
+        before = model.one_token.packed
+        weight.data = weight.data.double()
+        weight.data = weight.data.float()
+        assert model.one_token.state() != before
+    with torch.inference_mode():
+        model = compile_decoding(small())
+        expected = model(ids()).logits[:, 6:]
+        torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=5e-5)
+
+
+def test_texts_that_overlap():
+    """Two threads begin at the same time, and a batch that does not fit comes between two tokens."""
+    model = compile_decoding(small())
+    expected = [token.tolist() for token in generate(deepcopy(model), ids(), 8, temperature=0)]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda _: list(generate(model, ids(), 8, temperature=0)), range(8))
+        assert all([token.tolist() for token in tokens] == expected for tokens in found)
+    text = generate(model, ids(), 8, temperature=0)
+    assert next(text).tolist() == expected[0]
+    list(generate(model, ids(MAX_ROWS + 1), 2, temperature=0))
+    assert [token.tolist() for token in text] == expected[1:]
+
+
 def test_it_steps_aside_where_it_does_not_fit():
     model = compile_decoding(small())
     assert model.one_token.get_ready(MAX_ROWS) and not model.one_token.get_ready(MAX_ROWS + 1)
@@ -117,6 +151,20 @@ def test_numbers_that_are_not_finite_come_through():
         list(generate(compile_decoding(model), ids(2), 4, temperature=0))
 
 
+def test_a_damaged_library_is_compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "one_token.cpp"
+    source.write_text('extern "C" int block_size() { return 16; }')
+    monkeypatch.setattr(compiled_step, "SOURCE", source)
+    compile_decoding(small())
+    [library] = tmp_path.glob("seedling/*.so")
+    whole = library.read_bytes()
+    library.unlink()  # the process has it in use: a new file, and not another content
+    library.write_bytes(whole[:len(whole) // 2])
+    compile_decoding(small())
+    assert library.read_bytes() == whole
+
+
 def test_what_is_in_the_way_is_told(tmp_path, monkeypatch):
     for model in (small().bfloat16(), small(num_experts=2, qk_norm=True)):
         with pytest.raises(UsageError, match="--compile needs a model without experts"):
@@ -130,7 +178,18 @@ def test_what_is_in_the_way_is_told(tmp_path, monkeypatch):
     assert not [path for path in (tmp_path / "seedling").iterdir()]
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(UsageError, match="can't be written .*: set XDG_CACHE_HOME"):
+    with pytest.raises(UsageError, match="can't hold a library .*: set XDG_CACHE_HOME"):
+        compile_decoding(small())
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    with monkeypatch.context() as patched, pytest.raises(UsageError, match="~/.cache .*: set XDG_CACHE_HOME"):
+        patched.setattr(os, "getuid", lambda: 2**30, raising=False)
+        compile_decoding(small())
+    compiler = tmp_path / "c++"
+    compiler.write_text("no program")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="can't be started: "):
         compile_decoding(small())
     monkeypatch.setenv("PATH", os.devnull)
     with pytest.raises(UsageError, match="--compile needs a C.. compiler"):
