@@ -79,7 +79,7 @@ def work(args) -> None:
     """A process that trains, and says how fast."""
     import torch
 
-    from common.device import keep_freed_memory
+    from common.device import choose_dtype, keep_freed_memory
     from common.threads import wait_as_others_allow
     from model.config import preset
     from model.transformer import CausalLM
@@ -95,11 +95,12 @@ def work(args) -> None:
     optimizers = build_optimizers(model, optimizer, 1e-3, 0.0)
     ids = torch.randint(model.config.vocab_size, (rows, length))
     batch = {"input_ids": ids, "labels": ids}
+    dtype = choose_dtype("auto", torch.device("cpu"))
 
     def train(seconds: float) -> float:
         steps, began = 0, time.perf_counter()
         while time.perf_counter() < began + seconds:
-            shared.take_step(model, optimizers, batch, torch.bfloat16)
+            shared.take_step(model, optimizers, batch, dtype)
             shared.drop_gradients(optimizers)
             steps += 1
         return steps * ids.numel() / (time.perf_counter() - began)

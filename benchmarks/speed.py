@@ -8,10 +8,10 @@
 Each contender of a job waits in a process of its own, for in a shared process the first one would pay for
 memory that the others use again. The contenders take turns, round after round, so that whatever else the
 machine does slows all of them alike. The first round warms up and is not counted. Figures are medians over
-rounds, with quartiles. A ratio compares two contenders within the same round. The last column is the share of
-a ceiling that is measured first: bfloat16 matrix products for training, and reading memory for decoding. For
-the jobs start and save the last contender is the ceiling. Rows of PEFT need peft, those of llama.cpp
-llama-cpp-python.
+rounds, with quartiles. A ratio compares two contenders within the same round. Training is in bfloat16 where
+the device is fast at it, else in float32. The last column is the share of a ceiling that is measured first:
+matrix products for training, and reading memory for decoding. For the jobs start and save the last contender
+is the ceiling. Rows of PEFT need peft, those of llama.cpp llama-cpp-python.
 """
 
 import argparse
@@ -33,16 +33,17 @@ Q_AND_O, ALL_LINEAR = ["q_proj", "o_proj"], "all-linear"
 OURS, OURS_NF4 = decoding.OURS, "Seedling, NF4"
 THEIRS, THEIRS_FLOAT32 = decoding.THEIRS, "transformers, float32"
 
-TRAINING = {  # contender: (whose code, the layers with adapters or None, the type of matrix products)
-    "pretrain": {OURS: (OURS, None, "bfloat16"), THEIRS: (THEIRS, None, "bfloat16"),
+# contender: (whose code, the layers with adapters or None, the type of matrix products for choose_dtype)
+TRAINING = {
+    "pretrain": {OURS: (OURS, None, "auto"), THEIRS: (THEIRS, None, "auto"),
                  THEIRS_FLOAT32: (THEIRS, None, "float32")},
-    "sft": {OURS: (OURS, None, "bfloat16"), THEIRS: (THEIRS, None, "bfloat16")},
-    "lora": {"full fine-tuning": (OURS, None, "bfloat16"),
-             "LoRA, q and o": (OURS, Q_AND_O, "bfloat16"),
-             "LoRA, all linear": (OURS, ALL_LINEAR, "bfloat16"),
-             "QLoRA, all linear": (OURS_NF4, ALL_LINEAR, "bfloat16"),
-             "PEFT, q and o": (THEIRS, Q_AND_O, "bfloat16"),
-             "PEFT, all linear": (THEIRS, ALL_LINEAR, "bfloat16")},
+    "sft": {OURS: (OURS, None, "auto"), THEIRS: (THEIRS, None, "auto")},
+    "lora": {"full fine-tuning": (OURS, None, "auto"),
+             "LoRA, q and o": (OURS, Q_AND_O, "auto"),
+             "LoRA, all linear": (OURS, ALL_LINEAR, "auto"),
+             "QLoRA, all linear": (OURS_NF4, ALL_LINEAR, "auto"),
+             "PEFT, q and o": (THEIRS, Q_AND_O, "auto"),
+             "PEFT, all linear": (THEIRS, ALL_LINEAR, "auto")},
 }
 DECODING = {f"decode {batch} x {prompt}": (batch, prompt) for batch in (1, 8, 32) for prompt in (32, 512)}
 JOBS = {  # what the rate counts, and the contenders: the others are compared with the first one
@@ -63,7 +64,7 @@ def main(args):
         return
     limits = ceilings(args)
     print(f"{args.preset} on {args.device}, {args.rounds} rounds, {args.clock} time; ceilings: "
-          f"{limits['flops'] / 1e12:.2f} TFLOP/s in bfloat16 matrix products, "
+          f"{limits['flops'] / 1e12:.2f} TFLOP/s in the matrix products of training, "
           f"{limits['bytes'] / 1e9:.1f} GB/s from memory", flush=True)
     report = {}
     for job in JOBS:
@@ -172,6 +173,7 @@ def train(args):
     import torch
 
     from benchmarks.formulas import flops_per_token
+    from common.device import choose_dtype
     from model.config import preset
 
     model, optimizers = build(args)
@@ -192,7 +194,7 @@ def train(args):
         for _ in range(args.steps):
             batch, supervised = batches[number % len(batches)]
             number += 1
-            shared.take_step(model, optimizers, batch, getattr(torch, dtype))
+            shared.take_step(model, optimizers, batch, choose_dtype(dtype, torch.device(args.device)))
             shared.drop_gradients(optimizers)
             amount += supervised
             flops += batch["input_ids"].numel() * per_token
@@ -328,11 +330,14 @@ def save(args):
 
 
 def ceilings(args) -> dict[str, float]:
-    """The best of several rounds: FLOP/s of bfloat16 matrix products, bytes/s read from memory."""
+    """The best of several rounds: FLOP/s of matrix products as training takes them, bytes/s from memory."""
     import torch
 
+    from common.device import choose_dtype
+
     n = 4096 if args.device == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=args.device).bfloat16() for _ in range(2))
+    dtype = choose_dtype("auto", torch.device(args.device))
+    a, b = (torch.randn(n, n, device=args.device).to(dtype) for _ in range(2))
     big = torch.zeros((1 << 30) // 4, device=args.device)  # 1 GB: more than any cache holds
 
     def shortest_seconds(work) -> float:
