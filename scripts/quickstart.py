@@ -271,10 +271,11 @@ def run(task: Task, state: State, progress: Progress, out: Path) -> None:
     state.data["started"][task.name] = shown(task.command, ROOT)
     state.save()
     began, before = time.monotonic(), state.data["seconds"].get(task.name, 0.0)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    # The output goes through a pipe to this process: a child whose parent was killed ends when it prints its
-    # next line. The child has a session of its own, so that Ctrl-C does not reach it twice. (On Windows the
-    # console sends Ctrl-C to the child, and we do not.)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8",
+                                "SEEDLING_QUICKSTART": "1"}  # for `end_with_parent`
+    # The output goes through a pipe to this process: on every system a child whose parent was killed ends
+    # when it prints its next line. The child has a session of its own, so that Ctrl-C does not reach it
+    # twice. (On Windows the console sends Ctrl-C to the child, and we do not.)
     process = subprocess.Popen(
         [sys.executable, *command], env=environment, start_new_session=os.name == "posix",
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

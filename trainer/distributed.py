@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.device import choose_device, keep_freed_memory
 from common.errors import UsageError
 from common.threads import wait_as_others_allow
-from trainer.interrupt import end_with_torchrun
+from trainer.interrupt import end_with_parent
 
 TIMEOUT = timedelta(minutes=10)  # of most exchanges: a host that vanished would otherwise never be missed
 PATIENT_TIMEOUT = timedelta(days=7)  # of waiting for work that process 0 does alone
@@ -101,7 +101,7 @@ def join_ranks(device_flag: str) -> Ranks:
     device = choose_device(device_flag, int(os.environ.get("LOCAL_RANK", 0)))
     keep_freed_memory()
     wait_as_others_allow()
-    end_with_torchrun()
+    end_with_parent()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:

@@ -63,13 +63,13 @@ def ignore_interrupts(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_with_torchrun() -> None:
-    """Makes Linux send SIGTERM to this process when torchrun dies.
+def end_with_parent() -> None:
+    """Makes Linux send SIGTERM to this process when torchrun dies, or the quickstart.
 
-    torchrun that is killed cannot end its processes. They would train on, and a run started to replace them
-    would find the folder occupied.
+    If they are killed, they cannot end their processes. These would train on, and a run started to replace
+    them would find the folder occupied.
     """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if sys.platform == "linux" and {"TORCHELASTIC_RUN_ID", "SEEDLING_QUICKSTART"} & os.environ.keys():
         import ctypes  # here, because --help does not need it
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG

@@ -221,7 +221,7 @@ def test_auto_always_finds_a_device_and_a_dtype():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell a process that its parent has died")
 def test_a_process_does_not_outlive_its_torchrun():
-    rank = ("import time; from trainer.distributed import end_with_torchrun; end_with_torchrun(); "
+    rank = ("import time; from trainer.distributed import end_with_parent; end_with_parent(); "
             "print('here', flush=True); time.sleep(600)")
     torchrun = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
     parent = subprocess.Popen([sys.executable, "-c", torchrun], cwd=ROOT, stdout=subprocess.PIPE, text=True,
