@@ -15,7 +15,7 @@
 #endif
 
 // A register holds WIDTH numbers, and a product keeps 4 * ROWS sums in registers: with AVX-512 there are 32 of
-// them, else 16. (The double width of AVX-512 would be no faster: weights come from memory at the same rate.)
+// them, else 16. (Its registers of 16 numbers are not used: on no CPU was it measured what they would bring.)
 #if defined(__AVX512VL__)
 constexpr int WIDTH = 8, ROWS = 5;
 #elif defined(__AVX__)
@@ -27,7 +27,7 @@ constexpr int BLOCK = 4 * WIDTH;  // outputs that are computed at once
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 
-struct Linear {           // y = W x + b; null where a layer does not exist
+struct Linear {           // y = W x + b
     const void* weight;   // float or int8 codes, by blocks of outputs: (out / BLOCK, in, BLOCK), padded with zeros
     const float* scale;   // of each output, (out,) padded likewise; null for float
     const float* bias;    // the same shape, or null
