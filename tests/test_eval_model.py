@@ -19,8 +19,9 @@ from small_chat_model import make_home, turns, write
 
 import eval_model
 from common.cli import run_script
-from common.errors import ModelError
+from common.errors import ModelError, UsageError
 from inference.chat_model import ChatModel, Sampling
+from model.compiled_step import COMPILERS
 from model.lora import apply_lora, save_lora
 from model.quantize import quantize_model
 from model.weights import load_model, load_tokenizer, save_model
@@ -112,6 +113,16 @@ def test_adapter_changes_the_answer_and_a_base_model_continues(home, capsys):
     ]
     assert len(set(answers)) == 4
     assert run(home, capsys, *greedy, "--plain").out == answers[3]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
+def test_a_compiled_step_answers_the_same(home, capsys):
+    ask = ("--prompt", "What sound does a cow make?", "--temperature", 0, "--max_new_tokens", 8)
+    for adapter in ((), ("--lora", "lora_a")):
+        plain = run(home, capsys, *ask, *adapter).out
+        assert plain.strip() and run(home, capsys, *ask, *adapter, "--compile").out == plain
+    with pytest.raises(UsageError, match="--compile needs a model without experts"):
+        run(home, capsys, *ask, "--compile", "--dtype", "bfloat16")
 
 
 def test_int8_answers_and_scores_nearly_as_float32(home, capsys, tmp_path):
