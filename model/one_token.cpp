@@ -67,11 +67,12 @@ static void read_block(const int8_t* from, Vector (&parts)[4]) {
     read_block(numbers, parts);
 }
 
-// The outputs from `begin` on, of one block, for `rows` rows of x (rows, in): y (rows, out), or y += with `add`.
+// The outputs of one block for `rows` rows of x (rows, in): y (rows, out), or y += with `add`.
 // A row's sums are made in the same order, however many rows go through at once.
 template <int N, class Weight>
-static void multiply_block(const Linear& w, const Weight* weight, int64_t begin, const float* x, int64_t rows, float* y,
-                           bool add) {
+static void multiply_block(const Linear& w, int64_t block, const float* x, int64_t rows, float* y, bool add) {
+    const int64_t begin = block * BLOCK;
+    const Weight* const weight = static_cast<const Weight*>(w.weight) + begin * w.in;
     for (; rows >= N; rows -= N, x += N * w.in, y += N * w.out) {
         Vector sums[N][4] = {};
         for (int64_t i = 0; i < w.in; i++) {
@@ -96,25 +97,12 @@ static void multiply_block(const Linear& w, const Weight* weight, int64_t begin,
             }
         }
     }
-    if constexpr (N > 1) multiply_block<N - 1>(w, weight, begin, x, rows, y, add);
+    if constexpr (N > 1) multiply_block<N - 1, Weight>(w, block, x, rows, y, add);
 }
 
 static void multiply(const Linear& w, int64_t block, const float* x, int64_t rows, float* y, bool add = false) {
-    const int64_t begin = block * BLOCK, place = begin * w.in;
-    if (!w.scale) {
-        multiply_block<ROWS>(w, static_cast<const float*>(w.weight) + place, begin, x, rows, y, add);
-        return;
-    }
-    const int8_t* const codes = static_cast<const int8_t*>(w.weight) + place;
-    if (rows <= 4 * ROWS) {
-        multiply_block<ROWS>(w, codes, begin, x, rows, y, add);
-        return;
-    }
-    static thread_local std::vector<float> numbers;  // for many rows the codes are converted once, and not each time
-    numbers.resize(w.in * BLOCK);
-    float* const to = numbers.data();
-    for (int64_t i = 0; i < w.in * BLOCK; i++) to[i] = codes[i];
-    multiply_block<ROWS>(w, numbers.data(), begin, x, rows, y, add);
+    if (w.scale) multiply_block<ROWS, int8_t>(w, block, x, rows, y, add);
+    else multiply_block<ROWS, float>(w, block, x, rows, y, add);
 }
 
 static int64_t blocks(const Linear& w) { return (w.out + BLOCK - 1) / BLOCK; }

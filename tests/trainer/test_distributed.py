@@ -220,13 +220,14 @@ def test_auto_always_finds_a_device_and_a_dtype():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell a process that its parent has died")
-def test_a_process_does_not_outlive_its_torchrun():
+@pytest.mark.parametrize("parent", ["TORCHELASTIC_RUN_ID", "SEEDLING_QUICKSTART"])
+def test_a_process_does_not_outlive_its_torchrun_or_quickstart(parent):
     rank = ("import time; from trainer.distributed import end_with_parent; end_with_parent(); "
             "print('here', flush=True); time.sleep(600)")
-    torchrun = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
-    parent = subprocess.Popen([sys.executable, "-c", torchrun], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"TORCHELASTIC_RUN_ID": "a test"})
-    assert parent.stdout.readline() == "here\n"
-    parent.kill()
-    assert parent.stdout.read() == ""  # ends with the last process that holds it
-    parent.wait()
+    starts_it = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    process = subprocess.Popen([sys.executable, "-c", starts_it], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               env=os.environ | {parent: "a test"})
+    assert process.stdout.readline() == "here\n"
+    process.kill()
+    assert process.stdout.read() == ""  # ends with the last process that holds it
+    process.wait()
