@@ -26,13 +26,13 @@ from torch import nn
 
 from common.errors import RunError, UsageError
 from model.generate import KVCache
-from model.int8 import MULTIPLIES_WHOLE_NUMBERS, Int8Linear
+from model.int8 import Int8Linear
+from model.one_token import count_writes
 from model.transformer import CausalLM, RMSNorm
 
 SOURCE = Path(__file__).with_name("one_token.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 MAX_ROWS = 64  # with 128 rows of x the step saves an eighth of the time only, and with 256 nothing (26m)
-MAX_INT8_ROWS = 8 if MULTIPLIES_WHOLE_NUMBERS else MAX_ROWS  # see `multiply_int8` in model/int8.py
 
 Pointer, Size = ctypes.c_void_p, ctypes.c_int64
 
@@ -67,7 +67,6 @@ class CompiledStep:
         self.model = model
         self.otherwise = model.one_token  # the step to take where this one does not fit, or None
         self.library = load_library()
-        self.max_rows = MAX_INT8_ROWS if isinstance(model.lm_head, Int8Linear) else MAX_ROWS
         self.serves = False  # whether the weights in use now are those that this step can read
         self.packed = None  # the state of the weights when they were copied, see `state`
         self.lock = threading.Lock()  # two threads may begin a text at the same time
@@ -80,12 +79,8 @@ class CompiledStep:
         return step
 
     def state(self) -> list[tuple[int, int]]:
-        """Where each parameter lies, and how often it was written: a change of the weights changes this.
-
-        PyTorch does not count what is written through `.data`, or in tensors made in inference mode.
-        """
-        return [(parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
-                for parameter in self.model.parameters()]
+        """Where each parameter lies, and how often it was written: a change of the weights changes this."""
+        return [(parameter.data_ptr(), count_writes(parameter)) for parameter in self.model.parameters()]
 
     def get_ready(self, batch_size: int) -> bool:
         """Copies weights that have changed. Called before each text. False if neither this step nor the one
@@ -93,7 +88,7 @@ class CompiledStep:
         adapted = any(getattr(getattr(module, "lora", None), "active", False)
                       for module in self.model.modules())
         self.serves = not adapted and is_float32_on_cpu(self.model)
-        if not self.serves or batch_size > self.max_rows:
+        if not self.serves or batch_size > MAX_ROWS:
             return self.otherwise is not None and self.otherwise.get_ready(batch_size)
         with self.lock:
             if (state := self.state()) != self.packed:
@@ -132,12 +127,15 @@ class CompiledStep:
 
     def linear(self, *layers: nn.Linear | Int8Linear) -> LinearInC:
         """Several layers with the same input as one: their outputs stand side by side."""
-        size = self.library.block_size()
         quantized = isinstance(layers[0], Int8Linear)
         weight = torch.cat([layer.codes if quantized else layer.weight for layer in layers])  # (out, in)
         out, width = weight.shape
+        size, group = self.library.block_size(), self.library.group_size() if quantized else 1
         more = -out % size  # outputs to fill up the last block
-        blocks = F.pad(weight, (0, 0, 0, more)).view(-1, size, width).mT  # (blocks, in, size)
+        blocks = F.pad(weight, (0, -width % group, 0, more)).view(-(-out // size), size, -1, group)
+        blocks = blocks.transpose(1, 2)  # (blocks, in / group, size, group)
+        if group > 1:
+            blocks = blocks.bitwise_xor(-128)  # the byte of code + 128
 
         def fill(parts):  # (out,) in float32 and padded likewise
             return self.address(F.pad(torch.cat(parts).float(), (0, more)))
@@ -149,7 +147,7 @@ class CompiledStep:
     @torch.inference_mode()
     def __call__(self, ids, cache: KVCache):
         """The logits (B, V) after ids (B,), which are appended to the cache."""
-        if not self.serves or len(ids) > self.max_rows:
+        if not self.serves or len(ids) > MAX_ROWS:
             return self.otherwise(ids, cache)
         if cache.length == cache.max_length:
             raise RunError(f"the KV cache holds {cache.max_length} tokens, and all are in use")

@@ -13,22 +13,35 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) || defined(__AVXVNNI__)
+#define HAS_VNNI  // the CPU adds up products of 8-bit whole numbers, four at a time
+#include <immintrin.h>
+#endif
 
-// A register holds WIDTH numbers, and a product keeps 4 * ROWS sums in registers: with AVX-512 there are 32 of
-// them, else 16. (Its registers of 16 numbers are not used: on no CPU was it measured what they would bring.)
+// A register holds WIDTH numbers, and a product keeps 4 * ROWS sums in registers (of codes 8 * CODE_ROWS): with
+// AVX-512 there are 32 of them, else 16. (Its registers of 16 numbers are not used: on no CPU was it measured what they would bring.)
 #if defined(__AVX512VL__)
-constexpr int WIDTH = 8, ROWS = 5;
+constexpr int WIDTH = 8, ROWS = 5, CODE_ROWS = 3;
 #elif defined(__AVX__)
-constexpr int WIDTH = 8, ROWS = 3;
+constexpr int WIDTH = 8, ROWS = 3, CODE_ROWS = 1;
 #else
 constexpr int WIDTH = 4, ROWS = 3;
 #endif
 constexpr int BLOCK = 4 * WIDTH;  // outputs that are computed at once
 
+// With VNNI four codes of an output lie side by side, and are stored as code + 128.
+#ifdef HAS_VNNI
+constexpr int GROUP = 4;
+#else
+constexpr int GROUP = 1;
+#endif
+
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 
 struct Linear {           // y = W x + b
-    const void* weight;   // float or int8 codes, by blocks of outputs: (out / BLOCK, in, BLOCK), padded with zeros
+    const void* weight;   // by blocks of outputs, padded with zeros: float (out / BLOCK, in, BLOCK), or int8 codes
+                          // (out / BLOCK, in / GROUP, BLOCK, GROUP)
     const float* scale;   // of each output, (out,) padded likewise; null for float
     const float* bias;    // the same shape, or null
     int64_t in, out;
@@ -67,6 +80,19 @@ static void read_block(const int8_t* from, Vector (&parts)[4]) {
     read_block(numbers, parts);
 }
 
+// y[place ...] becomes sum * scale + bias, or that is added to it.
+static void store(const Linear& w, int64_t place, Vector sum, float* y, bool add) {
+    const int64_t count = w.out - place;
+    if (w.scale) sum *= load(w.scale + place);
+    if (w.bias) sum += load(w.bias + place);
+    if (count >= WIDTH) {
+        if (add) sum += load(y + place);
+        __builtin_memcpy(y + place, &sum, sizeof sum);
+    } else {
+        for (int64_t i = 0; i < count; i++) y[place + i] = add ? y[place + i] + sum[i] : sum[i];
+    }
+}
+
 // The outputs of one block for `rows` rows of x (rows, in): y (rows, out), or y += with `add`.
 // A row's sums are made in the same order, however many rows go through at once.
 template <int N, class Weight>
@@ -81,28 +107,108 @@ static void multiply_block(const Linear& w, int64_t block, const float* x, int64
             for (int part = 0; part < 4; part++)
                 for (int row = 0; row < N; row++) sums[row][part] += parts[part] * x[row * w.in + i];
         }
-        for (int row = 0; row < N; row++) {
-            for (int part = 0; part < 4; part++) {
-                const int64_t place = begin + part * WIDTH, count = w.out - place;
-                Vector sum = sums[row][part];
-                if (w.scale) sum *= load(w.scale + place);
-                if (w.bias) sum += load(w.bias + place);
-                float* const to = y + row * w.out + place;
-                if (count >= WIDTH) {
-                    if (add) sum += load(to);
-                    __builtin_memcpy(to, &sum, sizeof sum);
-                } else {
-                    for (int64_t i = 0; i < count; i++) to[i] = add ? to[i] + sum[i] : sum[i];
-                }
-            }
-        }
+        for (int row = 0; row < N; row++)
+            for (int part = 0; part < 4; part++)
+                store(w, begin + part * WIDTH, sums[row][part], y + row * w.out, add);
     }
     if constexpr (N > 1) multiply_block<N - 1, Weight>(w, block, x, rows, y, add);
 }
 
-static void multiply(const Linear& w, int64_t block, const float* x, int64_t rows, float* y, bool add = false) {
-    if (w.scale) multiply_block<ROWS, int8_t>(w, block, x, rows, y, add);
-    else multiply_block<ROWS, float>(w, block, x, rows, y, add);
+// x (rows, in) as whole numbers, as `multiply_int8` in model/int8.py makes them: a row is about
+// step * (first + second / 254).
+struct WholeNumbers {
+    int64_t groups;              // of GROUP numbers in a row
+    std::vector<int8_t> parts;   // (rows, 2, groups * GROUP), the first and the second parts, padded with zeros
+    std::vector<int32_t> begin;  // (rows, 2) what makes up for the 128 in the codes: -128 times the sum of a part
+    std::vector<float> step;     // (rows,)
+
+    void read(const float* x, int64_t rows, int64_t in) {
+        groups = (in + GROUP - 1) / GROUP;
+        parts.assign(2 * rows * groups * GROUP, 0);
+        begin.resize(2 * rows);
+        step.resize(rows);
+        for (int64_t row = 0; row < rows; row++, x += in) {
+            int8_t *const first = &parts[2 * row * groups * GROUP], *const second = first + groups * GROUP;
+            float largest = 1e-30f, zero = 0;
+            #pragma omp simd reduction(max : largest) reduction(+ : zero)
+            for (int64_t i = 0; i < in; i++) largest = std::max(largest, std::abs(x[i])), zero += 0 * x[i];
+            step[row] = largest / 127 + zero;  // where x holds NaN or infinity, zero is NaN, and so is y
+            int32_t sum_first = 0, sum_second = 0;
+            #pragma omp simd reduction(+ : sum_first, sum_second)
+            for (int64_t i = 0; i < in; i++) {
+                const float steps = x[i] / (largest / 127), whole = std::nearbyint(steps);
+                first[i] = static_cast<int8_t>(static_cast<int32_t>(whole));
+                second[i] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyint((steps - whole) * 254)));
+                sum_first += first[i], sum_second += second[i];
+            }
+            begin[2 * row] = -128 * sum_first, begin[2 * row + 1] = -128 * sum_second;
+        }
+    }
+};
+
+#ifdef HAS_VNNI
+// sums[i] + the sum of weights[4 i + n] * x[4 i + n] for n = 0, ..., 3: weights without a sign, x with one.
+static Ints add_products(Ints sums, Ints weights, Ints x) {
+#ifdef __AVX512VNNI__
+    return (Ints)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)weights, (__m256i)x);
+#else
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)weights, (__m256i)x);
+#endif
+}
+
+// `multiply_block` for codes. Whole numbers are added without rounding.
+template <int N>
+static void multiply_codes(const Linear& w, int64_t block, const WholeNumbers& x, int64_t row, int64_t end, float* y,
+                           bool add) {
+    const int64_t begin = block * BLOCK, size = x.groups * GROUP;
+    const uint8_t* const weight = static_cast<const uint8_t*>(w.weight) + begin * size;
+    for (; row + N <= end; row += N) {
+        Ints sums[2 * N][4] = {};  // of each part of each row
+        const int8_t* const numbers = &x.parts[2 * row * size];
+        for (int64_t i = 0; i < size; i += GROUP) {
+            Ints codes[4];
+            for (int part = 0; part < 4; part++)
+                __builtin_memcpy(&codes[part], weight + i * BLOCK + part * sizeof(Ints), sizeof(Ints));
+            for (int n = 0; n < 2 * N; n++) {
+                int32_t four;  // numbers of x, for all outputs
+                __builtin_memcpy(&four, numbers + n * size + i, sizeof four);
+                for (int part = 0; part < 4; part++)
+                    sums[n][part] = add_products(sums[n][part], codes[part], Ints{} + four);
+            }
+        }
+        for (int n = 0; n < N; n++)
+            for (int part = 0; part < 4; part++) {
+                const int32_t* const begin_of = &x.begin[2 * (row + n)];
+                const Vector first = __builtin_convertvector(sums[2 * n][part] + begin_of[0], Vector);
+                const Vector second = __builtin_convertvector(sums[2 * n + 1][part] + begin_of[1], Vector);
+                store(w, begin + part * WIDTH, (first + second / 254) * x.step[row + n], y + (row + n) * w.out, add);
+            }
+    }
+    if constexpr (N > 1) multiply_codes<N - 1>(w, block, x, row, end, y, add);
+}
+#endif
+
+// What a product reads: x (rows, in), with 8-bit weights and VNNI as whole numbers. Each thread has its own.
+struct Input {
+    const float* x;
+    int64_t rows;
+    WholeNumbers whole;
+
+    void read(const Linear& w, const float* from, int64_t count) {
+        x = from, rows = count;
+#ifdef HAS_VNNI
+        if (w.scale) whole.read(x, rows, w.in);
+#endif
+    }
+};
+
+static void multiply(const Linear& w, int64_t block, const Input& input, float* y, bool add = false) {
+#ifdef HAS_VNNI
+    if (w.scale) multiply_codes<CODE_ROWS>(w, block, input.whole, 0, input.rows, y, add);
+#else
+    if (w.scale) multiply_block<ROWS, int8_t>(w, block, input.x, input.rows, y, add);
+#endif
+    else multiply_block<ROWS, float>(w, block, input.x, input.rows, y, add);
 }
 
 static int64_t blocks(const Linear& w) { return (w.out + BLOCK - 1) / BLOCK; }
@@ -192,6 +298,7 @@ static void activate(float* gate, const float* up, int64_t count) {
 }
 
 extern "C" int block_size() { return BLOCK; }
+extern "C" int group_size() { return GROUP; }
 
 // The logits (B, V) after ids (B,); their keys and values are written into the cache.
 extern "C" void one_token(const Model* model, const Cache* cache, const int64_t* ids, int64_t rows, float* logits,
@@ -215,12 +322,17 @@ extern "C" void one_token(const Model* model, const Cache* cache, const int64_t*
         const int64_t thread = 0, threads = 1;
 #endif
         static thread_local std::vector<float> normed_memory, scores;
+        static thread_local Input input;
         normed_memory.resize(rows * m.width);
         float* const normed = normed_memory.data();  // (B, C); each thread has its own
         // Calls work(n) for this thread's share of 0, 1, ..., count - 1, then waits for the other threads.
         auto share = [&](int64_t count, auto work) {
             for (int64_t n = count * thread / threads; n < count * (thread + 1) / threads; n++) work(n);
             #pragma omp barrier
+        };
+        auto product = [&](const Linear& w, const float* from, float* to, bool add = false) {
+            input.read(w, from, rows);
+            share(blocks(w), [&](int64_t block) { multiply(w, block, input, to, add); });
         };
         auto norm_rows = [&](const float* weight) {
             for (int64_t row = 0; row < rows; row++)
@@ -229,26 +341,27 @@ extern "C" void one_token(const Model* model, const Cache* cache, const int64_t*
         for (int64_t number = 0; number < m.num_layers; number++) {
             const Layer& layer = m.layers[number];
             norm_rows(layer.input_norm);
-            share(blocks(layer.qkv), [&](int64_t block) { multiply(layer.qkv, block, normed, rows, qkv); });
+            product(layer.qkv, normed, qkv);
             share(rows * m.kv_heads, [&](int64_t n) {
                 const int64_t row = n / m.kv_heads, head = n % m.kv_heads;
                 attend(m, layer, *cache, number, row, head, qkv + row * qkv_size, attended + row * attended_size,
                        scores);
             });
-            share(blocks(layer.o), [&](int64_t block) { multiply(layer.o, block, attended, rows, x, true); });
+            product(layer.o, attended, x, true);
             norm_rows(layer.mlp_norm);
+            input.read(layer.gate, normed, rows);
             share(blocks(layer.gate), [&](int64_t block) {
-                multiply(layer.gate, block, normed, rows, gate);
-                multiply(layer.up, block, normed, rows, up);
+                multiply(layer.gate, block, input, gate);
+                multiply(layer.up, block, input, up);
                 const int64_t begin = block * BLOCK, count = std::min<int64_t>(BLOCK, m.intermediate_size - begin);
                 for (int64_t row = 0; row < rows; row++) {
                     const int64_t place = row * m.intermediate_size + begin;
                     activate(gate + place, up + place, count);
                 }
             });
-            share(blocks(layer.down), [&](int64_t block) { multiply(layer.down, block, gate, rows, x, true); });
+            product(layer.down, gate, x, true);
         }
         norm_rows(m.norm);
-        share(blocks(m.head), [&](int64_t block) { multiply(m.head, block, normed, rows, logits); });
+        product(m.head, normed, logits);
     }
 }

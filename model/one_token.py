@@ -11,6 +11,7 @@ Shapes: B rows, L layers, C width, H heads, K key/value heads, D head dim, S tok
 """
 
 import math
+import platform
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,12 @@ from model.int8 import (
 )
 from model.transformer import Block, CausalLM, RMSNorm, rotate, token_positions
 
-MAX_FLOAT32_ROWS = 64  # with more rows of x, PyTorch's own product is faster than a float32 `Product`
+# oneDNN is the library that PyTorch multiplies half precision with. For float32 PyTorch asks another one, MKL.
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
+MIN_ONEDNN_ROWS = 2  # for one row of x, the columns are faster
+TYPICAL_ROWS = 32  # the order of oneDNN is chosen for so many rows, and serves others, too
+MAX_COPIED_SIZE = 2**29  # numbers of all weights: oneDNN's order is a copy, here of 2 GB at most
+MAX_FLOAT32_ROWS = 64  # with more rows of x, PyTorch's own product is faster than the columns
 MIN_SPLIT_SIZE = 2**17  # numbers of a matrix: a smaller one is multiplied faster than it is split up
 
 
@@ -38,7 +44,8 @@ class Product:
 
     float32 matrices are stored column by column, and each thread adds up a part of the columns. PyTorch's own
     product of a matrix and a vector uses one thread only. The layers stay usable, and share this memory.
-    Call `get_ready` before the first use, and again whenever adapters have changed.
+    Several rows of x go through oneDNN after `pack`. Call `get_ready` before the first use, and again
+    whenever adapters have changed.
     """
 
     def __init__(self, *layers: nn.Linear | Int8Linear):
@@ -53,14 +60,28 @@ class Product:
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.data = part
             self.joined[name] = joined
+        self.packed = None  # the joined weight once more, in the order in which oneDNN reads it
         self.max_rows = MAX_FLOAT32_ROWS
         if "codes" in self.joined:
             self.max_rows = math.inf if MULTIPLIES_WHOLE_NUMBERS else MAX_KERNEL_ROWS
         self.addresses = self.find_addresses()
 
+    def __getstate__(self):
+        """What copy.deepcopy copies: not oneDNN's own tensor, which it can't."""
+        return self.__dict__ | {"packed": None}
+
     def find_addresses(self) -> list[int]:
         """Where the parameters of each layer lie in memory now."""
         return [getattr(layer, name).data_ptr() for layer in self.layers for name in self.joined]
+
+    def pack(self) -> None:
+        """Copies float32 weights for oneDNN, if they have changed."""
+        if "weight" not in self.joined:
+            return
+        written = [count_writes(layer.weight) for layer in self.layers]
+        if self.packed is None or written != self.written:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.joined["weight"], TYPICAL_ROWS)
+            self.written, self.max_rows = written, math.inf
 
     def get_ready(self, batch_size: int) -> bool:
         """Looks up the adapters in use. False for too many rows, or if the layers left this memory."""
@@ -82,6 +103,8 @@ class Product:
     def __call__(self, x):
         if "codes" in self.joined:
             y = multiply_int8(x, self.joined["codes"], self.joined["scale"])
+        elif self.packed is not None and len(x) >= MIN_ONEDNN_ROWS:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
         elif len(self.columns) == 1:
             y = torch.mm(x, self.columns[0])
         else:
@@ -92,6 +115,14 @@ class Product:
         for outputs, lora in self.loras:
             y[:, outputs] += lora(x[:, None])[:, 0]
         return y
+
+
+def count_writes(parameter: torch.Tensor) -> int:
+    """How often the numbers of a parameter were changed in place.
+
+    PyTorch does not count what is written through `.data`, or in tensors made in inference mode.
+    """
+    return 0 if parameter.is_inference() else parameter._version
 
 
 class Norm:
@@ -174,9 +205,10 @@ class OneToken:
         self.model = model
         self.blocks = [OneBlock(block) for block in model.model.layers]
         self.norm, self.head = Norm(model.model.norm), Product(model.lm_head)
+        self.may_pack = HAS_ONEDNN and sum(p.numel() for p in model.parameters()) <= MAX_COPIED_SIZE
 
     def get_ready(self, batch_size: int) -> bool:
-        """Looks up adapters, norms and memory, which may have changed: call it before each text.
+        """Looks up weights, adapters and memory, which may have changed: call it before each text.
 
         False if the ordinary forward pass must be used.
         """
@@ -186,6 +218,9 @@ class OneToken:
             norms += block.norms
         for norm in norms:
             norm.get_ready()
+        if self.may_pack and batch_size >= MIN_ONEDNN_ROWS:
+            for product in products:
+                product.pack()
         return all([product.get_ready(batch_size) for product in products])  # a list: no product is left out
 
     @torch.inference_mode()

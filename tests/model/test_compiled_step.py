@@ -12,7 +12,7 @@ from test_one_token import SHAPES, adapted, ids, small, step_by_step
 from common.errors import RunError, UsageError
 from model import compiled_step
 from model.adapters import Adapters
-from model.compiled_step import COMPILERS, MAX_INT8_ROWS, MAX_ROWS, compile_decoding
+from model.compiled_step import COMPILERS, MAX_ROWS, compile_decoding
 from model.generate import KVCache, generate
 from model.int8 import Int8Linear, quantize_int8
 from model.one_token import prepare_to_decode
@@ -62,7 +62,7 @@ def test_left_padded_rows_are_themselves_alone():
     assert padded.isfinite().all()
 
 
-@pytest.mark.parametrize("rows", [1, MAX_INT8_ROWS])
+@pytest.mark.parametrize("rows", [1, 5, MAX_ROWS])
 def test_int8_is_that_of_the_dequantized_weights(rows):
     model = quantize_int8(small(attention_bias=True))
     exact = deepcopy(model)
@@ -78,7 +78,9 @@ def test_int8_is_that_of_the_dequantized_weights(rows):
         exact(ids(rows)[:, :6], cache=cache)
         model.one_token.get_ready(rows)
         found = torch.stack([model.one_token(ids(rows)[:, t], cache) for t in range(6, 14)], dim=1)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
+    # Where the CPU multiplies whole numbers, x is rounded to some 32,000 steps.
+    tolerance = 5e-5 if model.one_token.library.group_size() == 1 else 3e-3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=tolerance)
 
 
 def test_weights_that_change_are_seen_and_adapters_are_heard(tmp_path):

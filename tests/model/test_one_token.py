@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from model import one_token
 from model.adapters import Adapters, remove_lora, set_lora
 from model.generate import KVCache, generate
 from model.int8 import MAX_KERNEL_ROWS, MULTIPLIES_WHOLE_NUMBERS, quantize_int8
 from model.lora import apply_lora, lora_parameters, merge_lora, save_lora, unmerge_lora
-from model.one_token import MAX_FLOAT32_ROWS, OneToken, prepare_to_decode
+from model.one_token import HAS_ONEDNN, MAX_FLOAT32_ROWS, OneToken, prepare_to_decode
 from model.quantize import quantize_model
 from model.transformer import CausalLM, ModelConfig
 from model.weights import load_model, save_model
@@ -27,6 +28,13 @@ SHAPES = {
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
     "head_dim": {"head_dim": 24},
 }
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.skipif(not HAS_ONEDNN, reason="needs it"))],
+                ids=["columns", "oneDNN"])
+def has_onednn(request, monkeypatch):
+    monkeypatch.setattr(one_token, "HAS_ONEDNN", request.param)
+    return request.param
 
 
 def small(**changes):
@@ -68,7 +76,7 @@ def adapted(model, folder, seed):
 
 @pytest.mark.parametrize("rows", [1, 3, MAX_KERNEL_ROWS, MAX_FLOAT32_ROWS])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_the_forward_pass(shape, rows):
+def test_it_is_the_forward_pass(shape, rows, has_onednn):
     model = small(**SHAPES[shape])
     with torch.no_grad():
         expected = model(ids(rows)).logits[:, 6:]
@@ -95,8 +103,10 @@ def test_names_values_and_ties_stay(tmp_path):
     assert torch.equal(load_model(tmp_path / "m")(ids()).logits, plain(ids()).logits)
 
 
-def test_weights_that_are_changed_in_place_are_seen():
+def test_weights_that_are_changed_in_place_are_seen(has_onednn):
     model, other = prepare_to_decode(small()), small(initializer_range=0.1)
+    step_by_step(model, ids())
+    assert (model.one_token.head.packed is not None) == has_onednn
     model.load_state_dict(other.state_dict())
     with torch.no_grad():
         expected = other(ids()).logits[:, 6:]
@@ -148,10 +158,10 @@ def test_adapters_on_off_mixed_merged_and_for_each_row(quantize, tolerance, tmp_
     assert torch.equal(check(), base)
 
 
-def test_it_steps_aside_where_it_does_not_fit():
+def test_it_steps_aside_where_it_does_not_fit(has_onednn, monkeypatch):
     model = prepare_to_decode(small())
     too_many = MAX_FLOAT32_ROWS + 1
-    assert model.one_token.get_ready(too_many - 1) and not model.one_token.get_ready(too_many)
+    assert model.one_token.get_ready(too_many - 1) and model.one_token.get_ready(too_many) == has_onednn
     tokens = torch.stack(list(generate(model, ids(too_many), 4, temperature=0)))  # by the forward pass
     assert torch.equal(tokens, torch.stack(list(generate(small(), ids(too_many), 4, temperature=0))))
     in_8_bits = prepare_to_decode(quantize_int8(small())).one_token
@@ -167,6 +177,8 @@ def test_it_steps_aside_where_it_does_not_fit():
     model = prepare_to_decode(small())
     model.double()
     assert not model.one_token.get_ready(1)
+    monkeypatch.setattr(one_token, "MAX_COPIED_SIZE", 1000)  # a large model is not copied
+    assert not prepare_to_decode(small()).one_token.get_ready(too_many)
 
 
 @pytest.mark.parametrize("make", [
