@@ -28,7 +28,7 @@ from model.int8 import (
 )
 from model.transformer import Block, CausalLM, RMSNorm, rotate, token_positions
 
-# oneDNN is the library that PyTorch multiplies half precision with. For float32 PyTorch asks another one, MKL.
+# oneDNN is the library that PyTorch multiplies half precision with. For float32 PyTorch takes another one.
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
 MIN_ONEDNN_ROWS = 2  # for one row of x, the columns are faster
 TYPICAL_ROWS = 32  # the order of oneDNN is chosen for so many rows, and serves others, too
