@@ -17,6 +17,7 @@ Also here: LoRA is switched off, removed, and described for a person. `rank` is 
 """
 
 import math
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -169,24 +170,30 @@ class RowLoRA(nn.Module):
         b, a = factors[0]
         # Lower ranks are filled up with zeros. The last place is for rows without an adapter.
         rank = max(len(a) for _, a in factors)
-        all_b = b.new_zeros(len(distinct) + 1, len(b), rank)
+        all_b = b.new_zeros(len(distinct) + 1, rank, len(b))
         all_a = a.new_zeros(len(distinct) + 1, rank, a.size(1))
         for place, (lora, (b, a)) in enumerate(zip(distinct, factors, strict=True)):
-            all_b[place, :, :len(a)] = lora.scaling * b.detach()
+            all_b[place, :len(a)] = lora.scaling * b.detach().T
             all_a[place, :len(a)] = a.detach()
         places = [len(distinct) if lora is None else distinct.index(lora) for lora in loras]
-        all_b, all_a = all_b[places], all_a[places]
-        self.register_buffer("a", all_a.transpose(1, 2), persistent=False)  # (rows, in, rank)
-        self.register_buffer("b", all_b.transpose(1, 2), persistent=False)  # (rows, rank, out)
+        self.register_buffer("a", all_a, persistent=False)  # (adapters, rank, in)
+        self.register_buffer("b", all_b, persistent=False)  # (adapters, rank, out)
+        self.register_buffer("places", torch.tensor(places, device=a.device), persistent=False)  # (rows,)
+
+    @cached_property
+    def of_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (rows, in, rank) and B (rows, rank, out) of the rows. They are copies, so they are made once."""
+        return self.a[self.places].mT, self.b[self.places]
 
     def factors(self, dtype=None):
         raise ModelError("each row has an adapter of its own: switch to one of them before merging or saving")
 
     def forward(self, x):
-        if x.dim() < 3 or x.size(0) != len(self.a):
-            raise ModelError(f"use_rows got names for {len(self.a)} rows, but the batch is {tuple(x.shape)}")
-        dtype = matmul_dtype(x)
-        y = x.to(dtype).flatten(1, -2) @ self.a.to(dtype) @ self.b.to(dtype)  # (rows, T, out)
+        if x.dim() < 3 or x.size(0) != len(self.places):
+            raise ModelError(f"use_rows got names for {len(self.places)} rows, but the batch is "
+                             f"{tuple(x.shape)}")
+        dtype, (a, b) = matmul_dtype(x), self.of_rows
+        y = x.to(dtype).flatten(1, -2) @ a.to(dtype) @ b.to(dtype)  # (rows, T, out)
         return y.view(*x.shape[:-1], y.size(-1))
 
 

@@ -4,7 +4,7 @@
 
 model/one_token.cpp is the forward pass for one token in each row, in C++. It is compiled once (some seconds)
 by the C++ compiler of the system, and kept among the user's cached files. The step reads a copy of the
-weights, so a model takes twice the memory. While an adapter is in use, and for very many rows, the model
+weights, so a model takes twice the memory. Adapters are read where they lie. For very many rows the model
 decodes as if it had no compiled step.
 """
 
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import RunError, UsageError
+from model.adapters import RowLoRA
 from model.generate import KVCache
 from model.int8 import Int8Linear
 from model.one_token import count_writes
@@ -39,6 +40,16 @@ Pointer, Size = ctypes.c_void_p, ctypes.c_int64
 
 class LinearInC(ctypes.Structure):
     _fields_ = [("weight", Pointer), ("scale", Pointer), ("bias", Pointer), ("in", Size), ("out", Size)]
+
+
+class UpdateInC(ctypes.Structure):
+    _fields_ = [*((name, Pointer) for name in ("a", "b", "places")),
+                *((name, Size) for name in ("rank", "begin", "out")),
+                ("factor", ctypes.c_float)]
+
+
+class UpdatesInC(ctypes.Structure):
+    _fields_ = [("first", ctypes.POINTER(UpdateInC)), ("count", Size)]
 
 
 class LayerInC(ctypes.Structure):
@@ -69,54 +80,90 @@ class CompiledStep:
         self.library = load_library()
         self.serves = False  # whether the weights in use now are those that this step can read
         self.packed = None  # the state of the weights when they were copied, see `state`
+        self.updates = None  # of the adapters in use, see `find_updates`
         self.lock = threading.Lock()  # two threads may begin a text at the same time
 
     def __deepcopy__(self, memo):
         """The step of the copied model. What C++ knows are addresses, which can't be copied."""
         step = copy.copy(self)
         step.model, step.otherwise = copy.deepcopy((self.model, self.otherwise), memo)
-        step.packed = step.seen = step.kept = step.in_c = None
+        step.packed = step.seen = step.kept = step.in_c = step.updates = None
         return step
 
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters of the model, without those of adapters."""
+        return [parameter for name, parameter in self.model.named_parameters()
+                if "lora" not in name.split(".")]
+
     def state(self) -> list[tuple[int, int]]:
-        """Where each parameter lies, and how often it was written: a change of the weights changes this."""
-        return [(parameter.data_ptr(), count_writes(parameter)) for parameter in self.model.parameters()]
+        """Where each weight lies, and how often it was written: a change of the weights changes this."""
+        return [(weight.data_ptr(), count_writes(weight)) for weight in self.weights()]
 
     def get_ready(self, batch_size: int) -> bool:
-        """Copies weights that have changed. Called before each text. False if neither this step nor the one
-        of model/one_token.py can serve."""
-        adapted = any(getattr(getattr(module, "lora", None), "active", False)
-                      for module in self.model.modules())
-        self.serves = not adapted and is_float32_on_cpu(self.model)
+        """Copies weights that have changed, and finds the adapters in use. Called before each text. False if
+        neither this step nor the one of model/one_token.py can serve."""
+        self.serves = is_float32_on_cpu(self.model)
         if not self.serves or batch_size > MAX_ROWS:
             return self.otherwise is not None and self.otherwise.get_ready(batch_size)
         with self.lock:
             if (state := self.state()) != self.packed:
                 self.pack()
                 # As long as these tensors are kept, no other weights can come to their addresses.
-                self.seen = [parameter.detach() for parameter in self.model.parameters()]
+                self.seen = [weight.detach() for weight in self.weights()]
                 self.packed = state
+            self.updates = self.find_updates()
         return True
+
+    def groups(self) -> list[tuple]:
+        """The linear layers in the order of C++: 5 for each block, where q, k and v are one, and the head."""
+        groups = []
+        for block in self.model.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            groups += [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
+                       (mlp.gate_proj,), (mlp.up_proj,), (mlp.down_proj,)]
+        return [*groups, (self.model.lm_head,)]
 
     @torch.no_grad()
     def pack(self) -> None:
         """Copies the weights into the order in which the step reads them."""
         config, decoder = self.model.config, self.model.model
         self.kept = []  # tensors that C++ knows the addresses of
+        *linears, head = [self.linear(*layers) for layers in self.groups()]
         layers = []
-        for block, window in zip(decoder.layers, config.windows, strict=True):
-            attention, mlp = block.self_attn, block.mlp
+        for number, (block, window) in enumerate(zip(decoder.layers, config.windows, strict=True)):
             layers.append(LayerInC(
-                self.linear(attention.q_proj, attention.k_proj, attention.v_proj),
-                self.linear(attention.o_proj), self.linear(mlp.gate_proj), self.linear(mlp.up_proj),
-                self.linear(mlp.down_proj), self.norm(block.input_layernorm),
-                self.norm(block.post_attention_layernorm), self.norm(attention.q_norm),
-                self.norm(attention.k_norm), window or 0))
+                *linears[5 * number:5 * number + 5], self.norm(block.input_layernorm),
+                self.norm(block.post_attention_layernorm), self.norm(block.self_attn.q_norm),
+                self.norm(block.self_attn.k_norm), window or 0))
         self.in_c = ModelInC(
             (LayerInC * len(layers))(*layers), len(layers), config.hidden_size, config.num_attention_heads,
             config.num_key_value_heads, config.head_dim, config.intermediate_size, config.rms_norm_eps,
-            self.address(decoder.embed_tokens.weight), self.norm(decoder.norm),
-            self.linear(self.model.lm_head))
+            self.address(decoder.embed_tokens.weight), self.norm(decoder.norm), head)
+
+    @torch.no_grad()
+    def find_updates(self) -> tuple | None:
+        """What the adapters in use add, for C++; how many rows it is for, None for any; and the tensors that
+        C++ knows the addresses of. None in the place of all this if no adapter is in use."""
+        found, kept, rows = [], [], None
+        for layers in self.groups():
+            updates, begin = [], 0
+            for layer in layers:
+                lora = getattr(layer, "lora", None)
+                if lora is not None and lora.active:
+                    places = None
+                    if isinstance(lora, RowLoRA):
+                        a, b, factor, places, rows = lora.a, lora.b, 1.0, lora.places, len(lora.places)
+                    else:
+                        (b, a), factor = lora.factors(), lora.scaling
+                        b = b.mT
+                    tensors = [a.contiguous(), b.contiguous(), *([] if places is None else [places])]
+                    kept += tensors
+                    addresses = [tensor.data_ptr() for tensor in tensors]
+                    updates.append(UpdateInC(*addresses, *[None] * (3 - len(addresses)), a.size(-2), begin,
+                                             layer.out_features, factor))
+                begin += layer.out_features
+            found.append(UpdatesInC((UpdateInC * len(updates))(*updates), len(updates)))
+        return ((UpdatesInC * len(found))(*found), rows, kept) if kept else None
 
     def address(self, tensor: torch.Tensor) -> int:
         self.kept.append(tensor.contiguous())
@@ -149,6 +196,10 @@ class CompiledStep:
         """The logits (B, V) after ids (B,), which are appended to the cache."""
         if not self.serves or len(ids) > MAX_ROWS:
             return self.otherwise(ids, cache)
+        # This name keeps the tensors, since another thread may begin a text with other adapters meanwhile.
+        updates, rows, _kept = self.updates or (None, None, None)
+        if rows not in (None, len(ids)):  # adapters for other rows: the forward pass says so
+            return self.model(ids[:, None], cache=cache).logits[:, 0]
         if cache.length == cache.max_length:
             raise RunError(f"the KV cache holds {cache.max_length} tokens, and all are in use")
         ids = ids.long().contiguous()
@@ -157,7 +208,7 @@ class CompiledStep:
                         *(table.data_ptr() for table in cache.rope), cache.length,
                         None if start is None else start.data_ptr())
         logits = torch.empty(len(ids), self.model.config.vocab_size, dtype=torch.float32, device="cpu")
-        self.library.one_token(ctypes.byref(self.in_c), ctypes.byref(in_c), Pointer(ids.data_ptr()),
+        self.library.one_token(ctypes.byref(self.in_c), ctypes.byref(in_c), updates, Pointer(ids.data_ptr()),
                                Size(len(ids)), Pointer(logits.data_ptr()), Size(torch.get_num_threads()))
         cache.length += 1
         return logits

@@ -47,6 +47,15 @@ struct Linear {           // y = W x + b
     int64_t in, out;
 };
 
+struct Update {           // what an adapter adds to some outputs of a linear layer: factor * B A x
+    const float *a, *b;   // A (rank, in) and B as (rank, out), or several of them
+    const int64_t* places;  // (B,) which of them each row takes; null: all take the first
+    int64_t rank, begin, out;  // begin: the first of the outputs
+    float factor;
+};
+
+struct Updates { const Update* first; int64_t count; };
+
 struct Layer {
     Linear qkv, o, gate, up, down;
     const float *input_norm, *mlp_norm, *q_norm, *k_norm;  // the last two may be null
@@ -211,14 +220,43 @@ static void multiply(const Linear& w, int64_t block, const Input& input, float* 
     else multiply_block<ROWS, float>(w, block, input.x, input.rows, y, add);
 }
 
-static int64_t blocks(const Linear& w) { return (w.out + BLOCK - 1) / BLOCK; }
-
 static float dot(const float* a, const float* b, int64_t count) {
     float sum = 0;
     #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < count; i++) sum += a[i] * b[i];
     return sum;
 }
+
+static int64_t ranks(const Updates& updates) {
+    int64_t sum = 0;
+    for (int64_t n = 0; n < updates.count; n++) sum += updates.first[n].rank;
+    return sum;
+}
+
+// One row of x (rows, in) -> A x of each update, times its factor: low (rows, ranks).
+static void project(const Updates& updates, const float* x, int64_t in, int64_t row, float* low) {
+    low += row * ranks(updates);
+    for (int64_t n = 0; n < updates.count; n++) {
+        const Update& u = updates.first[n];
+        const float* a = u.a + (u.places ? u.places[row] : 0) * u.rank * in;
+        for (int64_t i = 0; i < u.rank; i++, a += in) *low++ = u.factor * dot(a, x + row * in, in);
+    }
+}
+
+// The outputs of one block: y (rows, out) += B low.
+static void expand(const Updates& updates, const Linear& w, int64_t block, const float* low, int64_t rows, float* y) {
+    for (int64_t row = 0; row < rows; row++, y += w.out)
+        for (int64_t n = 0; n < updates.count; n++) {
+            const Update& u = updates.first[n];
+            const int64_t begin = std::max(block * BLOCK, u.begin);
+            const int64_t end = std::min((block + 1) * BLOCK, u.begin + u.out);
+            const float* b = u.b + (u.places ? u.places[row] : 0) * u.rank * u.out - u.begin;
+            for (int64_t n = 0; n < u.rank; n++, b += u.out, low++)
+                for (int64_t i = begin; i < end; i++) y[i] += *low * b[i];
+        }
+}
+
+static int64_t blocks(const Linear& w) { return (w.out + BLOCK - 1) / BLOCK; }
 
 // RMSNorm of a vector of `count` numbers; y may be x.
 static void normalize(const float* x, const float* weight, int64_t count, float eps, float* y) {
@@ -300,18 +338,22 @@ static void activate(float* gate, const float* up, int64_t count) {
 extern "C" int block_size() { return BLOCK; }
 extern "C" int group_size() { return GROUP; }
 
-// The logits (B, V) after ids (B,); their keys and values are written into the cache.
-extern "C" void one_token(const Model* model, const Cache* cache, const int64_t* ids, int64_t rows, float* logits,
-                          int64_t num_threads) {
+// The logits (B, V) after ids (B,); their keys and values are written into the cache. updates: those of qkv, o, gate,
+// up and down in each layer, then of the head; null where no adapter is in use.
+extern "C" void one_token(const Model* model, const Cache* cache, const Updates* updates, const int64_t* ids, int64_t rows,
+                          float* logits, int64_t num_threads) {
     const Model& m = *model;
     const int64_t qkv_size = (m.heads + 2 * m.kv_heads) * m.head_dim, attended_size = m.heads * m.head_dim;
+    int64_t low_size = 0;
+    for (int64_t n = 0; updates && n <= 5 * m.num_layers; n++) low_size = std::max(low_size, ranks(updates[n]));
     static thread_local std::vector<float> memory;
-    memory.resize(rows * (m.width + qkv_size + attended_size + 2 * m.intermediate_size));
+    memory.resize(rows * (m.width + qkv_size + attended_size + 2 * m.intermediate_size + 2 * low_size));
     float* const x = memory.data();  // (B, C)
     float* const qkv = x + rows * m.width;  // (B, (H + 2 K) D)
     float* const attended = qkv + rows * qkv_size;  // (B, H D)
     float* const gate = attended + rows * attended_size;  // (B, I)
     float* const up = gate + rows * m.intermediate_size;  // (B, I)
+    float* const low = up + rows * m.intermediate_size;  // (2, B, ranks)
     for (int64_t row = 0; row < rows; row++) std::copy_n(m.embedding + ids[row] * m.width, m.width, x + row * m.width);
 
     #pragma omp parallel num_threads(num_threads)
@@ -330,38 +372,55 @@ extern "C" void one_token(const Model* model, const Cache* cache, const int64_t*
             for (int64_t n = count * thread / threads; n < count * (thread + 1) / threads; n++) work(n);
             #pragma omp barrier
         };
-        auto product = [&](const Linear& w, const float* from, float* to, bool add = false) {
-            input.read(w, from, rows);
-            share(blocks(w), [&](int64_t block) { multiply(w, block, input, to, add); });
-        };
         auto norm_rows = [&](const float* weight) {
             for (int64_t row = 0; row < rows; row++)
                 normalize(x + row * m.width, weight, m.width, m.eps, normed + row * m.width);
         };
+        // What adapters add to linear layer `number` of all: first A x, with `place` as the part of `low` to use.
+        auto begin_update = [&](int64_t number, const Linear& w, const float* from, int64_t place = 0) {
+            if (!updates || !updates[number].count) return;
+            float* const to = low + place * rows * low_size;
+            share(rows, [&](int64_t row) { project(updates[number], from, w.in, row, to); });
+        };
+        auto finish_update = [&](int64_t number, const Linear& w, int64_t block, float* y, int64_t place = 0) {
+            if (updates) expand(updates[number], w, block, low + place * rows * low_size, rows, y);
+        };
+        auto product = [&](int64_t number, const Linear& w, const float* from, float* to, bool add = false) {
+            begin_update(number, w, from);
+            input.read(w, from, rows);
+            share(blocks(w), [&](int64_t block) {
+                multiply(w, block, input, to, add);
+                finish_update(number, w, block, to);
+            });
+        };
         for (int64_t number = 0; number < m.num_layers; number++) {
             const Layer& layer = m.layers[number];
             norm_rows(layer.input_norm);
-            product(layer.qkv, normed, qkv);
+            product(5 * number, layer.qkv, normed, qkv);
             share(rows * m.kv_heads, [&](int64_t n) {
                 const int64_t row = n / m.kv_heads, head = n % m.kv_heads;
                 attend(m, layer, *cache, number, row, head, qkv + row * qkv_size, attended + row * attended_size,
                        scores);
             });
-            product(layer.o, attended, x, true);
+            product(5 * number + 1, layer.o, attended, x, true);
             norm_rows(layer.mlp_norm);
+            begin_update(5 * number + 2, layer.gate, normed, 0);
+            begin_update(5 * number + 3, layer.up, normed, 1);
             input.read(layer.gate, normed, rows);
             share(blocks(layer.gate), [&](int64_t block) {
                 multiply(layer.gate, block, input, gate);
                 multiply(layer.up, block, input, up);
+                finish_update(5 * number + 2, layer.gate, block, gate, 0);
+                finish_update(5 * number + 3, layer.up, block, up, 1);
                 const int64_t begin = block * BLOCK, count = std::min<int64_t>(BLOCK, m.intermediate_size - begin);
                 for (int64_t row = 0; row < rows; row++) {
                     const int64_t place = row * m.intermediate_size + begin;
                     activate(gate + place, up + place, count);
                 }
             });
-            product(layer.down, gate, x, true);
+            product(5 * number + 4, layer.down, gate, x, true);
         }
         norm_rows(m.norm);
-        product(m.head, normed, logits);
+        product(5 * m.num_layers, m.head, normed, logits);
     }
 }

@@ -9,12 +9,13 @@ import pytest
 import torch
 from test_one_token import SHAPES, adapted, ids, small, step_by_step
 
-from common.errors import RunError, UsageError
+from common.errors import ModelError, RunError, UsageError
 from model import compiled_step
-from model.adapters import Adapters
+from model.adapters import Adapters, remove_lora, set_lora
 from model.compiled_step import COMPILERS, MAX_ROWS, compile_decoding
 from model.generate import KVCache, generate
 from model.int8 import Int8Linear, quantize_int8
+from model.lora import apply_lora, lora_parameters, merge_lora
 from model.one_token import prepare_to_decode
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
@@ -83,22 +84,73 @@ def test_int8_is_that_of_the_dequantized_weights(rows):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=tolerance)
 
 
-def test_weights_that_change_are_seen_and_adapters_are_heard(tmp_path):
+def test_weights_that_change_are_seen():
     model, other = compile_decoding(prepare_to_decode(small())), small(initializer_range=0.1)
     step_by_step(model, ids())
     model.load_state_dict(other.state_dict())
     with torch.no_grad():
         expected = other(ids()).logits[:, 6:]
     torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize(("quantize", "tolerance"), [
+    (lambda model: model, {"rtol": 1e-5, "atol": 5e-5}), (quantize_int8, {"rtol": 0.05, "atol": 0.3}),
+], ids=["float32", "int8"])
+def test_adapters_on_off_mixed_merged_and_for_each_row(quantize, tolerance, tmp_path):
+    model = compile_decoding(prepare_to_decode(quantize(small())))
     adapters = Adapters(model)
     adapters.load(adapted(model, tmp_path / "a", 1))
+    settings = {"rank": 3, "target_modules": ["v_proj", "down_proj"], "rslora": True}
+    adapters.load(adapted(model, tmp_path / "b", 2, **settings))
+    adapters.load(adapted(model, tmp_path / "c", 3, rank=20, target_modules=["k_proj", "up_proj", "lm_head"]))
+    packed = None
+
+    def check(rows=3):
+        nonlocal packed
+        with torch.no_grad():
+            expected = model(ids(rows)).logits[:, 6:]
+        torch.testing.assert_close(step_by_step(model, ids(rows)), expected, **tolerance)
+        assert model.one_token.serves
+        assert packed in (None, model.one_token.packed)  # an adapter changes no weights
+        packed = model.one_token.packed
+        return expected
+
+    base = check()
+    for what in ("a", "b", "c", {"a": 0.7, "c": -0.3}):
+        adapters.use(what)
+        assert not torch.allclose(check(), base, atol=0.1)
+        check(1)
+    adapters.use_rows(["a", None, {"b": 0.5, "c": 1.0}])
+    rows = check()
+    assert torch.allclose(rows[1], base[1], atol=1e-4) and not torch.allclose(rows[0], base[0], atol=0.1)
+    with pytest.raises(ModelError, match="names for 3 rows, but the batch"):
+        step_by_step(model, ids(2), begin=0)
+    set_lora(model, False)
+    assert torch.equal(check(), base)
     adapters.use("a")
+    if quantize is not quantize_int8:
+        packed = None
+        merge_lora(model)
+        check()
+    adapters.use(None)
+    packed = None
+    assert torch.equal(check(), base)
+
+
+def test_adapters_that_change_while_a_text_is_written(tmp_path):
+    """The tensors of an adapter that is gone are not read. With PiSSA they are made for the step alone."""
+    model = compile_decoding(prepare_to_decode(small()))
+    torch.manual_seed(1)
+    apply_lora(model, rank=4, init="pissa")
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
     with torch.no_grad():
         expected = model(ids()).logits[:, 6:]
     torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=5e-5)
-    assert not model.one_token.serves
-    adapters.use(None)
-    assert model.one_token.get_ready(2) and model.one_token.serves
+    text = generate(model, ids(), 8, temperature=0)
+    next(text)
+    remove_lora(model)
+    assert len(list(text)) == 7
 
 
 def test_weights_that_come_to_an_old_address_are_seen():

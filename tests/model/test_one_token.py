@@ -64,10 +64,10 @@ def step_by_step(model, tokens, begin=6, start=None):
     return torch.stack(steps, dim=1)
 
 
-def adapted(model, folder, seed):
+def adapted(model, folder, seed, **settings):
     """Saves an adapter for the model there; the model stays as it was."""
     torch.manual_seed(seed)
-    apply_lora(model, rank=4, alpha=8)
+    apply_lora(model, **{"rank": 4, "alpha": 8} | settings)
     for parameter in lora_parameters(model):
         nn.init.normal_(parameter, std=0.1)
     save_lora(model, folder)
