@@ -66,7 +66,7 @@ def build_parser() -> Parser:
         help="of the weights; auto: float32, on CUDA bfloat16 (old ones float16)")
     add("--quantize", choices=("none", "int8"), default="none", help="int8: in 8 bits, faster on a CPU")
     add("--compile", action="store_true",
-        help="decode with C++ compiled for this CPU, while no adapter is in use")
+        help="decode with C++ compiled for this CPU")
     add_rope_scaling(add)
     ask = parser.add_argument_group("what to ask (none of these: a conversation)")
     add = ask.add_mutually_exclusive_group().add_argument

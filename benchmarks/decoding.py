@@ -57,9 +57,7 @@ def ours(model, ids, in_8_bits: bool, args, compiled: bool = False):
     model.to(args.device)
     if in_8_bits:
         quantize_int8(model)
-    prepare_to_decode(model)
-    if compiled:
-        compile_decoding(model)
+    (compile_decoding if compiled else prepare_to_decode)(model)
 
     def decode():
         for _ in generate(model, ids, args.new_tokens, temperature=0):

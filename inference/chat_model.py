@@ -89,9 +89,7 @@ class ChatModel:
         self.model = load_model(self.path, self.device, dtype, rope_scaling).eval()
         if quantize == "int8":
             quantize_int8(self.model)
-        prepare_to_decode(self.model)
-        if compile:
-            compile_decoding(self.model)
+        (compile_decoding if compile else prepare_to_decode)(self.model)
         wait_as_others_allow()
         self.num_parameters = count_parameters(self.model)
         self.tokenizer = load_tokenizer(tokenizer or self.path)

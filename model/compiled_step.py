@@ -1,11 +1,10 @@
 """Decoding on a CPU with a step that is compiled for this machine. A reader may skip this file.
 
-    model = compile_decoding(prepare_to_decode(load_model("out/full_sft")))  # then generate
+    model = compile_decoding(load_model("out/full_sft"))  # or quantize_int8(...) of it; then generate
 
 model/one_token.cpp is the forward pass for one token in each row, in C++. It is compiled once (some seconds)
 by the C++ compiler of the system, and kept among the user's cached files. The step reads a copy of the
-weights, so a model takes twice the memory. Adapters are read where they lie. For very many rows the model
-decodes as if it had no compiled step.
+weights, so a model takes twice the memory. Adapters are read where they lie.
 """
 
 import copy
@@ -33,7 +32,6 @@ from model.transformer import CausalLM, RMSNorm
 
 SOURCE = Path(__file__).with_name("one_token.cpp")
 COMPILERS = ("c++", "g++", "clang++")
-MAX_ROWS = 64  # with 128 rows of x the step saves an eighth of the time only, and with 256 nothing (26m)
 
 Pointer, Size = ctypes.c_void_p, ctypes.c_int64
 
@@ -76,9 +74,7 @@ class CompiledStep:
 
     def __init__(self, model: CausalLM):
         self.model = model
-        self.otherwise = model.one_token  # the step to take where this one does not fit, or None
         self.library = load_library()
-        self.serves = False  # whether the weights in use now are those that this step can read
         self.packed = None  # the state of the weights when they were copied, see `state`
         self.updates = None  # of the adapters in use, see `find_updates`
         self.lock = threading.Lock()  # two threads may begin a text at the same time
@@ -86,7 +82,7 @@ class CompiledStep:
     def __deepcopy__(self, memo):
         """The step of the copied model. What C++ knows are addresses, which can't be copied."""
         step = copy.copy(self)
-        step.model, step.otherwise = copy.deepcopy((self.model, self.otherwise), memo)
+        step.model = copy.deepcopy(self.model, memo)
         step.packed = step.seen = step.kept = step.in_c = step.updates = None
         return step
 
@@ -101,10 +97,9 @@ class CompiledStep:
 
     def get_ready(self, batch_size: int) -> bool:
         """Copies weights that have changed, and finds the adapters in use. Called before each text. False if
-        neither this step nor the one of model/one_token.py can serve."""
-        self.serves = is_float32_on_cpu(self.model)
-        if not self.serves or batch_size > MAX_ROWS:
-            return self.otherwise is not None and self.otherwise.get_ready(batch_size)
+        the ordinary forward pass must be used, because the model has another type or device now."""
+        if not is_float32_on_cpu(self.model):
+            return False
         with self.lock:
             if (state := self.state()) != self.packed:
                 self.pack()
@@ -194,8 +189,6 @@ class CompiledStep:
     @torch.inference_mode()
     def __call__(self, ids, cache: KVCache):
         """The logits (B, V) after ids (B,), which are appended to the cache."""
-        if not self.serves or len(ids) > MAX_ROWS:
-            return self.otherwise(ids, cache)
         # This name keeps the tensors, since another thread may begin a text with other adapters meanwhile.
         updates, rows, _kept = self.updates or (None, None, None)
         if rows not in (None, len(ids)):  # adapters for other rows: the forward pass says so
@@ -215,7 +208,7 @@ class CompiledStep:
 
 
 def compile_decoding(model: CausalLM) -> CausalLM:
-    """Lets the model decode with the compiled step. Call it after prepare_to_decode, before adapters come.
+    """Lets the model decode with the compiled step, in the place of prepare_to_decode. Adapters come later.
 
     Raises UsageError where the step does not fit the model, and where no C++ compiler is found or it fails.
     """

@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights")
     add("--quantize", choices=("none", "int8"), default="none", help="int8: in 8 bits, faster on a CPU")
     add("--compile", action="store_true",
-        help="decode with C++ compiled for this CPU where no adapter is in use")
+        help="decode with C++ compiled for this CPU")
     add_rope_scaling(add)
     add = parser.add_argument_group("decoding").add_argument
     add("--max_batch_size", type=count, default=32, metavar="N", help="answers that are decoded together")
