@@ -165,6 +165,8 @@ def chat(chat_model, sampling, system: list[dict]) -> None:
             return
         if line in ("/quit", "/exit"):
             return
+        if "\0" in line:  # every other byte of English in UTF-16
+            raise UsageError("the input is no UTF-8 text: save it as UTF-8 (it may be UTF-16)")
         try:
             if line.startswith("/"):
                 obey(line, chat_model, sampling, system, turns)

@@ -2,7 +2,7 @@
 //
 // model/compiled_step.py compiles it and calls `one_token`. It computes what `CausalLM` (model/transformer.py)
 // computes, in the same order of steps. What Python starts as some hundred operations is one call here. All threads
-// go through the layers together, and wait for each other five times in a layer.
+// go through the layers together, and wait for each other five times in a layer (more often where adapters are in use).
 //
 // Shapes: B rows, C width, H heads, K key/value heads, D head dim, I intermediate size, V vocabulary.
 
@@ -19,7 +19,8 @@
 #endif
 
 // A register holds WIDTH numbers, and a product keeps 4 * ROWS sums in registers (of codes 8 * CODE_ROWS): with
-// AVX-512 there are 32 of them, else 16. (Its registers of 16 numbers are not used: on no CPU was it measured what they would bring.)
+// AVX-512 there are 32 of them, else 16. (Its registers of 16 numbers are not used: what they would bring was never
+// measured.)
 #if defined(__AVX512VL__)
 constexpr int WIDTH = 8, ROWS = 5, CODE_ROWS = 3;
 #elif defined(__AVX__)
@@ -29,7 +30,7 @@ constexpr int WIDTH = 4, ROWS = 3;
 #endif
 constexpr int BLOCK = 4 * WIDTH;  // outputs that are computed at once
 
-// With VNNI four codes of an output lie side by side, and are stored as code + 128.
+// With VNNI four codes of an output lie side by side, and each is stored as code + 128.
 #ifdef HAS_VNNI
 constexpr int GROUP = 4;
 #else
@@ -78,6 +79,8 @@ struct Cache {
     int64_t length;                            // tokens that are stored: the new one comes to this place
     const int64_t* start;                      // (B,) where each row begins, or null
 };
+
+// --- products -------------------------------------------------------------------------------------------------------
 
 static Vector load(const float* from) { Vector v; __builtin_memcpy(&v, from, sizeof v); return v; }
 static void read_block(const float* from, Vector (&parts)[4]) {
@@ -197,7 +200,7 @@ static void multiply_codes(const Linear& w, int64_t block, const WholeNumbers& x
 }
 #endif
 
-// What a product reads: x (rows, in), with 8-bit weights and VNNI as whole numbers. Each thread has its own.
+// What a product reads: x (rows, in), where codes are multiplied also as whole numbers. Each thread has its own.
 struct Input {
     const float* x;
     int64_t rows;
@@ -220,12 +223,16 @@ static void multiply(const Linear& w, int64_t block, const Input& input, float* 
     else multiply_block<ROWS, float>(w, block, input.x, input.rows, y, add);
 }
 
+static int64_t blocks(const Linear& w) { return (w.out + BLOCK - 1) / BLOCK; }
+
 static float dot(const float* a, const float* b, int64_t count) {
     float sum = 0;
     #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < count; i++) sum += a[i] * b[i];
     return sum;
 }
+
+// --- adapters -------------------------------------------------------------------------------------------------------
 
 static int64_t ranks(const Updates& updates) {
     int64_t sum = 0;
@@ -251,12 +258,12 @@ static void expand(const Updates& updates, const Linear& w, int64_t block, const
             const int64_t begin = std::max(block * BLOCK, u.begin);
             const int64_t end = std::min((block + 1) * BLOCK, u.begin + u.out);
             const float* b = u.b + (u.places ? u.places[row] : 0) * u.rank * u.out - u.begin;
-            for (int64_t n = 0; n < u.rank; n++, b += u.out, low++)
+            for (int64_t rank = 0; rank < u.rank; rank++, b += u.out, low++)
                 for (int64_t i = begin; i < end; i++) y[i] += *low * b[i];
         }
 }
 
-static int64_t blocks(const Linear& w) { return (w.out + BLOCK - 1) / BLOCK; }
+// --- the parts of a layer -------------------------------------------------------------------------------------------
 
 // RMSNorm of a vector of `count` numbers; y may be x.
 static void normalize(const float* x, const float* weight, int64_t count, float eps, float* y) {
@@ -335,13 +342,15 @@ static void activate(float* gate, const float* up, int64_t count) {
     for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
 }
 
+// --- the whole model ------------------------------------------------------------------------------------------------
+
 extern "C" int block_size() { return BLOCK; }
 extern "C" int group_size() { return GROUP; }
 
 // The logits (B, V) after ids (B,); their keys and values are written into the cache. updates: those of qkv, o, gate,
 // up and down in each layer, then of the head; null where no adapter is in use.
-extern "C" void one_token(const Model* model, const Cache* cache, const Updates* updates, const int64_t* ids, int64_t rows,
-                          float* logits, int64_t num_threads) {
+extern "C" void one_token(const Model* model, const Cache* cache, const Updates* updates, const int64_t* ids,
+                          int64_t rows, float* logits, int64_t num_threads) {
     const Model& m = *model;
     const int64_t qkv_size = (m.heads + 2 * m.kv_heads) * m.head_dim, attended_size = m.heads * m.head_dim;
     int64_t low_size = 0;
@@ -353,7 +362,8 @@ extern "C" void one_token(const Model* model, const Cache* cache, const Updates*
     float* const attended = qkv + rows * qkv_size;  // (B, H D)
     float* const gate = attended + rows * attended_size;  // (B, I)
     float* const up = gate + rows * m.intermediate_size;  // (B, I)
-    float* const low = up + rows * m.intermediate_size;  // (2, B, ranks)
+    float* const low = up + rows * m.intermediate_size;  // (B, ranks), what adapters make of x
+    float* const low_up = low + rows * low_size;
     for (int64_t row = 0; row < rows; row++) std::copy_n(m.embedding + ids[row] * m.width, m.width, x + row * m.width);
 
     #pragma omp parallel num_threads(num_threads)
@@ -376,21 +386,20 @@ extern "C" void one_token(const Model* model, const Cache* cache, const Updates*
             for (int64_t row = 0; row < rows; row++)
                 normalize(x + row * m.width, weight, m.width, m.eps, normed + row * m.width);
         };
-        // What adapters add to linear layer `number` of all: first A x, with `place` as the part of `low` to use.
-        auto begin_update = [&](int64_t number, const Linear& w, const float* from, int64_t place = 0) {
-            if (!updates || !updates[number].count) return;
-            float* const to = low + place * rows * low_size;
-            share(rows, [&](int64_t row) { project(updates[number], from, w.in, row, to); });
+        // What adapters add to linear layer `number` of all, in two parts: `low` becomes A x, then y += B low.
+        auto begin_update = [&](int64_t number, const Linear& w, const float* from, float* to) {
+            if (updates && updates[number].count)
+                share(rows, [&](int64_t row) { project(updates[number], from, w.in, row, to); });
         };
-        auto finish_update = [&](int64_t number, const Linear& w, int64_t block, float* y, int64_t place = 0) {
-            if (updates) expand(updates[number], w, block, low + place * rows * low_size, rows, y);
+        auto finish_update = [&](int64_t number, const Linear& w, int64_t block, const float* from, float* y) {
+            if (updates) expand(updates[number], w, block, from, rows, y);
         };
         auto product = [&](int64_t number, const Linear& w, const float* from, float* to, bool add = false) {
-            begin_update(number, w, from);
+            begin_update(number, w, from, low);
             input.read(w, from, rows);
             share(blocks(w), [&](int64_t block) {
                 multiply(w, block, input, to, add);
-                finish_update(number, w, block, to);
+                finish_update(number, w, block, low, to);
             });
         };
         for (int64_t number = 0; number < m.num_layers; number++) {
@@ -404,14 +413,14 @@ extern "C" void one_token(const Model* model, const Cache* cache, const Updates*
             });
             product(5 * number + 1, layer.o, attended, x, true);
             norm_rows(layer.mlp_norm);
-            begin_update(5 * number + 2, layer.gate, normed, 0);
-            begin_update(5 * number + 3, layer.up, normed, 1);
+            begin_update(5 * number + 2, layer.gate, normed, low);
+            begin_update(5 * number + 3, layer.up, normed, low_up);
             input.read(layer.gate, normed, rows);
             share(blocks(layer.gate), [&](int64_t block) {
                 multiply(layer.gate, block, input, gate);
                 multiply(layer.up, block, input, up);
-                finish_update(5 * number + 2, layer.gate, block, gate, 0);
-                finish_update(5 * number + 3, layer.up, block, up, 1);
+                finish_update(5 * number + 2, layer.gate, block, low, gate);
+                finish_update(5 * number + 3, layer.up, block, low_up, up);
                 const int64_t begin = block * BLOCK, count = std::min<int64_t>(BLOCK, m.intermediate_size - begin);
                 for (int64_t row = 0; row < rows; row++) {
                     const int64_t place = row * m.intermediate_size + begin;

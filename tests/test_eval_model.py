@@ -221,6 +221,12 @@ def answers(home, capsys, monkeypatch, lines, *adapters):
     return got.out.split("(the conversation is forgotten)\n"), got.err
 
 
+def test_a_conversation_in_utf_16_is_refused(home, capsys, monkeypatch):
+    text = "hi\n".encode("utf-16").decode("utf-8", errors="replace")
+    with pytest.raises(UsageError, match="no UTF-8 text"):
+        run(home, capsys, stdin=text, monkeypatch=monkeypatch)
+
+
 def test_adapters_switch_and_mix_in_a_conversation(home, capsys, monkeypatch):
     lines = ["hi", "/lora lora_b", "hi", "/lora", "/lora none", "hi", "/lora lora_a:1 lora_b:0", "hi"]
     lines += ["/lora lora_a:0.5 lora_b:0.5", "hi", "/lora lora_a:1 missing:1", "hi", "/lora lora_a", "hi"]

@@ -45,7 +45,8 @@ def is_finished(run_dir: Path, resume: bool, overwrite: bool, ranks: Ranks) -> b
         raise UsageError(f"--resume: hosts see different files in {run_dir}, which must be shared")
     if finished and ranks.is_main:
         drop_checkpoints(run_dir)  # for what is left if the first run was killed while dropping them
-        print(f"{run_dir} is finished already; without --resume it is trained anew")
+        print(f"{run_dir} is finished already; without --resume it is trained anew. To train its "
+              "result further, start another run from it")
     return finished
 
 
