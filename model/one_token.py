@@ -16,6 +16,7 @@ import platform
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from model.attention import one_block, visible_keys
 from model.generate import KVCache
@@ -85,13 +86,13 @@ class Product:
 
     def get_ready(self, batch_size: int) -> bool:
         """Looks up the adapters in use. False for too many rows, or if the layers left this memory."""
-        self.loras = []  # the columns of the output that an adapter adds to, and the adapter
-        begin = 0
+        loras, begin = [], 0
         for layer in self.layers:
             lora = getattr(layer, "lora", None)
             if lora is not None and lora.active:
-                self.loras.append((slice(begin, begin + layer.out_features), lora))
+                loras.append((slice(begin, begin + layer.out_features), lora))
             begin += layer.out_features
+        self.loras = loras  # the columns of the output that an adapter adds to, and the adapter
         if "weight" in self.joined:
             columns = self.joined["weight"].t()  # (in, out)
             # Equal parts, at most two for each thread, because one of the threads may be slow.
@@ -117,12 +118,22 @@ class Product:
         return y
 
 
-def count_writes(parameter: torch.Tensor) -> int:
-    """How often the numbers of a parameter were changed in place.
+optimizer_steps = 0  # of all optimizers
 
-    PyTorch does not count what is written through `.data`, or in tensors made in inference mode.
+
+@register_optimizer_step_post_hook
+def count_step(*_) -> None:
+    global optimizer_steps
+    optimizer_steps += 1
+
+
+def count_writes(parameter: torch.Tensor) -> int:
+    """Another number whenever the numbers of a parameter may have been changed in place.
+
+    PyTorch counts this itself, but not what a fused optimizer writes: so each step of an optimizer counts.
+    What is written through `.data`, or in tensors made in inference mode, is counted nowhere.
     """
-    return 0 if parameter.is_inference() else parameter._version
+    return optimizer_steps + (0 if parameter.is_inference() else parameter._version)
 
 
 class Norm:

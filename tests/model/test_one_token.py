@@ -114,6 +114,19 @@ def test_weights_that_are_changed_in_place_are_seen(has_onednn):
     torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_an_optimizer_writes_is_seen(fused, has_onednn):
+    """A fused one does not count what it writes."""
+    model = prepare_to_decode(small())
+    step_by_step(model, ids())
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=fused)
+    model(ids(), labels=ids()).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        expected = model(ids()).logits[:, 6:]
+    torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=5e-5)
+
+
 @pytest.mark.parametrize("rows", [2, 2 * MAX_KERNEL_ROWS])
 def test_int8_is_that_of_the_layers(rows):
     model = quantize_int8(small(attention_bias=True))
