@@ -193,7 +193,7 @@ class RowLoRA(nn.Module):
             raise ModelError(f"use_rows got names for {len(self.places)} rows, but the batch is "
                              f"{tuple(x.shape)}")
         dtype, (a, b) = matmul_dtype(x), self.of_rows
-        y = x.to(dtype).flatten(1, -2) @ a.to(dtype) @ b.to(dtype)  # (rows, T, out)
+        y = x.to(dtype).flatten(1, -2) @ a.to(x.device, dtype) @ b.to(x.device, dtype)  # (rows, T, out)
         return y.view(*x.shape[:-1], y.size(-1))
 
 

@@ -259,3 +259,11 @@ def test_rows_cannot_be_merged_saved_or_fed_another_batch(home, tmp_path):
     assert not (tmp_path / "x").exists()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     logits(model, IDS[:2])
+
+
+def test_rows_follow_the_model_to_another_device(home, monkeypatch):
+    adapters = loaded(home)
+    adapters.use_rows(["a", "b"])
+    logits(adapters.model, IDS[:2])
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)  # it does not know "meta"
+    assert adapters.model.to("meta")(IDS[:2].to("meta")).logits.is_meta
