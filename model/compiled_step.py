@@ -7,7 +7,6 @@ by the C++ compiler of the system, and kept among the user's cached files. The s
 weights, so a model takes twice the memory. Adapters are read where they lie.
 """
 
-import copy
 import ctypes
 import hashlib
 import os
@@ -79,12 +78,9 @@ class CompiledStep:
         self.updates = None  # of the adapters in use, see `find_updates`
         self.lock = threading.Lock()  # two threads may begin a text at the same time
 
-    def __deepcopy__(self, memo):
-        """The step of the copied model. What C++ knows are addresses, which can't be copied."""
-        step = copy.copy(self)
-        step.model = copy.deepcopy(self.model, memo)
-        step.packed = step.seen = step.kept = step.in_c = step.updates = None
-        return step
+    def __reduce__(self):
+        """Copied or pickled, it is a new step, since the addresses that C++ knows mean nothing there."""
+        return CompiledStep, (self.model,)
 
     def weights(self) -> list[nn.Parameter]:
         """The parameters of the model, without those of adapters."""
@@ -103,8 +99,6 @@ class CompiledStep:
         with self.lock:
             if (state := self.state()) != self.packed:
                 self.pack()
-                # As long as these tensors are kept, no other weights can come to their addresses.
-                self.seen = [weight.detach() for weight in self.weights()]
                 self.packed = state
             self.updates = self.find_updates()
         return True
@@ -122,7 +116,9 @@ class CompiledStep:
     def pack(self) -> None:
         """Copies the weights into the order in which the step reads them."""
         config, decoder = self.model.config, self.model.model
-        self.kept = []  # tensors that C++ knows the addresses of
+        # Tensors that C++ knows the addresses of, and the weights themselves: as long as these are kept, no
+        # other weights can come to their addresses.
+        self.kept = [weight.detach() for weight in self.weights()]
         *linears, head = [self.linear(*layers) for layers in self.groups()]
         layers = []
         for number, (block, window) in enumerate(zip(decoder.layers, config.windows, strict=True)):
@@ -130,10 +126,11 @@ class CompiledStep:
                 *linears[5 * number:5 * number + 5], self.norm(block.input_layernorm),
                 self.norm(block.post_attention_layernorm), self.norm(block.self_attn.q_norm),
                 self.norm(block.self_attn.k_norm), window or 0))
-        self.in_c = ModelInC(
+        in_c = ModelInC(
             (LayerInC * len(layers))(*layers), len(layers), config.hidden_size, config.num_attention_heads,
             config.num_key_value_heads, config.head_dim, config.intermediate_size, config.rms_norm_eps,
-            self.address(decoder.embed_tokens.weight), self.norm(decoder.norm), head)
+            self.address(decoder.embed_tokens.weight.float()), self.norm(decoder.norm), head)
+        self.in_c = in_c, self.kept
 
     @torch.no_grad()
     def find_updates(self) -> tuple | None:
@@ -151,7 +148,9 @@ class CompiledStep:
                     else:
                         (b, a), factor = lora.factors(), lora.scaling
                         b = b.mT
-                    tensors = [a.contiguous(), b.contiguous(), *([] if places is None else [places])]
+                    # detach: a Parameter gets other memory where its type changes, and would free this
+                    tensors = [a.detach().contiguous(), b.detach().contiguous(),
+                               *([] if places is None else [places])]
                     kept += tensors
                     addresses = [tensor.data_ptr() for tensor in tensors]
                     updates.append(UpdateInC(*addresses, *[None] * (3 - len(addresses)), a.size(-2), begin,
@@ -161,7 +160,7 @@ class CompiledStep:
         return ((UpdatesInC * len(found))(*found), rows, kept) if kept else None
 
     def address(self, tensor: torch.Tensor) -> int:
-        self.kept.append(tensor.contiguous())
+        self.kept.append(tensor.detach().contiguous())
         return self.kept[-1].data_ptr()
 
     def norm(self, module: RMSNorm | nn.Identity) -> int | None:
@@ -174,7 +173,8 @@ class CompiledStep:
         out, width = weight.shape
         size, group = self.library.block_size(), self.library.group_size() if quantized else 1
         more = -out % size  # outputs to fill up the last block
-        blocks = F.pad(weight, (0, -width % group, 0, more)).view(-(-out // size), size, -1, group)
+        weight = F.pad(weight if quantized else weight.float(), (0, -width % group, 0, more))
+        blocks = weight.view(-(-out // size), size, -1, group)
         blocks = blocks.transpose(1, 2)  # (blocks, in / group, size, group)
         if group > 1:
             blocks = blocks.bitwise_xor(-128)  # the byte of code + 128
@@ -189,9 +189,10 @@ class CompiledStep:
     @torch.inference_mode()
     def __call__(self, ids, cache: KVCache):
         """The logits (B, V) after ids (B,), which are appended to the cache."""
-        # This name keeps the tensors, since another thread may begin a text with other adapters meanwhile.
-        updates, rows, _kept = self.updates or (None, None, None)
-        if rows not in (None, len(ids)):  # adapters for other rows: the forward pass says so
+        # These names keep the tensors, since another thread may begin a text with other weights meanwhile.
+        model_in_c, _weights = self.in_c
+        updates, rows, _adapters = self.updates or (None, None, None)
+        if rows not in (None, len(ids)) or cache.k.size(1) != len(ids):  # the forward pass says what is wrong
             return self.model(ids[:, None], cache=cache).logits[:, 0]
         if cache.length == cache.max_length:
             raise RunError(f"the KV cache holds {cache.max_length} tokens, and all are in use")
@@ -201,8 +202,11 @@ class CompiledStep:
                         *(table.data_ptr() for table in cache.rope), cache.length,
                         None if start is None else start.data_ptr())
         logits = torch.empty(len(ids), self.model.config.vocab_size, dtype=torch.float32, device="cpu")
-        self.library.one_token(ctypes.byref(self.in_c), ctypes.byref(in_c), updates, Pointer(ids.data_ptr()),
-                               Size(len(ids)), Pointer(logits.data_ptr()), Size(torch.get_num_threads()))
+        refused = self.library.one_token(
+            ctypes.byref(model_in_c), ctypes.byref(in_c), updates, Pointer(ids.data_ptr()), Size(len(ids)),
+            Pointer(logits.data_ptr()), Size(torch.get_num_threads()))
+        if refused:
+            raise IndexError(f"ids outside of the vocabulary: {ids.tolist()}")
         cache.length += 1
         return logits
 

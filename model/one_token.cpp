@@ -348,10 +348,13 @@ extern "C" int block_size() { return BLOCK; }
 extern "C" int group_size() { return GROUP; }
 
 // The logits (B, V) after ids (B,); their keys and values are written into the cache. updates: those of qkv, o, gate,
-// up and down in each layer, then of the head; null where no adapter is in use.
-extern "C" void one_token(const Model* model, const Cache* cache, const Updates* updates, const int64_t* ids,
-                          int64_t rows, float* logits, int64_t num_threads) {
+// up and down in each layer, then of the head; null where no adapter is in use. Returns 0, or 1 where an id is not in
+// the vocabulary, and then nothing is computed.
+extern "C" int one_token(const Model* model, const Cache* cache, const Updates* updates, const int64_t* ids,
+                         int64_t rows, float* logits, int64_t num_threads) {
     const Model& m = *model;
+    for (int64_t row = 0; row < rows; row++)
+        if (ids[row] < 0 || ids[row] >= m.head.out) return 1;
     const int64_t qkv_size = (m.heads + 2 * m.kv_heads) * m.head_dim, attended_size = m.heads * m.head_dim;
     int64_t low_size = 0;
     for (int64_t n = 0; updates && n <= 5 * m.num_layers; n++) low_size = std::max(low_size, ranks(updates[n]));
@@ -432,4 +435,5 @@ extern "C" void one_token(const Model* model, const Cache* cache, const Updates*
         norm_rows(m.norm);
         product(5 * m.num_layers, m.head, normed, logits);
     }
+    return 0;
 }

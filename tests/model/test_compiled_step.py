@@ -1,8 +1,10 @@
 """CompiledStep against CausalLM.forward: both give the same logits."""
 
 import os
+import pickle
 import platform
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
@@ -16,7 +18,7 @@ from model.adapters import Adapters, remove_lora, set_lora
 from model.compiled_step import COMPILERS, compile_decoding
 from model.generate import KVCache, generate
 from model.int8 import Int8Linear, quantize_int8
-from model.lora import apply_lora, lora_parameters, merge_lora
+from model.lora import apply_lora, cast_frozen, lora_parameters, merge_lora
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
 
@@ -101,6 +103,60 @@ def test_weights_that_change_are_seen():
     with torch.no_grad():
         expected = other(ids()).logits[:, 6:]
     torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_an_optimizer_writes_is_seen(fused):
+    model = compile_decoding(small())
+    step_by_step(model, ids())
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=fused)
+    model(ids(), labels=ids()).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        expected = model(ids()).logits[:, 6:]
+    torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=5e-5)
+
+
+def test_frozen_weights_of_16_bits_are_those_numbers_in_float32():
+    model = compile_decoding(small(tie_word_embeddings=False, attention_bias=True).requires_grad_(False))
+    step_by_step(model, ids())
+    cast_frozen(model, torch.bfloat16)
+    plain = deepcopy(model).float()
+    model.one_token.get_ready(2)
+    caches = [KVCache(model.config, 2, 14, dtype=torch.float32) for _ in range(2)]
+    for column in ids().unbind(1):
+        with torch.no_grad():
+            expected = plain(column[:, None], cache=caches[0]).logits[:, 0]
+        torch.testing.assert_close(model.one_token(column, caches[1]), expected, rtol=1e-5, atol=5e-5)
+
+
+def test_memory_that_a_step_reads_is_not_freed_meanwhile(monkeypatch):
+    """Another thread may change the weights and begin a text while C++ computes."""
+    model = compile_decoding(small())
+    apply_lora(model, rank=4)
+    step_by_step(model, ids())
+    step, library = model.one_token, model.one_token.library
+    memory = [weakref.ref(tensor.untyped_storage()) for tensor in [*step.kept, *step.updates[2]]]
+
+    class Meanwhile:
+        def one_token(self, *arguments):
+            model.double().float()  # all parameters get other memory
+            with monkeypatch.context() as patched:
+                patched.setattr(step, "library", library)
+                step.get_ready(2)
+            assert all(storage() is not None for storage in memory)
+            return library.one_token(*arguments)
+
+    monkeypatch.setattr(step, "library", Meanwhile())
+    cache = KVCache(model.config, 2, 14, dtype=torch.float32)
+    assert step(ids()[:, 0], cache).isfinite().all()
+
+
+def test_a_model_can_be_pickled():
+    model = compile_decoding(small())
+    expected = step_by_step(model, ids())
+    again = pickle.loads(pickle.dumps(model))
+    assert again.one_token.model is again and torch.equal(step_by_step(again, ids()), expected)
 
 
 @pytest.mark.parametrize(("quantize", "tolerance"), [
@@ -202,6 +258,11 @@ def test_it_steps_aside_where_it_does_not_fit():
     model.one_token(ids(1)[:, 0], cache)
     with pytest.raises(RunError, match="the KV cache holds 1 tokens, and all are in use"):
         model.one_token(ids(1)[:, 1], cache)
+    with pytest.raises(RuntimeError, match="size"):  # a cache for another number of rows
+        model.one_token(ids(2)[:, 0], KVCache(model.config, 1, 1, dtype=torch.float32))
+    for token in (-1, 97, 2**40):
+        with pytest.raises(IndexError, match="ids outside of the vocabulary"):
+            model.one_token(torch.tensor([3, token]), KVCache(model.config, 2, 1, dtype=torch.float32))
 
 
 def test_numbers_that_are_not_finite_come_through():
