@@ -4,7 +4,7 @@
 
 model/one_token.cpp is the forward pass for one token in each row, in C++. It is compiled once (some seconds)
 by the C++ compiler of the system, and kept among the user's cached files. The step reads a copy of the
-weights, so a model takes twice the memory. Adapters are read where they lie.
+weights, so a model takes twice the memory. Adapters are added in each step, and never merged into that copy.
 """
 
 import ctypes
@@ -88,7 +88,7 @@ class CompiledStep:
                 if "lora" not in name.split(".")]
 
     def state(self) -> list[tuple[int, int]]:
-        """Where each weight lies, and how often it was written: a change of the weights changes this."""
+        """Where each weight lies, and its `count_writes`: a change of the weights changes one of them."""
         return [(weight.data_ptr(), count_writes(weight)) for weight in self.weights()]
 
     def get_ready(self, batch_size: int) -> bool:
@@ -134,8 +134,8 @@ class CompiledStep:
 
     @torch.no_grad()
     def find_updates(self) -> tuple | None:
-        """What the adapters in use add, for C++; how many rows it is for, None for any; and the tensors that
-        C++ knows the addresses of. None in the place of all this if no adapter is in use."""
+        """(what the adapters in use add, as C++ reads it; how many rows they are for, or None for any number;
+        the tensors that C++ knows the addresses of). None if no adapter is in use."""
         found, kept, rows = [], [], None
         for layers in self.groups():
             updates, begin = [], 0
@@ -225,7 +225,7 @@ def compile_decoding(model: CausalLM) -> CausalLM:
 
 
 def is_float32_on_cpu(model: CausalLM) -> bool:
-    """Looks at one norm: what is not in 8 bits has the same type and lies on the same device."""
+    """Looks at one norm: the other weights lie on the same device, in this type or in fewer bits."""
     weight = model.model.norm.weight
     return weight.dtype == torch.float32 and weight.device.type == "cpu"
 

@@ -1,4 +1,4 @@
-// The forward pass for one new token in each row, once more, in C++. A reader may skip this file.
+// The forward pass for one new token in each row, in C++. A reader may skip this file.
 //
 // model/compiled_step.py compiles it and calls `one_token`. It computes what `CausalLM` (model/transformer.py)
 // computes, in the same order of steps. What Python starts as some hundred operations is one call here. All threads
@@ -18,9 +18,9 @@
 #include <immintrin.h>
 #endif
 
-// A register holds WIDTH numbers, and a product keeps 4 * ROWS sums in registers (of codes 8 * CODE_ROWS): with
-// AVX-512 there are 32 of them, else 16. (Its registers of 16 numbers are not used: what they would bring was never
-// measured.)
+// A register holds WIDTH numbers. With AVX-512 a CPU has 32 registers, else 16. A product keeps its sums in them:
+// 4 * ROWS registers for floats, 8 * CODE_ROWS for codes. (With AVX-512 a register could hold 16 numbers. Whether this
+// would be faster here was never measured.)
 #if defined(__AVX512VL__)
 constexpr int WIDTH = 8, ROWS = 5, CODE_ROWS = 3;
 #elif defined(__AVX__)
@@ -49,8 +49,8 @@ struct Linear {           // y = W x + b
 };
 
 struct Update {           // what an adapter adds to some outputs of a linear layer: factor * B A x
-    const float *a, *b;   // A (rank, in) and B as (rank, out), or several of them
-    const int64_t* places;  // (B,) which of them each row takes; null: all take the first
+    const float *a, *b;   // A (rank, in) and B as (rank, out); several of each where rows have several adapters
+    const int64_t* places;  // (B,) the number of the A and B that each row takes; null: all rows take the first
     int64_t rank, begin, out;  // begin: the first of the outputs
     float factor;
 };
@@ -131,13 +131,13 @@ static void multiply_block(const Linear& w, int64_t block, const float* x, int64
 struct WholeNumbers {
     int64_t groups;              // of GROUP numbers in a row
     std::vector<int8_t> parts;   // (rows, 2, groups * GROUP), the first and the second parts, padded with zeros
-    std::vector<int32_t> begin;  // (rows, 2) what makes up for the 128 in the codes: -128 times the sum of a part
+    std::vector<int32_t> correction;  // (rows, 2) for the 128 that is in each code: -128 times the sum of a part
     std::vector<float> step;     // (rows,)
 
     void read(const float* x, int64_t rows, int64_t in) {
         groups = (in + GROUP - 1) / GROUP;
         parts.assign(2 * rows * groups * GROUP, 0);
-        begin.resize(2 * rows);
+        correction.resize(2 * rows);
         step.resize(rows);
         for (int64_t row = 0; row < rows; row++, x += in) {
             int8_t *const first = &parts[2 * row * groups * GROUP], *const second = first + groups * GROUP;
@@ -153,13 +153,14 @@ struct WholeNumbers {
                 second[i] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyint((steps - whole) * 254)));
                 sum_first += first[i], sum_second += second[i];
             }
-            begin[2 * row] = -128 * sum_first, begin[2 * row + 1] = -128 * sum_second;
+            correction[2 * row] = -128 * sum_first, correction[2 * row + 1] = -128 * sum_second;
         }
     }
 };
 
 #ifdef HAS_VNNI
-// sums[i] + the sum of weights[4 i + n] * x[4 i + n] for n = 0, ..., 3: weights without a sign, x with one.
+// sums[i] + the sum of weights[4 i + n] * x[4 i + n] for n = 0, ..., 3. The bytes of weights are from 0 to 255, those
+// of x from -128 to 127.
 static Ints add_products(Ints sums, Ints weights, Ints x) {
 #ifdef __AVX512VNNI__
     return (Ints)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)weights, (__m256i)x);
@@ -182,7 +183,7 @@ static void multiply_codes(const Linear& w, int64_t block, const WholeNumbers& x
             for (int part = 0; part < 4; part++)
                 __builtin_memcpy(&codes[part], weight + i * BLOCK + part * sizeof(Ints), sizeof(Ints));
             for (int n = 0; n < 2 * N; n++) {
-                int32_t four;  // numbers of x, for all outputs
+                int32_t four;  // four numbers of x, which all outputs are multiplied with
                 __builtin_memcpy(&four, numbers + n * size + i, sizeof four);
                 for (int part = 0; part < 4; part++)
                     sums[n][part] = add_products(sums[n][part], codes[part], Ints{} + four);
@@ -190,9 +191,9 @@ static void multiply_codes(const Linear& w, int64_t block, const WholeNumbers& x
         }
         for (int n = 0; n < N; n++)
             for (int part = 0; part < 4; part++) {
-                const int32_t* const begin_of = &x.begin[2 * (row + n)];
-                const Vector first = __builtin_convertvector(sums[2 * n][part] + begin_of[0], Vector);
-                const Vector second = __builtin_convertvector(sums[2 * n + 1][part] + begin_of[1], Vector);
+                const int32_t* const correction = &x.correction[2 * (row + n)];
+                const Vector first = __builtin_convertvector(sums[2 * n][part] + correction[0], Vector);
+                const Vector second = __builtin_convertvector(sums[2 * n + 1][part] + correction[1], Vector);
                 store(w, begin + part * WIDTH, (first + second / 254) * x.step[row + n], y + (row + n) * w.out, add);
             }
     }
