@@ -127,6 +127,21 @@ def test_what_an_optimizer_writes_is_seen(fused, has_onednn):
     torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=5e-5)
 
 
+def test_adapters_of_a_product_change_at_once():
+    """Another thread may compute while this one looks them up."""
+    model = prepare_to_decode(small())
+    apply_lora(model, rank=2)
+    model.one_token.get_ready(1)
+    product, seen = model.one_token.blocks[0].qkv, []
+
+    class Layer(nn.Linear):
+        lora = property(lambda self: seen.append(len(product.loras)))
+
+    product.layers = [Layer(64, 64), *product.layers]
+    product.get_ready(1)
+    assert seen == [3]  # and not 0
+
+
 @pytest.mark.parametrize("rows", [2, 2 * MAX_KERNEL_ROWS])
 def test_int8_is_that_of_the_layers(rows):
     model = quantize_int8(small(attention_bias=True))
