@@ -84,8 +84,7 @@ class CompiledStep:
 
     def weights(self) -> list[nn.Parameter]:
         """The parameters of the model, without those of adapters."""
-        return [parameter for name, parameter in self.model.named_parameters()
-                if "lora" not in name.split(".")]
+        return [weight for name, weight in self.model.named_parameters() if "lora" not in name.split(".")]
 
     def state(self) -> list[tuple[int, int]]:
         """Where each weight lies, and its `count_writes`: a change of the weights changes one of them."""
@@ -126,11 +125,10 @@ class CompiledStep:
                 *linears[5 * number:5 * number + 5], self.norm(block.input_layernorm),
                 self.norm(block.post_attention_layernorm), self.norm(block.self_attn.q_norm),
                 self.norm(block.self_attn.k_norm), window or 0))
-        in_c = ModelInC(
+        self.in_c = ModelInC(
             (LayerInC * len(layers))(*layers), len(layers), config.hidden_size, config.num_attention_heads,
             config.num_key_value_heads, config.head_dim, config.intermediate_size, config.rms_norm_eps,
-            self.address(decoder.embed_tokens.weight.float()), self.norm(decoder.norm), head)
-        self.in_c = in_c, self.kept
+            self.address(decoder.embed_tokens.weight), self.norm(decoder.norm), head), self.kept
 
     @torch.no_grad()
     def find_updates(self) -> tuple | None:
@@ -142,24 +140,24 @@ class CompiledStep:
             for layer in layers:
                 lora = getattr(layer, "lora", None)
                 if lora is not None and lora.active:
-                    places = None
                     if isinstance(lora, RowLoRA):
-                        a, b, factor, places, rows = lora.a, lora.b, 1.0, lora.places, len(lora.places)
+                        tensors, factor, rows = [lora.a, lora.b, lora.places], 1.0, len(lora.places)
                     else:
-                        (b, a), factor = lora.factors(), lora.scaling
-                        b = b.mT
-                    # detach: a Parameter gets other memory where its type changes, and would free this
-                    tensors = [a.detach().contiguous(), b.detach().contiguous(),
-                               *([] if places is None else [places])]
+                        b, a = lora.factors()
+                        tensors, factor = [a, b.mT], lora.scaling
+                    # detach: a Parameter whose type changes gets other memory, and would free this
+                    tensors = [tensor.detach().contiguous() for tensor in tensors]
                     kept += tensors
-                    addresses = [tensor.data_ptr() for tensor in tensors]
-                    updates.append(UpdateInC(*addresses, *[None] * (3 - len(addresses)), a.size(-2), begin,
-                                             layer.out_features, factor))
+                    a, b, places = [*(tensor.data_ptr() for tensor in tensors), None][:3]
+                    updates.append(UpdateInC(a, b, places, tensors[0].size(-2), begin, layer.out_features,
+                                             factor))
                 begin += layer.out_features
             found.append(UpdatesInC((UpdateInC * len(updates))(*updates), len(updates)))
         return ((UpdatesInC * len(found))(*found), rows, kept) if kept else None
 
     def address(self, tensor: torch.Tensor) -> int:
+        """Of these numbers, in float32 or int8. Frozen weights may be in bfloat16 beside norms in float32."""
+        tensor = tensor if tensor.dtype == torch.int8 else tensor.float()
         self.kept.append(tensor.detach().contiguous())
         return self.kept[-1].data_ptr()
 
@@ -173,14 +171,13 @@ class CompiledStep:
         out, width = weight.shape
         size, group = self.library.block_size(), self.library.group_size() if quantized else 1
         more = -out % size  # outputs to fill up the last block
-        weight = F.pad(weight if quantized else weight.float(), (0, -width % group, 0, more))
-        blocks = weight.view(-(-out // size), size, -1, group)
+        blocks = F.pad(weight, (0, -width % group, 0, more)).view(-(-out // size), size, -1, group)
         blocks = blocks.transpose(1, 2)  # (blocks, in / group, size, group)
         if group > 1:
             blocks = blocks.bitwise_xor(-128)  # the byte of code + 128
 
-        def fill(parts):  # (out,) in float32 and padded likewise
-            return self.address(F.pad(torch.cat(parts).float(), (0, more)))
+        def fill(parts):  # (out,), padded likewise
+            return self.address(F.pad(torch.cat(parts), (0, more)))
 
         scale = fill([layer.scale for layer in layers]) if quantized else None
         bias = None if layers[0].bias is None else fill([layer.bias for layer in layers])
@@ -202,10 +199,9 @@ class CompiledStep:
                         *(table.data_ptr() for table in cache.rope), cache.length,
                         None if start is None else start.data_ptr())
         logits = torch.empty(len(ids), self.model.config.vocab_size, dtype=torch.float32, device="cpu")
-        refused = self.library.one_token(
-            ctypes.byref(model_in_c), ctypes.byref(in_c), updates, Pointer(ids.data_ptr()), Size(len(ids)),
-            Pointer(logits.data_ptr()), Size(torch.get_num_threads()))
-        if refused:
+        if self.library.one_token(
+                ctypes.byref(model_in_c), ctypes.byref(in_c), updates, Pointer(ids.data_ptr()),
+                Size(len(ids)), Pointer(logits.data_ptr()), Size(torch.get_num_threads())):
             raise IndexError(f"ids outside of the vocabulary: {ids.tolist()}")
         cache.length += 1
         return logits
@@ -218,8 +214,7 @@ def compile_decoding(model: CausalLM) -> CausalLM:
     """
     layers = {type(module) for module in model.modules() if hasattr(module, "in_features")}
     if model.config.num_experts or layers not in ({nn.Linear}, {Int8Linear}) or not is_float32_on_cpu(model):
-        raise UsageError("--compile needs a model without experts, on a CPU, in float32 or with --quantize "
-                         "int8")
+        raise UsageError("--compile needs a model without experts, on a CPU, in float32 or --quantize int8")
     model.one_token = CompiledStep(model)
     return model
 
