@@ -182,7 +182,7 @@ class RowLoRA(nn.Module):
 
     @cached_property
     def of_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (rows, in, rank) and B (rows, rank, out) of the rows. They are copies, so they are made once."""
+        """For the ordinary forward pass: copies, A (rows, in, rank) and B (rows, rank, out), made once."""
         return self.a[self.places].mT, self.b[self.places]
 
     def factors(self, dtype=None):

@@ -208,7 +208,7 @@ class CompiledStep:
 
 
 def compile_decoding(model: CausalLM) -> CausalLM:
-    """Lets the model decode with the compiled step, in the place of prepare_to_decode. Adapters come later.
+    """Instead of prepare_to_decode: lets the model decode with the compiled step. Only adapters come later.
 
     Raises UsageError where the step does not fit the model, and where no C++ compiler is found or it fails.
     """
