@@ -29,6 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--group_size", type=count, default=16, metavar="N", help="answers to each prompt")
     parser.add_argument("--rounds", type=count, default=6, metavar="N")
     parser.add_argument("--threads", type=count, default=2, metavar="N")
+    parser.add_argument("--compile", action="store_true", help="ours samples with the step in C++")
     return parser.parse_args()
 
 
@@ -38,11 +39,14 @@ def main(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     from dataset.prompts import PromptDataset
+    from model.compiled_step import compile_decoding
     from model.sample_many import sample_many
     from model.weights import end_tokens, load_model, load_tokenizer
 
     torch.set_num_threads(args.threads)
     model, tokenizer = load_model(args.load_from).eval(), load_tokenizer(args.load_from)
+    if args.compile:
+        compile_decoding(model)
     theirs, ends = AutoModelForCausalLM.from_pretrained(args.load_from).eval(), end_tokens(model, tokenizer)
     prompts = [prompt.ids for prompt in PromptDataset(args.data_path, tokenizer, 256).prompts]
     rows = args.prompts * args.group_size

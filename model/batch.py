@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from model.adapters import Adapters
-from model.generate import KVCache, choose_token, penalize, why_not_finite
+from model.generate import KVCache, choose_token, faster_step, penalize, why_not_finite
 from model.prefix_cache import PrefixCache
 from model.transformer import CausalLM
 
@@ -299,8 +299,7 @@ class Batch:
                     self.adapters.use(names[0])
             else:
                 self.adapters.use_rows(names)
-            one_token = self.model.one_token
-            self.one_token = one_token if one_token and one_token.get_ready(len(names)) else None
+            self.one_token = faster_step(self.model, len(names))
             self.in_use = names
         return self.one_token
 

@@ -102,15 +102,6 @@ class CompiledStep:
             self.updates = self.find_updates()
         return True
 
-    def groups(self) -> list[tuple]:
-        """The linear layers in the order of C++: 5 for each block, where q, k and v are one, and the head."""
-        groups = []
-        for block in self.model.model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            groups += [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
-                       (mlp.gate_proj,), (mlp.up_proj,), (mlp.down_proj,)]
-        return [*groups, (self.model.lm_head,)]
-
     @torch.no_grad()
     def pack(self) -> None:
         """Copies the weights into the order in which the step reads them."""
@@ -118,7 +109,7 @@ class CompiledStep:
         # Tensors that C++ knows the addresses of, and the weights themselves: as long as these are kept, no
         # other weights can come to their addresses.
         self.kept = [weight.detach() for weight in self.weights()]
-        *linears, head = [self.linear(*layers) for layers in self.groups()]
+        *linears, head = [self.linear(*layers) for layers in linear_groups(self.model)]
         layers = []
         for number, (block, window) in enumerate(zip(decoder.layers, config.windows, strict=True)):
             layers.append(LayerInC(
@@ -135,7 +126,7 @@ class CompiledStep:
         """(what the adapters in use add, as C++ reads it; how many rows they are for, or None for any number;
         the tensors that C++ knows the addresses of). None if no adapter is in use."""
         found, kept, rows = [], [], None
-        for layers in self.groups():
+        for layers in linear_groups(self.model):
             updates, begin = [], 0
             for layer in layers:
                 lora = getattr(layer, "lora", None)
@@ -208,15 +199,27 @@ class CompiledStep:
 
 
 def compile_decoding(model: CausalLM) -> CausalLM:
-    """Instead of prepare_to_decode: lets the model decode with the compiled step. Only adapters come later.
+    """Instead of prepare_to_decode: lets the model decode with the compiled step, also while it trains.
 
     Raises UsageError where the step does not fit the model, and where no C++ compiler is found or it fails.
     """
-    layers = {type(module) for module in model.modules() if hasattr(module, "in_features")}
-    if model.config.num_experts or layers not in ({nn.Linear}, {Int8Linear}) or not is_float32_on_cpu(model):
+    fits = not model.config.num_experts and is_float32_on_cpu(model) and any(
+        all(isinstance(layer, kind) for layers in linear_groups(model) for layer in layers)
+        for kind in (nn.Linear, Int8Linear))
+    if not fits:
         raise UsageError("--compile needs a model without experts, on a CPU, in float32 or --quantize int8")
     model.one_token = CompiledStep(model)
     return model
+
+
+def linear_groups(model: CausalLM) -> list[tuple]:
+    """The linear layers in the order of C++: 5 for each block, where q, k and v are one, and the head."""
+    groups = []
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        groups += [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
+                   (mlp.gate_proj,), (mlp.up_proj,), (mlp.down_proj,)]
+    return [*groups, (model.lm_head,)]
 
 
 def is_float32_on_cpu(model: CausalLM) -> bool:

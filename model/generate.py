@@ -113,9 +113,7 @@ def _decode(model, input_ids, max_new_tokens, temperature, top_k, top_p, generat
             first = 0 if start is None else start[row]  # pads have not occurred
             seen[row, input_ids[row, first:]] = True
 
-    one_token = model.one_token  # a faster forward pass for single tokens (model/one_token.py)
-    if one_token and not one_token.get_ready(batch_size):  # it cannot serve this batch
-        one_token = None
+    one_token = faster_step(model, batch_size)
     new = input_ids  # the whole prompt in one pass, then one token at a time
     for step in range(max_new_tokens):
         if cache.length and one_token:
@@ -144,6 +142,11 @@ def _decode(model, input_ids, max_new_tokens, temperature, top_k, top_p, generat
         if is_last:
             return
         new = token[:, None]  # (B, 1)
+
+
+def faster_step(model: CausalLM, rows: int):
+    """A faster forward pass for one token in each row (model/one_token.py). None if none fits."""
+    return model.one_token if model.one_token and model.one_token.get_ready(rows) else None
 
 
 def why_not_finite(model: CausalLM) -> str:

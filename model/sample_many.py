@@ -4,7 +4,8 @@ A reader may skip this file.
     answers = sample_many(model, prompts, 64, end_tokens=[2], group_size=16, numbers=torch.rand(256, 64))
 
 `generate` (model/generate.py) writes the same tokens. Three things are faster here: a prompt goes through the
-model once for all of its answers, rows that have ended leave the batch, and nothing is yielded in between.
+model once for all of its answers, rows that have ended leave the batch, and nothing is yielded in between. A
+model with a compiled step (model/compiled_step.py) uses it for every token but the first.
 
 What a row says depends on its prompt, its random numbers and the weights alone. The rows beside it change
 nothing but float rounding. So any number of processes can share the work, and all draw the same answers.
@@ -14,7 +15,7 @@ import torch
 
 from common.device import matmul_dtype
 from common.errors import RunError
-from model.generate import KVCache, choose_token, why_not_finite
+from model.generate import KVCache, choose_token, faster_step, why_not_finite
 from model.transformer import CausalLM
 
 
@@ -45,6 +46,7 @@ def sample_many(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, 
     tokens = torch.zeros(len(groups), max_new_tokens, dtype=torch.long, device=device)
     ended, ends = torch.zeros_like(rows, dtype=torch.bool), torch.tensor(end_tokens, device=device)
     numbers = None if temperature == 0 else numbers.to(device)
+    one_token = faster_step(model, len(rows))
     for step in range(max_new_tokens):
         if not logits.amax(dim=-1).isfinite().all():
             raise RunError(f"while sampling answers: {why_not_finite(model)}")
@@ -59,7 +61,7 @@ def sample_many(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, 
             left = (~ended).nonzero().squeeze(1)
             cache.take(left)
             rows, new, ended = rows[left], new[left], ended[left]
-        logits = last_logits(model, new[:, None], cache)
+        logits = one_token(new, cache) if one_token else last_logits(model, new[:, None], cache)
     tokens = tokens.cpu()
     # A row may have stayed in the batch after its end. What it said there is cut off.
     is_end = torch.isin(tokens, ends.cpu())

@@ -30,7 +30,7 @@ SPINE = (
     "trainer/train_pretrain.py", "trainer/train_full_sft.py", "trainer/train_lora.py",
 )
 MAX_SPINE_LINES = 1_500  # of code, without comments and docstrings
-MAX_CORE_LINES = 12_300
+MAX_CORE_LINES = 12_350
 MAX_FILE_LINES = 450  # in all
 
 

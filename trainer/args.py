@@ -139,6 +139,7 @@ def rollout_parser(description: str) -> argparse.ArgumentParser:
     add("--updates_per_rollout", type=count, default=1, metavar="N", help="steps that learn from one rollout")
     add("--temperature", type=temperature, default=1.0, metavar="T", help="of sampling and training")
     add("--max_new_tokens", type=count, default=64, metavar="N", help="then an answer is cut off")
+    add("--compile_rollouts", action="store_true", help="write the answers with C++ compiled for this CPU")
     add("--kl_beta", type=not_negative, default=0.0, metavar="F",
         help="weight of the KL divergence from the model at the start; 0: no such model is kept")
     add("--show_interval", type=any_count, default=50, metavar="N",
@@ -343,7 +344,8 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
          "--parallel fsdp can't cut up the weights of --quantize nf4: leave one of them out"),
         (rolls and fsdp, "--parallel fsdp can't write answers, for which each process needs the whole model: "
                          "use ddp"),
-        (rolls and args.compile, "--compile would compile anew for each length of answers: leave it out"),
+        (rolls and args.compile, "--compile would compile anew for each length of answers: leave it out, or "
+                                 "take --compile_rollouts"),
         (rolls and args.num_workers, "--num_workers has no effect here: rollouts can't be prepared ahead"),
         (rolls and args.batch_size % args.group_size,
          f"--batch_size {args.batch_size} counts answers, so it must be a multiple of --group_size "

@@ -38,12 +38,12 @@ except ImportError:  # Windows
 
 LOCK = ".lock"
 VERSION = 4  # of what a checkpoint holds; a run is resumed by code of the same version
-# Flags that may differ between the first part of a run and its continuation. The last three change the result
+# Flags that may differ between the first part of a run and its continuation. The last four change the result
 # by float rounding alone, or by the elements that --lora_dropout draws.
 FLAGS_FREE_TO_CHANGE = (
     "resume overwrite save_interval keep_last on_full_disk max_minutes log_interval show_interval "
     "num_workers device name use_wandb wandb_project out_dir strict run_dir micro_batch_size "
-    "gradient_checkpointing compile").split()
+    "gradient_checkpointing compile compile_rollouts").split()
 # Flags that name files. The files may lie elsewhere by now, so their content is compared and not their place.
 FLAGS_OF_FILES = {"--data_path", "--eval_data_path", "--retain_data_path", "--load_from", "--tokenizer",
                   "--teacher", "--sft_data_path", "--reward_file", "--reward_model"}

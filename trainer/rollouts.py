@@ -26,6 +26,7 @@ from common.errors import UsageError
 from dataset.packing import Order
 from dataset.prompts import PromptDataset
 from model.adapters import set_lora
+from model.compiled_step import compile_decoding
 from model.sample_many import sample_many
 from model.weights import end_tokens
 from trainer.distributed import Ranks
@@ -152,7 +153,8 @@ class Rollouts:
         shape = (num_groups, self.group_size, self.max_new_tokens)
         numbers = np.random.default_rng([self.seed, number, 2]).random(shape, dtype=np.float32)[mine]
         prompts = [self.dataset[sample] for sample in samples]
-        with autocast(self.ranks.device, self.dtype):
+        # The step in C++ computes in float32.
+        with autocast(self.ranks.device, torch.float32 if self.model.one_token else self.dtype):
             written = sample_many(self.model, [prompt.ids for prompt in prompts], self.max_new_tokens,
                                   self.end_tokens, self.group_size, 0 if self.greedy else self.temperature,
                                   torch.from_numpy(numbers).flatten(0, 1))
@@ -316,8 +318,8 @@ def reference_log_probs(model, kl_beta: float, temperature: float) -> Callable |
 def load_rollouts(model, tokenizer, ranks: Ranks, advantages: Callable, reference: Callable | None,
                   complete: Callable | None = None, /, *, rewards, max_seq_len, max_new_tokens, dtype, strict,
                   allow_unusable, batch_size, group_size, updates_per_rollout, temperature,
-                  micro_batch_size, show_interval, seed, mask_cut_off=False, mean_over="tokens",
-                  **flags) -> tuple[Rollouts, Rollouts | None]:
+                  micro_batch_size, show_interval, seed, compile_rollouts, mask_cut_off=False,
+                  mean_over="tokens", **flags) -> tuple[Rollouts, Rollouts | None]:
     """Returns the Rollouts of training, and those of validation, which may be None. Flags are passed by name.
 
     Raises UsageError where no token ends an answer, and DataError for the files.
@@ -325,6 +327,10 @@ def load_rollouts(model, tokenizer, ranks: Ranks, advantages: Callable, referenc
     end = end_tokens(model, tokenizer)
     if not end:
         raise UsageError("no token of the tokenizer or of generation_config.json ends an answer")
+    if compile_rollouts:
+        if ranks.device.type != "cpu":
+            raise UsageError(f"--compile_rollouts compiles for a CPU, and this run is on {ranks.device.type}")
+        compile_decoding(model)
 
     def read(paths) -> PromptDataset:
         return PromptDataset(paths, tokenizer, max_seq_len - max_new_tokens, needs_test="answers" in rewards,

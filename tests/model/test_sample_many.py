@@ -1,9 +1,13 @@
 """Many answers at once: each is the answer that its prompt and its random numbers draw alone."""
 
+import shutil
+from copy import deepcopy
+
 import pytest
 import torch
 
 from common.errors import RunError
+from model.compiled_step import COMPILERS, compile_decoding
 from model.generate import generate
 from model.sample_many import sample_many
 from model.transformer import CausalLM, ModelConfig
@@ -49,6 +53,19 @@ def test_each_answer_is_the_one_that_its_numbers_draw_alone(model, temperature):
     for row in (0, 4, 11):
         [alone] = sample_many(model, [PROMPTS[row // 3]], LONGEST, ENDS, 1, temperature, numbers[row:row + 1])
         assert alone.tolist() == expected[row]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
+def test_a_step_in_cpp_draws_the_same_and_sees_new_weights(model):
+    numbers, model = uniform(12), deepcopy(model)
+    compiled = compile_decoding(deepcopy(model))
+    for _ in range(2):
+        answers = [sample_many(m, PROMPTS, LONGEST, ENDS, 3, 1.0, numbers) for m in (model, compiled)]
+        assert [a.tolist() for a in answers[0]] == [a.tolist() for a in answers[1]]
+        for m in (model, compiled):
+            with torch.no_grad():
+                m.model.layers[0].mlp.up_proj.weight.mul_(-2)
+    assert compiled.one_token.packed  # the step was taken
 
 
 def test_equal_numbers_draw_equal_answers_whatever_stands_beside_them(model):

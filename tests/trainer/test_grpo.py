@@ -1,5 +1,6 @@
 """train_grpo.py: it learns what is rewarded, and is as exact as the other stages."""
 
+import shutil
 import signal
 
 import forks
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import trainer.loop
+from model.compiled_step import COMPILERS
 from trainer.optim import learning_rate_factor
 
 SCORE = "def score(messages, answer, record):\n    return answer.count('a') - 0.1 * len(messages)\n"
@@ -128,6 +130,17 @@ def test_gradient_checkpointing_changes_nothing(workshop, flags, tmp_path):
     assert_same(tmp_path / "0", tmp_path / "1", tolerance=1e-6)
 
 
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
+@pytest.mark.parametrize("more", [{}, {"lora_rank": 4, "kl_beta": 0.05}], ids=["whole", "adapters"])
+def test_answers_that_cpp_writes_are_the_same(workshop, flags, tmp_path, more):
+    more |= {"max_steps": 5, "dtype": "float32"}
+    for name, compiled in (("a", {}), ("b", {"compile_rollouts": True})):
+        ended = workshop.run("grpo", *flags(tmp_path / name, **more, **compiled))
+        assert ended.code == 0, ended
+    saved = "adapter_model" if "lora_rank" in more else "model"
+    assert_same(tmp_path / "a", tmp_path / "b", saved, tolerance=1e-4)
+
+
 @pytest.mark.parametrize(("changes", "says"), [
     ({"group_size": 1}, "--group_size 1: a group of one has no mean to compare with"),
     ({"batch_size": 10}, "--batch_size 10 counts answers, so it must be a multiple of --group_size 4"),
@@ -135,6 +148,7 @@ def test_gradient_checkpointing_changes_nothing(workshop, flags, tmp_path):
     ({"num_workers": 1}, "--num_workers has no effect here"),
     ({"packing": True}, "--packing: the rows of this stage can't be packed"),
     ({"compile": True}, "--compile would compile anew"),
+    ({"compile_rollouts": True, "lora_rank": 4, "quantize": "nf4"}, "--compile needs a model without"),
     ({"max_new_tokens": 64}, "--max_new_tokens 64 leaves no room for a prompt in --max_seq_len 64"),
     ({"reward_file": "no.py:score"}, "there is no file no.py"),
     ({"reward_file": None, "data_path": "{texts}"}, "no conversations"),
