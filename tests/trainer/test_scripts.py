@@ -52,7 +52,7 @@ def test_help_is_grouped_complete_and_imports_nothing_heavy(stage):
         text = ended.stdout.split(f"\n  {flag}", 1)[1].split("\n  --", 1)[0]
         assert "(default:" in text or re.search(r"--(load_from|max_steps|\w+_size|num_\w+|name)", flag) or \
             flag in ("--strict", "--allow_unusable", "--split_documents", "--resume", "--overwrite",
-                     "--compile", "--gradient_checkpointing",
+                     "--compile", "--compile_rollouts", "--gradient_checkpointing",
                      "--use_wandb", "--lora_rslora", "--mask_cut_off"), flag
 
 
