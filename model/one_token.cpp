@@ -134,7 +134,7 @@ struct WholeNumbers {
     std::vector<int32_t> correction;  // (rows, 2) for the 128 that is in each code: -128 times the sum of a part
     std::vector<float> step;     // (rows,)
 
-    void read(const float* x, int64_t rows, int64_t in) {
+    void convert(const float* x, int64_t rows, int64_t in) {
         groups = (in + GROUP - 1) / GROUP;
         parts.assign(2 * rows * groups * GROUP, 0);
         correction.resize(2 * rows);
@@ -207,10 +207,10 @@ struct Input {
     int64_t rows;
     WholeNumbers whole;
 
-    void read(const Linear& w, const float* from, int64_t count) {
+    void set(const Linear& w, const float* from, int64_t count) {
         x = from, rows = count;
 #ifdef HAS_VNNI
-        if (w.scale) whole.read(x, rows, w.in);
+        if (w.scale) whole.convert(x, rows, w.in);
 #endif
     }
 };
@@ -400,7 +400,7 @@ extern "C" int one_token(const Model* model, const Cache* cache, const Updates* 
         };
         auto product = [&](int64_t number, const Linear& w, const float* from, float* to, bool add = false) {
             begin_update(number, w, from, low);
-            input.read(w, from, rows);
+            input.set(w, from, rows);
             share(blocks(w), [&](int64_t block) {
                 multiply(w, block, input, to, add);
                 finish_update(number, w, block, low, to);
@@ -419,7 +419,7 @@ extern "C" int one_token(const Model* model, const Cache* cache, const Updates* 
             norm_rows(layer.mlp_norm);
             begin_update(5 * number + 2, layer.gate, normed, low);
             begin_update(5 * number + 3, layer.up, normed, low_up);
-            input.read(layer.gate, normed, rows);
+            input.set(layer.gate, normed, rows);
             share(blocks(layer.gate), [&](int64_t block) {
                 multiply(layer.gate, block, input, gate);
                 multiply(layer.up, block, input, up);

@@ -10,7 +10,14 @@ from copy import deepcopy
 
 import pytest
 import torch
-from test_one_token import SHAPES, adapted, ids, small, step_by_step
+from test_one_token import (
+    SHAPES,
+    adapted,
+    check_that_a_step_of_an_optimizer_is_seen,
+    ids,
+    small,
+    step_by_step,
+)
 
 from common.errors import ModelError, RunError, UsageError
 from model import compiled_step
@@ -107,14 +114,7 @@ def test_weights_that_change_are_seen():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_what_an_optimizer_writes_is_seen(fused):
-    model = compile_decoding(small())
-    step_by_step(model, ids())
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=fused)
-    model(ids(), labels=ids()).loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        expected = model(ids()).logits[:, 6:]
-    torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=5e-5)
+    check_that_a_step_of_an_optimizer_is_seen(compile_decoding(small()), fused)
 
 
 def test_frozen_weights_of_16_bits_are_those_numbers_in_float32():
@@ -202,8 +202,8 @@ def test_adapters_on_off_mixed_merged_and_for_each_row(quantize, tolerance, tmp_
     assert torch.equal(check(), base)
 
 
-def test_adapters_that_change_while_a_text_is_written(tmp_path):
-    """The tensors of an adapter that is gone are not read. With PiSSA they are made for the step alone."""
+def test_a_text_goes_on_with_the_adapter_that_it_began_with():
+    """With PiSSA its tensors are made for the step alone, and it must keep them."""
     model = compile_decoding(small())
     torch.manual_seed(1)
     apply_lora(model, rank=4, init="pissa")
@@ -212,10 +212,12 @@ def test_adapters_that_change_while_a_text_is_written(tmp_path):
     with torch.no_grad():
         expected = model(ids()).logits[:, 6:]
     torch.testing.assert_close(step_by_step(model, ids()), expected, rtol=1e-5, atol=5e-5)
+    whole = [token.tolist() for token in generate(model, ids(), 8, temperature=0)]
     text = generate(model, ids(), 8, temperature=0)
-    next(text)
+    began = [next(text), next(text)]  # the first is written by the ordinary forward pass
     remove_lora(model)
-    assert len(list(text)) == 7
+    assert [token.tolist() for token in [*began, *text]] == whole
+    assert whole != [token.tolist() for token in generate(model, ids(), 8, temperature=0)]
 
 
 def test_weights_that_come_to_an_old_address_are_seen():
